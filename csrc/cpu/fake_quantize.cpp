@@ -1,0 +1,50 @@
+#include "drivers.h"
+
+namespace noisyq::cpu {
+namespace {
+
+template <class T>
+struct FakeQuantize {
+  static NOISYQ_INLINE T apply(T x, float scale, float qmax) {
+    return from_float<T>(noisyq::fake_quantize(to_float(x), scale, qmax));
+  }
+};
+
+template <class T>
+struct Clipped {
+  static NOISYQ_INLINE uint8_t apply(T x, float scale, float qmax) {
+    return is_clipped(rounded_of(to_float(x), scale), qmax);
+  }
+};
+
+}  // namespace
+
+void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
+                   float* running_absmax, float averaging_constant, int threads) {
+  const bool has_elements = layout.outer > 0;
+  const auto observe = [&](int64_t c, float absmax) {
+    if (running_absmax != nullptr && has_elements) {
+      running_absmax[c] = averaged(running_absmax[c], absmax, averaging_constant);
+    }
+  };
+  std::vector<float> scale(layout.channels);
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    map_with_absmax<FakeQuantize<T>>(static_cast<const T*>(x), static_cast<T*>(y), layout,
+                                     scale.data(), qmax, observe, threads);
+  });
+}
+
+void fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
+                         uint8_t* clipped, Layout layout, int qmax, int threads) {
+  std::vector<float> scale(layout.channels);
+  for (int64_t c = 0; c < layout.channels; ++c) scale[c] = scale_of(absmax[c], qmax);
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* in = static_cast<const T*>(x);
+    if (clipped != nullptr) map<Clipped<T>>(in, clipped, layout, scale.data(), qmax, threads);
+    map<FakeQuantize<T>>(in, static_cast<T*>(y), layout, scale.data(), qmax, threads);
+  });
+}
+
+}  // namespace noisyq::cpu

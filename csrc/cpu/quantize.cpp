@@ -1,0 +1,32 @@
+#include "drivers.h"
+
+namespace noisyq::cpu {
+namespace {
+
+template <class T>
+struct Code {
+  static NOISYQ_INLINE int8_t apply(T x, float scale, float qmax) {
+    return code_of(to_float(x), scale, qmax);
+  }
+};
+
+struct Value {
+  static NOISYQ_INLINE float apply(int8_t code, float scale, float) { return code * scale; }
+};
+
+}  // namespace
+
+void quantize(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout, int qmax,
+              int threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    map_with_absmax<Code<T>>(static_cast<const T*>(x), codes, layout, scale, qmax,
+                             [](int64_t, float) {}, threads);
+  });
+}
+
+void dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int threads) {
+  map<Value>(codes, y, layout, scale, 0.0f, threads);
+}
+
+}  // namespace noisyq::cpu

@@ -1,0 +1,39 @@
+// What the native library offers: plain pointers and sizes in, nothing out. No PyTorch here.
+#pragma once
+
+#include <cstdint>
+
+namespace noisyq {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// A dense tensor's memory as [outer, channels, inner]: element i belongs to channel
+// (i / inner) % channels. Per-tensor quantization is one channel.
+struct Layout {
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+};
+
+namespace cpu {
+
+// y = fake-quantized x with the absmax of each channel of x. Where `running_absmax` is not null,
+// the same call moves it towards that absmax. `y` may be `x`.
+void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
+                   float* running_absmax, float averaging_constant, int threads);
+
+// The same with an absmax that is given. Where `clipped` is not null it receives one byte per
+// element: 1 where the code was clamped.
+void fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
+                         uint8_t* clipped, Layout layout, int qmax, int threads);
+
+// Codes and one scale per channel.
+void quantize(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout, int qmax,
+              int threads);
+
+// y = codes * scale.
+void dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int threads);
+
+
+}  // namespace cpu
+}  // namespace noisyq

@@ -1,0 +1,54 @@
+// The arithmetic of the quantizer, one value at a time. This file is the only place where it is
+// written in C++, for the host and for CUDA; `noisyq_fast/backends/reference.py` says the same in
+// PyTorch, and every backend equals it to the last bit.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define NOISYQ_INLINE __host__ __device__ __forceinline__
+#else
+#define NOISYQ_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace noisyq {
+
+// s = absmax / qmax, never below the smallest normal number, so that x / s cannot overflow
+// for a subnormal absmax. A NaN stays NaN: it compares false.
+NOISYQ_INLINE float scale_of(float absmax, float qmax) {
+  const float scale = absmax / qmax;
+  return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+// rint(x / s), half to even, before it is clamped. A NaN stays NaN.
+NOISYQ_INLINE float rounded_of(float x, float scale) { return rintf(x / scale); }
+
+NOISYQ_INLINE float clamp_to(float rounded, float qmax) {
+  const float low = rounded < -qmax ? -qmax : rounded;
+  return low > qmax ? qmax : low;
+}
+
+// The straight-through estimator with clipping passes no gradient here.
+NOISYQ_INLINE bool is_clipped(float rounded, float qmax) { return fabsf(rounded) > qmax; }
+
+// y = code * s. An infinite scale gives 0 * inf = NaN: a group that holds an inf is NaN throughout.
+NOISYQ_INLINE float fake_quantize(float x, float scale, float qmax) {
+  return clamp_to(rounded_of(x, scale), qmax) * scale;
+}
+
+// The integer code; a NaN has code 0 (its scale is not finite, which keeps it visible).
+NOISYQ_INLINE int8_t code_of(float x, float scale, float qmax) {
+  const float rounded = rounded_of(x, scale);
+  return rounded == rounded ? static_cast<int8_t>(clamp_to(rounded, qmax)) : int8_t{0};
+}
+
+// One step of the moving average. NaN means "nothing seen yet": the first absmax sets it. An
+// absmax that is not finite is no observation.
+NOISYQ_INLINE float averaged(float running, float absmax, float averaging_constant) {
+  if (!(absmax <= FLT_MAX)) return running;
+  return running == running ? running + averaging_constant * (absmax - running) : absmax;
+}
+
+}  // namespace noisyq

@@ -1,0 +1,24 @@
+"""Fast, exact quantization-aware training for PyTorch."""
+
+from importlib.metadata import version as _version
+
+from noisyq_fast.backends import current_backend, use_backend
+from noisyq_fast.convert import quantize_model_
+from noisyq_fast.info import info
+from noisyq_fast.layers import QuantConv2d, QuantLinear
+from noisyq_fast.ops import dequantize, fake_quantize, fake_quantize_ema, quantize
+
+__version__ = _version("noisyq_fast")
+
+__all__ = [
+    "QuantConv2d",
+    "QuantLinear",
+    "current_backend",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_ema",
+    "info",
+    "quantize",
+    "quantize_model_",
+    "use_backend",
+]

@@ -1,0 +1,3 @@
+from noisyq_fast.info import info
+
+print(info())

@@ -1,0 +1,89 @@
+"""The executable specification, in plain PyTorch: works on every device.
+
+Other backends equal it to the last bit, so a change here changes what the project computes.
+"""
+
+import torch
+from torch import Tensor
+
+DEVICE_TYPES = None
+
+FLT_MIN = torch.finfo(torch.float32).tiny
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
+    return _fake_quantize(x, _absmax(x, axis), qmax, axis)
+
+
+def fake_quantize_ema(
+    x: Tensor, running_absmax: Tensor, qmax: int, axis: int | None, averaging_constant: float
+) -> Tensor:
+    absmax = _absmax(x, axis)
+    if x.numel() > 0:
+        averaged = running_absmax + averaging_constant * (absmax - running_absmax)
+        first = running_absmax.isnan()
+        observed = absmax.isfinite()
+        running_absmax.copy_(
+            torch.where(observed, torch.where(first, absmax, averaged), running_absmax)
+        )
+    return _fake_quantize(x, absmax, qmax, axis)
+
+
+def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
+    return _fake_quantize(x, absmax, qmax, axis)
+
+
+def fake_quantize_clipped(
+    x: Tensor, absmax: Tensor, qmax: int, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    rounded = _rounded(x, _scale(absmax, qmax), axis)
+    clipped = torch.empty_like(x, dtype=torch.bool).copy_(rounded.abs() > qmax)
+    return _fake_quantize(x, absmax, qmax, axis), clipped
+
+
+def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
+    scale = _scale(_absmax(x, axis), qmax)
+    codes = _rounded(x, scale, axis).clamp(-qmax, qmax).nan_to_num(nan=0.0)
+    return torch.empty_like(x, dtype=torch.int8).copy_(codes), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    values = codes.float() * _along_axis(scale, codes, axis)
+    return torch.empty_like(codes, dtype=torch.float32).copy_(values)
+
+
+def _absmax(x: Tensor, axis: int | None) -> Tensor:
+    """lambda: the largest magnitude of each group, in float32; 0 for a group without elements."""
+    shape = [] if axis is None else [x.shape[axis]]
+    if x.numel() == 0:
+        return torch.zeros(shape, device=x.device)
+    others = [d for d in range(x.dim()) if d != axis]
+    magnitudes = x.abs()
+    return (magnitudes.amax(others) if others else magnitudes).float().reshape(shape)
+
+
+def _scale(absmax: Tensor, qmax: int) -> Tensor:
+    # Divided by a tensor: on CUDA, PyTorch turns division by a number into multiplication by its
+    # reciprocal. And maximum() keeps a NaN.
+    scale = absmax / torch.full_like(absmax, qmax)
+    return scale.maximum(torch.full_like(scale, FLT_MIN))
+
+
+def _rounded(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    return (x.float() / _along_axis(scale, x, axis)).round()
+
+
+def _fake_quantize(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
+    scale = _scale(absmax, qmax)
+    values = _rounded(x, scale, axis).clamp(-qmax, qmax) * _along_axis(scale, x, axis)
+    return torch.empty_like(x).copy_(values)
+
+
+def _along_axis(per_channel: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return per_channel
+    return per_channel.reshape([-1 if d == axis else 1 for d in range(x.dim())])

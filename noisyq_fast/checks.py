@@ -1,0 +1,128 @@
+"""Argument checks. Each error names the argument, what it got, and what it takes."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRAIGHT_THROUGH_ESTIMATORS = ("identity", "clipped")
+
+
+# Types: the dispatcher checks them too, but its errors do not name the argument.
+
+
+def tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, takes a torch.Tensor")
+
+
+def integers(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int")
+
+
+def axis_type(axis: object) -> None:
+    if axis is not None:
+        integers(axis=axis)
+
+
+def averaging_constant(value: object) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"averaging_constant: got {type(value).__name__}, takes a float")
+    if not 0 <= value <= 1:
+        raise ValueError(f"averaging_constant: got {value}, takes 0..1")
+
+
+def ste(name: str) -> None:
+    if name not in STRAIGHT_THROUGH_ESTIMATORS:
+        raise ValueError(f"ste: got {name!r}, takes {_one_of(STRAIGHT_THROUGH_ESTIMATORS)}")
+
+
+# The arguments of one operator each. They are returned as every backend takes them: qmax for bits,
+# and an axis counted from the front.
+
+
+def dynamic(x: Tensor, bits: int, axis: int | None) -> tuple[Tensor, int, int | None]:
+    _dtype("x", x, FLOAT_DTYPES)
+    return x, qmax(bits), front_axis(axis, x)
+
+
+def given_range(
+    x: Tensor, running_absmax: Tensor, bits: int, axis: int | None
+) -> tuple[Tensor, Tensor, int, int | None]:
+    x, largest_code, axis = dynamic(x, bits, axis)
+    _one_per_group("running_absmax", running_absmax, x, axis)
+    return x, running_absmax, largest_code, axis
+
+
+def ema(
+    x: Tensor, running_absmax: Tensor, bits: int, axis: int | None, constant: float
+) -> tuple[Tensor, Tensor, int, int | None, float]:
+    averaging_constant(constant)
+    return *given_range(x, running_absmax, bits, axis), constant
+
+
+def codes_and_scale(
+    codes: Tensor, scale: Tensor, axis: int | None
+) -> tuple[Tensor, Tensor, int | None]:
+    _dtype("codes", codes, (torch.int8,))
+    axis = front_axis(axis, codes)
+    _one_per_group("scale", scale, codes, axis)
+    return codes, scale, axis
+
+
+def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
+    """Asked only on the CPU: elsewhere the answer would stall the device."""
+    if x.device.type == "cpu" and running_absmax.isnan().any():
+        raise ValueError(
+            "running_absmax: got NaN, which means that no batch was seen in training; takes a "
+            "range that was recorded with training=True"
+        )
+
+
+# Single arguments.
+
+
+def width(**bits: int) -> None:
+    for name, value in bits.items():
+        if not 2 <= value <= 8:
+            raise ValueError(f"{name}: got {value}, takes 2..8")
+
+
+def qmax(bits: int) -> int:
+    width(bits=bits)
+    return 2 ** (bits - 1) - 1
+
+
+def front_axis(axis: int | None, x: Tensor) -> int | None:
+    if axis is None:
+        return None
+    if not -x.dim() <= axis < x.dim():
+        takes = f"{-x.dim()}..{x.dim() - 1} or None" if x.dim() else "None"
+        raise ValueError(f"axis: got {axis} for a tensor of shape {list(x.shape)}, takes {takes}")
+    return axis % x.dim()
+
+
+def _dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: got {x.dtype}, takes {_one_of(dtypes)}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: got a tensor of layout {x.layout}, takes torch.strided")
+
+
+def _one_per_group(name: str, value: Tensor, x: Tensor, axis: int | None) -> None:
+    _dtype(name, value, (torch.float32,))
+    shape = [] if axis is None else [x.shape[axis]]
+    if list(value.shape) != shape:
+        raise ValueError(
+            f"{name}: got shape {list(value.shape)}, takes {shape} for a tensor of shape "
+            f"{list(x.shape)} with axis {axis}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, takes one on {x.device}")
+
+
+def _one_of(values: tuple[object, ...]) -> str:
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last

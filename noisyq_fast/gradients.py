@@ -1,0 +1,63 @@
+"""The gradients of the operators.
+
+Each function takes ``below_autograd``, which computes the operator, before the operator's arguments.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noisyq_fast import checks
+
+
+class StraightThrough(torch.autograd.Function):
+    """dy/dx = 1. Nothing is computed and nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, below_autograd: Callable, x: Tensor, *others: object) -> Tensor:
+        ctx.others = len(others)
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grad, *[None] * ctx.others
+
+
+class ClippedStraightThrough(torch.autograd.Function):
+    """dy/dx = 0 where the code was clamped, otherwise 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, below_autograd: Callable, x: Tensor, *others: object
+    ) -> tuple[Tensor, Tensor]:
+        ctx.others = len(others)
+        y, clipped = below_autograd()
+        ctx.save_for_backward(clipped)
+        ctx.mark_non_differentiable(clipped)
+        return y, clipped
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (clipped,) = ctx.saved_tensors
+        return None, grad.masked_fill(clipped, 0), *[None] * ctx.others
+
+
+class Dequantize(torch.autograd.Function):
+    """dy/dscale = codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, below_autograd: Callable, codes: Tensor, scale: Tensor, axis: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.axis = checks.front_axis(axis, codes)
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (codes,) = ctx.saved_tensors
+        others = [d for d in range(codes.dim()) if d != ctx.axis]
+        products = grad * codes
+        return None, None, products.sum(others) if others else products, None

@@ -1,0 +1,133 @@
+"""Layers that compute with fake-quantized weights and inputs.
+
+Weights have one scale per output channel, recomputed at every forward; inputs have one scale, the
+batch's absmax in training and its moving average otherwise (arXiv 2303.11803, section 3.1).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noisyq_fast import checks
+from noisyq_fast.ops import fake_quantize, fake_quantize_ema
+
+DEFAULT_BITS = 4
+DEFAULT_AVERAGING_CONSTANT = 0.01
+
+
+def check_quantizer(
+    weight_bits: int, activation_bits: int, averaging_constant: float
+) -> None:
+    checks.integers(weight_bits=weight_bits, activation_bits=activation_bits)
+    checks.width(weight_bits=weight_bits, activation_bits=activation_bits)
+    checks.averaging_constant(averaging_constant)
+
+
+class _QuantLayer(nn.Module):
+    """What the layers share: the widths, and the range of the input.
+
+    ``running_absmax`` is a float32 buffer, NaN until the first batch in training; `.half()` and
+    the like leave it float32.
+    """
+
+    weight: Tensor
+    running_absmax: Tensor
+
+    def set_quantizer_(
+        self,
+        weight_bits: int = DEFAULT_BITS,
+        activation_bits: int = DEFAULT_BITS,
+        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+    ) -> None:
+        """Sets the widths, and a range of the input that has seen nothing yet."""
+        check_quantizer(weight_bits, activation_bits, averaging_constant)
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.averaging_constant = averaging_constant
+        unseen = torch.full((), float("nan"), dtype=torch.float32, device=self.weight.device)
+        self.register_buffer("running_absmax", unseen)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return fake_quantize_ema(
+            x,
+            self.running_absmax,
+            self.activation_bits,
+            averaging_constant=self.averaging_constant,
+            training=self.training,
+        )
+
+    def quantized_weight(self) -> Tensor:
+        return fake_quantize(self.weight, self.weight_bits, axis=0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, W{self.weight_bits}/A{self.activation_bits}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_QuantLayer":
+        range_before = self.running_absmax
+        super()._apply(fn, recurse)
+        if self.running_absmax.dtype != torch.float32:
+            self.running_absmax = range_before.to(self.running_absmax.device)
+        return self
+
+
+class QuantConv2d(_QuantLayer, nn.Conv2d):
+    """`torch.nn.Conv2d` on fake-quantized weights and inputs.
+
+    Args:
+        *args, **kwargs: as for `torch.nn.Conv2d`.
+        weight_bits: width of the weights, 2..8.
+        activation_bits: width of the input, 2..8.
+        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> conv = noisyq_fast.QuantConv2d(3, 16, kernel_size=3, weight_bits=4, activation_bits=8)
+        >>> conv(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 16, 6, 6])
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weight_bits: int = DEFAULT_BITS,
+        activation_bits: int = DEFAULT_BITS,
+        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        **kwargs: Any,
+    ) -> None:
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self.set_quantizer_(weight_bits, activation_bits, averaging_constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantLinear(_QuantLayer, nn.Linear):
+    """`torch.nn.Linear` on fake-quantized weights and inputs.
+
+    Args:
+        *args, **kwargs: as for `torch.nn.Linear`.
+        weight_bits: width of the weights, 2..8.
+        activation_bits: width of the input, 2..8.
+        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> noisyq_fast.QuantLinear(64, 10, weight_bits=8, activation_bits=8)
+        QuantLinear(in_features=64, out_features=10, bias=True, W8/A8)
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weight_bits: int = DEFAULT_BITS,
+        activation_bits: int = DEFAULT_BITS,
+        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, *args, **kwargs)
+        self.set_quantizer_(weight_bits, activation_bits, averaging_constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)

@@ -1,0 +1,267 @@
+"""Every operator, declared once: schema, argument checks, shapes, gradient.
+
+For ``bits`` in 2..8, with one group per tensor or one per index of ``axis``::
+
+    qmax   = 2^(bits-1) - 1
+    lambda = max |x|                            over the group
+    s      = lambda / qmax                      at least the smallest normal float32
+    code   = clamp(rint(x / s), -qmax, qmax)    half to even
+    y      = code * s
+
+(arXiv 2303.11803, section 3.1.) Everything is computed in float32 with IEEE arithmetic; float16 and
+bfloat16 results are rounded once. A NaN or an infinity makes the whole output of its group NaN. The
+scale of a group without elements is the smallest normal float32.
+
+The functions below check what the dispatcher cannot, then call ``torch.ops.noisyq.*``, so that
+``torch.compile`` keeps one graph. A backend (`noisyq_fast.backends`) does the arithmetic.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noisyq_fast import checks, gradients
+from noisyq_fast.backends import select
+
+
+def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """Quantizes and dequantizes ``x`` with the absmax of each group (dynamic absmax).
+
+    Args:
+        x: float32, bfloat16 or float16 tensor of any shape and strides.
+        bits: width of the codes, 2..8.
+        axis: the per-channel axis, one scale for each of its indices; ``None``: one scale.
+
+    Returns:
+        A tensor with the shape, dtype and memory format of ``x``.
+
+    The gradient is the identity (the straight-through estimator): nothing clips, because the scale
+    is the absmax, so nothing is computed and nothing is saved for backward.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: ``bits`` or ``axis`` out of range, or an ``x`` that is not strided.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> weight = torch.tensor([[0.1, -0.7, 0.26], [10.0, 5.2, -70.0]])
+        >>> noisyq_fast.fake_quantize(weight, bits=4, axis=0)
+        tensor([[  0.1000,  -0.7000,   0.3000],
+                [ 10.0000,  10.0000, -70.0000]])
+    """
+    checks.tensors(x=x)
+    checks.integers(bits=bits)
+    checks.axis_type(axis)
+    return torch.ops.noisyq.fake_quantize(x, bits, axis)
+
+
+def fake_quantize_ema(
+    x: Tensor,
+    running_absmax: Tensor,
+    bits: int,
+    axis: int | None = None,
+    averaging_constant: float = 0.01,
+    training: bool = True,
+    ste: str = "identity",
+) -> Tensor:
+    """Quantizes and dequantizes activations, and keeps a moving average of their absmax.
+
+    In training the scale comes from the batch's own absmax, and the same call updates, in place,
+    ``running_absmax += averaging_constant * (absmax - running_absmax)``. Otherwise the scale comes
+    from ``running_absmax``, which stays as it is.
+
+    Args:
+        x: float32, bfloat16 or float16 tensor of any shape and strides.
+        running_absmax: float32; 0-d, or ``[x.shape[axis]]``. NaN means "nothing seen yet": the
+            first batch sets it. A batch whose absmax is not finite, or without elements, leaves
+            it unchanged.
+        bits: width of the codes, 2..8.
+        axis: the per-channel axis, one range for each of its indices; ``None``: one range.
+        averaging_constant: weight of the batch in the average, 0..1.
+        training: whether to use and record the batch's absmax.
+        ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a value
+            was clipped. In training nothing clips, and both are the same.
+
+    Returns:
+        A tensor with the shape, dtype and memory format of ``x``. Where a range is NaN outside
+        training (on a GPU, where asking would stall it), the output is NaN; values beyond a range
+        are clipped to it, infinities too, and a NaN in ``x`` stays NaN.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: an argument out of range, shapes or devices that do not fit, or, on the CPU, a
+            range without a value outside training.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> running = torch.tensor(float("nan"))
+        >>> x = torch.tensor([0.1, -0.7, 0.26])
+        >>> noisyq_fast.fake_quantize_ema(x, running, bits=4)
+        tensor([ 0.1000, -0.7000,  0.3000])
+        >>> running
+        tensor(0.7000)
+        >>> noisyq_fast.fake_quantize_ema(2 * x, running, bits=4, training=False)
+        tensor([ 0.2000, -0.7000,  0.5000])
+    """
+    checks.tensors(x=x, running_absmax=running_absmax)
+    checks.integers(bits=bits)
+    checks.axis_type(axis)
+    checks.averaging_constant(averaging_constant)
+    checks.ste(ste)
+    if training:
+        return torch.ops.noisyq.fake_quantize_ema(
+            x, running_absmax, bits, axis, averaging_constant
+        )
+    if ste == "identity":
+        return torch.ops.noisyq.fake_quantize_range(x, running_absmax, bits, axis)
+    return torch.ops.noisyq.fake_quantize_clipped(x, running_absmax, bits, axis)[0]
+
+
+def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Quantizes ``x`` to integer codes and their scale (dynamic absmax). Not differentiable.
+
+    Args:
+        x: float32, bfloat16 or float16 tensor of any shape and strides.
+        bits: width of the codes, 2..8.
+        axis: the per-channel axis, one scale for each of its indices; ``None``: one scale.
+
+    Returns:
+        ``codes``, int8 in -qmax..qmax, with the shape and memory format of ``x``; and ``scale``,
+        float32, 0-d or ``[x.shape[axis]]``. A group that holds a NaN or an infinity has codes 0
+        and a scale that is not finite.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: ``bits`` or ``axis`` out of range, or an ``x`` that is not strided.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> noisyq_fast.quantize(torch.tensor([0.1, -0.7, 0.26]), bits=4)
+        (tensor([ 1, -7,  3], dtype=torch.int8), tensor(0.1000))
+    """
+    checks.tensors(x=x)
+    checks.integers(bits=bits)
+    checks.axis_type(axis)
+    return torch.ops.noisyq.quantize(x, bits, axis)
+
+
+def dequantize(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
+    """``codes * scale``, in float32: what `fake_quantize` gives for a float32 tensor.
+
+    Args:
+        codes: int8 tensor of any shape and strides.
+        scale: float32; 0-d, or ``[codes.shape[axis]]``. Differentiable.
+        axis: the per-channel axis; ``None``: one scale.
+
+    Returns:
+        A float32 tensor with the shape and memory format of ``codes``.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: an ``axis`` out of range, shapes or devices that do not fit.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> codes, scale = noisyq_fast.quantize(torch.tensor([0.1, -0.7, 0.26]), bits=4)
+        >>> noisyq_fast.dequantize(codes, scale)
+        tensor([ 0.1000, -0.7000,  0.3000])
+    """
+    checks.tensors(codes=codes, scale=scale)
+    checks.axis_type(axis)
+    return torch.ops.noisyq.dequantize(codes, scale, axis)
+
+
+_library = torch.library.Library("noisyq", "DEF")
+
+
+def _declare(
+    schema: str,
+    *,
+    check: Callable,
+    shape: Callable,
+    gradient: type[torch.autograd.Function] | None,
+    check_values: Callable | None = None,
+) -> None:
+    """Declares an operator, for which every backend has a function of the same name.
+
+    Args:
+        schema: the operator's signature.
+        check: raises for bad arguments; returns the arguments for ``shape`` and for the backend.
+        shape: the outputs without their values.
+        gradient: differentiates the operator; ``None`` where it is not differentiable.
+        check_values: raises for bad values; not called where there are no values yet (tracing).
+    """
+    name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    operator = getattr(torch.ops.noisyq, name).default
+
+    def compute(*arguments: Any) -> Any:
+        arguments = check(*arguments)
+        if check_values is not None:
+            check_values(*arguments)
+        return getattr(select(arguments[0].device.type), name)(*arguments)
+
+    def fake(*arguments: Any) -> Any:
+        return shape(*check(*arguments))
+
+    def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        def below_autograd() -> Any:
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+        if gradient is None or not torch.is_grad_enabled():
+            return below_autograd()
+        return gradient.apply(below_autograd, *arguments)
+
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    _library.impl(name, differentiate, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"noisyq::{name}", fake, lib=_library)
+
+
+def _like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+_declare(
+    "fake_quantize(Tensor x, int bits, int? axis) -> Tensor",
+    check=checks.dynamic,
+    shape=_like,
+    gradient=gradients.StraightThrough,
+)
+_declare(
+    "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
+    "float averaging_constant) -> Tensor",
+    check=checks.ema,
+    shape=_like,
+    gradient=gradients.StraightThrough,
+)
+_declare(
+    "fake_quantize_range(Tensor x, Tensor running_absmax, int bits, int? axis) -> Tensor",
+    check=checks.given_range,
+    check_values=checks.range_seen,
+    shape=_like,
+    gradient=gradients.StraightThrough,
+)
+_declare(
+    "fake_quantize_clipped(Tensor x, Tensor running_absmax, int bits, int? axis) "
+    "-> (Tensor, Tensor)",
+    check=checks.given_range,
+    check_values=checks.range_seen,
+    shape=lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+    gradient=gradients.ClippedStraightThrough,
+)
+_declare(
+    "quantize(Tensor x, int bits, int? axis) -> (Tensor, Tensor)",
+    check=checks.dynamic,
+    shape=lambda x, qmax, axis: (
+        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32),
+    ),
+    gradient=None,
+)
+_declare(
+    "dequantize(Tensor codes, Tensor scale, int? axis) -> Tensor",
+    check=checks.codes_and_scale,
+    shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
+    gradient=gradients.Dequantize,
+)
