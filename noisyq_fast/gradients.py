@@ -1,6 +1,6 @@
 """The gradients of the operators.
 
-Each function takes ``below_autograd``, which computes the operator, before the operator's arguments.
+Each function takes ``below_autograd``, which computes the operator, and then its arguments.
 """
 
 from collections.abc import Callable

@@ -17,9 +17,7 @@ DEFAULT_BITS = 4
 DEFAULT_AVERAGING_CONSTANT = 0.01
 
 
-def check_quantizer(
-    weight_bits: int, activation_bits: int, averaging_constant: float
-) -> None:
+def check_quantizer(weight_bits: int, activation_bits: int, averaging_constant: float) -> None:
     checks.integers(weight_bits=weight_bits, activation_bits=activation_bits)
     checks.width(weight_bits=weight_bits, activation_bits=activation_bits)
     checks.averaging_constant(averaging_constant)

@@ -111,9 +111,7 @@ def fake_quantize_ema(
     checks.averaging_constant(averaging_constant)
     checks.ste(ste)
     if training:
-        return torch.ops.noisyq.fake_quantize_ema(
-            x, running_absmax, bits, axis, averaging_constant
-        )
+        return torch.ops.noisyq.fake_quantize_ema(x, running_absmax, bits, axis, averaging_constant)
     if ste == "identity":
         return torch.ops.noisyq.fake_quantize_range(x, running_absmax, bits, axis)
     return torch.ops.noisyq.fake_quantize_clipped(x, running_absmax, bits, axis)[0]
@@ -209,9 +207,10 @@ def _declare(
         def below_autograd() -> Any:
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
-        if gradient is None or not torch.is_grad_enabled():
+        if gradient is not None and torch.is_grad_enabled():
+            return gradient.apply(below_autograd, *arguments)
+        with torch.no_grad():
             return below_autograd()
-        return gradient.apply(below_autograd, *arguments)
 
     _library.impl(name, compute, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)

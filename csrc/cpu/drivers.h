@@ -86,7 +86,7 @@ void map_spread_channels(const In* x, Out* y, Layout layout, float* scale, float
     }
     member.wait_for_team();
     // Backwards: what was reduced last is still in the cache.
-    const int64_t block = std::max<int64_t>(1, 32768 / row_size);
+    const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size));
     for (int64_t stop = end; stop > begin; stop -= block) {
       const int64_t start = std::max(begin, stop - block);
       map_rows<Op>(x + start * row_size, y + start * row_size, stop - start, layout.channels,

@@ -1,0 +1,50 @@
+"""The quantizer once more, in NumPy's float32, written from the definition."""
+
+import numpy as np
+
+FLT_MIN = np.float32(1.17549435e-38)
+
+
+def absmax(x, axis):
+    others = tuple(d for d in range(x.ndim) if d != axis)
+    return np.abs(x).max(axis=others, initial=0) if x.size == 0 else np.abs(x).max(axis=others)
+
+
+def scale(absmax, bits):
+    s = np.asarray(absmax, np.float32) / np.float32(2 ** (bits - 1) - 1)
+    return np.where(s < FLT_MIN, FLT_MIN, s).astype(np.float32)
+
+
+def codes(x, scale, bits, axis):
+    """As floats; NaN where there is no code."""
+    qmax = np.float32(2 ** (bits - 1) - 1)
+    with np.errstate(all="ignore"):
+        return np.asarray(np.clip(np.rint(x / along_axis(scale, x, axis)), -qmax, qmax))
+
+
+def values(codes, scale, axis):
+    with np.errstate(all="ignore"):
+        return codes * along_axis(scale, codes, axis)
+
+
+def along_axis(per_channel, x, axis):
+    if axis is None:
+        return per_channel
+    return per_channel.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
+
+
+def averaged(running, absmax, averaging_constant):
+    new = running + np.float32(averaging_constant) * (absmax - running)
+    new = np.where(np.isnan(running), absmax, new)
+    return np.where(np.isfinite(absmax), new, running).astype(np.float32)
+
+
+def round_to_bfloat16(x):
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(x), x, rounded)
+
+
+def round_to_float16(x):
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)

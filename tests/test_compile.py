@@ -1,0 +1,71 @@
+"""torch.library's own checks, and torch.compile without a graph break."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import noisyq_fast
+
+X = torch.randn(3, 4)
+OPERATORS = {
+    "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
+    "fake_quantize_ema": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1, 0.01),
+    "fake_quantize_range": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1),
+    "fake_quantize_clipped": lambda: (X.clone().requires_grad_(), torch.tensor(1.0), 4, None),
+    "quantize": lambda: (X.clone(), 4, None),
+    "dequantize": lambda: (torch.ones(3, 4, dtype=torch.int8), torch.ones(4).requires_grad_(), 1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(backend, name):
+    torch.library.opcheck(getattr(torch.ops.noisyq, name), OPERATORS[name]())
+
+
+def test_every_operator_is_checked():
+    declared = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("noisyq::")
+    }
+    assert declared == set(OPERATORS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_compiles_to_one_graph_with_the_same_numbers(training):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+    )
+    noisyq_fast.quantize_model_(model)
+    model(torch.randn(2, 3, 8, 8))
+    eager = copy.deepcopy(model).train(training)
+    compiled = torch.compile(model.train(training), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(2, 3, 8, 8)
+        outputs = [m(x) for m in (eager, compiled)]
+        assert torch.equal(*outputs)
+        for y in outputs:
+            y.square().sum().backward()
+    for (name, a), b in zip(eager.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_clipped_estimator_compiles():
+    def f(x, running):
+        return noisyq_fast.fake_quantize_ema(x, running, 4, training=False, ste="clipped").sum()
+
+    x = torch.tensor([0.5, 3.0], requires_grad=True)
+    torch.compile(f, fullgraph=True, backend="aot_eager")(x, torch.tensor(1.0)).backward()
+    assert x.grad.tolist() == [1, 0]
+
+
+def test_inductor_keeps_the_numbers():
+    layer = noisyq_fast.QuantLinear(16, 8)
+    x = torch.randn(4, 16)
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)

@@ -1,0 +1,73 @@
+"""The straight-through estimators."""
+
+import pytest
+import torch
+
+from noisyq_fast import dequantize, fake_quantize, fake_quantize_ema, quantize
+from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
+
+
+def test_identity_passes_the_very_gradient_and_saves_nothing(backend):
+    x = torch.randn(4, 5, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = fake_quantize(x, 4, axis=0)
+        z = fake_quantize_ema(x, torch.tensor(1.0), 4)
+    assert saved == []
+    for output in (y, z):
+        grad = torch.randn(4, 5)
+        (received,) = torch.autograd.grad(output, x, grad)
+        assert received.data_ptr() == grad.data_ptr()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
+def test_clipped_zeroes_the_gradient_only_where_a_value_was_clipped(backend, training, ste):
+    # With a scale of 1: 7.5 rounds to 8 (half to even) and is clipped, 7.49 is not.
+    x = torch.tensor([1.0, 7.0, 7.49, 7.5, -9.0, float("inf"), 0.0])
+    x = (x.nan_to_num(posinf=9.0) if training else x).requires_grad_()
+    y = fake_quantize_ema(x, torch.tensor(7.0), 4, training=training, ste=ste)
+    y.backward(torch.arange(1.0, 8.0))
+    expected = torch.arange(1.0, 8.0)
+    if not training and ste == "clipped":
+        expected[3:6] = 0
+    assert torch.equal(x.grad, expected)
+
+
+def test_clipped_survives_a_change_of_the_range_before_backward(backend):
+    running = torch.tensor(7.0)
+    x = torch.tensor([1.0, 9.0], requires_grad=True)
+    y = fake_quantize_ema(x, running, 4, training=False, ste="clipped")
+    fake_quantize_ema(x.detach(), running, 4)
+    y.sum().backward()
+    assert x.grad.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_dequantize_is_differentiable_in_the_scale(backend, axis):
+    codes = torch.randint(-7, 8, (3, 4), dtype=torch.int8)
+    scale = torch.rand([] if axis is None else [(3, 4)[axis]], requires_grad=True)
+    grad = torch.randn(3, 4)
+    dequantize(codes, scale, axis).backward(grad)
+    others = [d for d in (0, 1) if d != axis]
+    torch.testing.assert_close(scale.grad, (grad * codes).sum(others))
+
+
+def test_quantize_is_not_differentiable(backend):
+    codes, scale = quantize(torch.randn(3, requires_grad=True), 4)
+    assert not codes.requires_grad
+    assert not scale.requires_grad
+
+
+def test_no_gradient_is_asked_for(backend):
+    x = torch.randn(3)
+    assert not fake_quantize(x, 4).requires_grad
+    with torch.no_grad():
+        assert not fake_quantize(x.requires_grad_(), 4).requires_grad
+
+
+def test_second_derivatives_of_a_straight_line_are_none(backend):
+    x = torch.randn(3, requires_grad=True)
+    (first,) = torch.autograd.grad((fake_quantize(x, 8) ** 2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, torch.full((3,), 2.0))
