@@ -12,8 +12,9 @@ For ``bits`` in 2..8, with one group per tensor or one per index of ``axis``::
 bfloat16 results are rounded once. A NaN or an infinity makes the whole output of its group NaN. The
 scale of a group without elements is the smallest normal float32.
 
-The functions below check what the dispatcher cannot, then call ``torch.ops.noisyq.*``, so that
-``torch.compile`` keeps one graph. A backend (`noisyq_fast.backends`) does the arithmetic.
+The operators are ``torch.ops.noisyq.*``, so that ``torch.compile`` keeps one graph; a backend
+(`noisyq_fast.backends`) does the arithmetic. The public functions add the checks that the
+dispatcher would make with an error that does not name the argument.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,103 @@ from torch import Tensor
 
 from noisyq_fast import checks, gradients
 from noisyq_fast.backends import select
+
+_library = torch.library.Library("noisyq", "DEF")
+
+
+def _declare(
+    schema: str,
+    *,
+    check: Callable,
+    shape: Callable,
+    gradient: type[torch.autograd.Function] | None,
+    check_values: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Declares an operator, for which every backend has a function of the same name.
+
+    Args:
+        schema: the operator's signature.
+        check: raises for bad arguments; returns the arguments for ``shape`` and for the backend.
+        shape: the outputs without their values.
+        gradient: differentiates the operator; ``None`` where it is not differentiable.
+        check_values: raises for bad values; not called where there are no values yet (tracing).
+    """
+    name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    operator = getattr(torch.ops.noisyq, name).default
+
+    def compute(*arguments: Any) -> Any:
+        arguments = check(*arguments)
+        if check_values is not None:
+            check_values(*arguments)
+        return getattr(select(arguments[0].device.type), name)(*arguments)
+
+    def fake(*arguments: Any) -> Any:
+        return shape(*check(*arguments))
+
+    def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        def below_autograd() -> Any:
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+        if not torch.is_grad_enabled():
+            return below_autograd()
+        if gradient is not None:
+            return gradient.apply(below_autograd, *arguments)
+        with torch.no_grad():
+            return below_autograd()
+
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    _library.impl(name, differentiate, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"noisyq::{name}", fake, lib=_library)
+    return operator
+
+
+def _like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+_fake_quantize = _declare(
+    "fake_quantize(Tensor x, int bits, int? axis) -> Tensor",
+    check=checks.dynamic,
+    shape=_like,
+    gradient=gradients.StraightThrough,
+)
+_fake_quantize_ema = _declare(
+    "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
+    "float averaging_constant) -> Tensor",
+    check=checks.ema,
+    shape=_like,
+    gradient=gradients.StraightThrough,
+)
+_fake_quantize_range = _declare(
+    "fake_quantize_range(Tensor x, Tensor running_absmax, int bits, int? axis) -> Tensor",
+    check=checks.given_range,
+    check_values=checks.range_seen,
+    shape=_like,
+    gradient=gradients.StraightThrough,
+)
+_fake_quantize_clipped = _declare(
+    "fake_quantize_clipped(Tensor x, Tensor running_absmax, int bits, int? axis) "
+    "-> (Tensor, Tensor)",
+    check=checks.given_range,
+    check_values=checks.range_seen,
+    shape=lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+    gradient=gradients.ClippedStraightThrough,
+)
+_quantize = _declare(
+    "quantize(Tensor x, int bits, int? axis) -> (Tensor, Tensor)",
+    check=checks.dynamic,
+    shape=lambda x, qmax, axis: (
+        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32),
+    ),
+    gradient=None,
+)
+_dequantize = _declare(
+    "dequantize(Tensor codes, Tensor scale, int? axis) -> Tensor",
+    check=checks.codes_and_scale,
+    shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
+    gradient=gradients.Dequantize,
+)
 
 
 def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
@@ -54,7 +152,7 @@ def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
     checks.tensors(x=x)
     checks.integers(bits=bits)
     checks.axis_type(axis)
-    return torch.ops.noisyq.fake_quantize(x, bits, axis)
+    return _fake_quantize(x, bits, axis)
 
 
 def fake_quantize_ema(
@@ -111,10 +209,10 @@ def fake_quantize_ema(
     checks.averaging_constant(averaging_constant)
     checks.ste(ste)
     if training:
-        return torch.ops.noisyq.fake_quantize_ema(x, running_absmax, bits, axis, averaging_constant)
+        return _fake_quantize_ema(x, running_absmax, bits, axis, averaging_constant)
     if ste == "identity":
-        return torch.ops.noisyq.fake_quantize_range(x, running_absmax, bits, axis)
-    return torch.ops.noisyq.fake_quantize_clipped(x, running_absmax, bits, axis)[0]
+        return _fake_quantize_range(x, running_absmax, bits, axis)
+    return _fake_quantize_clipped(x, running_absmax, bits, axis)[0]
 
 
 def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -142,7 +240,7 @@ def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Ten
     checks.tensors(x=x)
     checks.integers(bits=bits)
     checks.axis_type(axis)
-    return torch.ops.noisyq.quantize(x, bits, axis)
+    return _quantize(x, bits, axis)
 
 
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
@@ -168,99 +266,4 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
     """
     checks.tensors(codes=codes, scale=scale)
     checks.axis_type(axis)
-    return torch.ops.noisyq.dequantize(codes, scale, axis)
-
-
-_library = torch.library.Library("noisyq", "DEF")
-
-
-def _declare(
-    schema: str,
-    *,
-    check: Callable,
-    shape: Callable,
-    gradient: type[torch.autograd.Function] | None,
-    check_values: Callable | None = None,
-) -> None:
-    """Declares an operator, for which every backend has a function of the same name.
-
-    Args:
-        schema: the operator's signature.
-        check: raises for bad arguments; returns the arguments for ``shape`` and for the backend.
-        shape: the outputs without their values.
-        gradient: differentiates the operator; ``None`` where it is not differentiable.
-        check_values: raises for bad values; not called where there are no values yet (tracing).
-    """
-    name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    operator = getattr(torch.ops.noisyq, name).default
-
-    def compute(*arguments: Any) -> Any:
-        arguments = check(*arguments)
-        if check_values is not None:
-            check_values(*arguments)
-        return getattr(select(arguments[0].device.type), name)(*arguments)
-
-    def fake(*arguments: Any) -> Any:
-        return shape(*check(*arguments))
-
-    def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        def below_autograd() -> Any:
-            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
-        if gradient is not None and torch.is_grad_enabled():
-            return gradient.apply(below_autograd, *arguments)
-        with torch.no_grad():
-            return below_autograd()
-
-    _library.impl(name, compute, "CompositeExplicitAutograd")
-    _library.impl(name, differentiate, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"noisyq::{name}", fake, lib=_library)
-
-
-def _like(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-_declare(
-    "fake_quantize(Tensor x, int bits, int? axis) -> Tensor",
-    check=checks.dynamic,
-    shape=_like,
-    gradient=gradients.StraightThrough,
-)
-_declare(
-    "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
-    "float averaging_constant) -> Tensor",
-    check=checks.ema,
-    shape=_like,
-    gradient=gradients.StraightThrough,
-)
-_declare(
-    "fake_quantize_range(Tensor x, Tensor running_absmax, int bits, int? axis) -> Tensor",
-    check=checks.given_range,
-    check_values=checks.range_seen,
-    shape=_like,
-    gradient=gradients.StraightThrough,
-)
-_declare(
-    "fake_quantize_clipped(Tensor x, Tensor running_absmax, int bits, int? axis) "
-    "-> (Tensor, Tensor)",
-    check=checks.given_range,
-    check_values=checks.range_seen,
-    shape=lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
-    gradient=gradients.ClippedStraightThrough,
-)
-_declare(
-    "quantize(Tensor x, int bits, int? axis) -> (Tensor, Tensor)",
-    check=checks.dynamic,
-    shape=lambda x, qmax, axis: (
-        torch.empty_like(x, dtype=torch.int8),
-        x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32),
-    ),
-    gradient=None,
-)
-_declare(
-    "dequantize(Tensor codes, Tensor scale, int? axis) -> Tensor",
-    check=checks.codes_and_scale,
-    shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
-    gradient=gradients.Dequantize,
-)
+    return _dequantize(codes, scale, axis)

@@ -1,0 +1,1 @@
+"""Training under label noise: `python experiments/run.py --help`."""

@@ -1,0 +1,30 @@
+"""Handwritten digits: 1,797 real images of 8x8 that come with scikit-learn."""
+
+from pathlib import Path
+
+import torch
+
+from experiments.data.dataset import Dataset
+
+
+def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
+    """Every fifth image is a test image. Needs neither a directory nor a download."""
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    bunch = load_digits()
+    levels = torch.from_numpy(bunch.images)  # 0..16
+    images = (levels * 255 / 16).round().to(torch.uint8).unsqueeze(-1)
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    is_test = torch.arange(len(labels)) % 5 == 4
+    return Dataset(
+        name="digits",
+        train_images=images[~is_test],
+        train_labels=labels[~is_test],
+        test_images=images[is_test],
+        test_labels=labels[is_test],
+        class_names=tuple(str(digit) for digit in range(10)),
+        crop_padding=1,
+        flip=False,
+        default_epochs=200,
+        default_threads=1,  # the images are too small to gain much, and busy cores cost a lot
+    )
