@@ -13,13 +13,13 @@ from tyro.extras import literal_type_from_choices
 from experiments.data import DATASETS
 from experiments.data.noise import NOISE_KINDS
 from experiments.methods import METHODS, options
+from noisyq_fast.backends import AUTO, BACKENDS
 
-BACKENDS = ("auto", "reference", "cpu")
 _CHOICES = {
     "method": METHODS,
     "dataset": DATASETS,
     "noise_kind": NOISE_KINDS,
-    "backend": BACKENDS,
+    "backend": (AUTO, *BACKENDS),
 }
 # None of these changes a number in the results; the data are identified by their checksum.
 _WITHOUT_EFFECT = {"data_dir", "download", "backend", "out"}
@@ -83,8 +83,9 @@ class RunConfig:
     threads: int | None = None
     """CPU threads. They can change the last digits. If not given: what suits the data set."""
 
-    backend: literal_type_from_choices(BACKENDS) = "auto"
-    """What computes the quantizer. Every choice gives the same numbers."""
+    backend: literal_type_from_choices((AUTO, *BACKENDS)) = AUTO
+    """What computes the quantizer; auto: NOISYQ_BACKEND, or else the fastest. Every choice gives
+    the same numbers."""
 
     out: Path = Path("runs")
     """Directory in which the run makes its folder."""

@@ -21,6 +21,7 @@ from experiments.config import RunConfig
 from experiments.data.noise import NOISE_KINDS, NoisyLabels
 from experiments.output import RunFolder, run_name
 from experiments.training import NonFiniteLoss, Trainer
+from noisyq_fast.backends import AUTO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Run:
 
 def prepare(config: RunConfig) -> Run:
     """Chooses the backend, reads the data, draws the noise and opens the folder."""
-    noisyq_fast.use_backend(config.backend)
+    if config.backend != AUTO:
+        noisyq_fast.use_backend(config.backend)
     dataset = data.load(config.dataset, config.data_dir, config.download)
     dataset = dataset.with_train_size(config.train_size)
     config = config.resolved(
@@ -99,7 +101,7 @@ def main() -> int:
         return fail(error, status=2)
     try:
         execute(run)
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, OSError) as error:
         return fail(error, status=1)
     return 0
 

@@ -7,7 +7,7 @@ import torch
 from experiments.data.cifar10 import BATCH_MD5, FOLDER
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
