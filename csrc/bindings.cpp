@@ -1,27 +1,16 @@
 // Python sees integers: addresses, sizes, enumerators. Every check has been made by then, in
 // noisyq_fast/ops.py.
-#include <pybind11/pybind11.h>
-
-#include "kernels.h"
+#include "bindings.h"
 
 namespace py = pybind11;
-
-namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using noisyq::DType;
-using noisyq::Layout;
 namespace cpu = noisyq::cpu;
-
-}  // namespace
+using noisyq::DType;
+using noisyq::pointer;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native kernels of noisyq_fast.";
   m.attr("compiler") = NOISYQ_COMPILER;
+  m.attr("cuda_compiler") = NOISYQ_CUDA;
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else
@@ -67,4 +56,8 @@ PYBIND11_MODULE(_core, m) {
                         pointer<float>(y), {outer, channels, inner}, threads);
       },
       release);
+
+#ifdef NOISYQ_WITH_CUDA
+  noisyq::bind_cuda(m);
+#endif
 }

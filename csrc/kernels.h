@@ -36,4 +36,41 @@ void dequantize(const int8_t* codes, const float* scale, float* y, Layout layout
 
 
 }  // namespace cpu
+
+// On a device every function only launches; the caller has made its device the current one. A
+// status that is not 0 is the cudaError_t of a launch that failed.
+namespace cuda {
+
+using Status = int;
+using Stream = void*;  // a cudaStream_t
+
+// A tensor whose channels are contiguous. Where `scale` is not null it receives a scale per channel.
+struct ChannelTensor {
+  const void* x;
+  void* y;
+  float* scale;
+  int64_t channels;
+  int64_t inner;
+  int qmax;
+};
+
+// All tensors in one launch (for each 80 of them), a block for each channel.
+Status fake_quantize_channels(DType dtype, const ChannelTensor* tensors, int count, Stream stream);
+Status quantize_channels(DType dtype, const ChannelTensor* tensors, int count, Stream stream);
+
+// A reduction and a map, of `splits` blocks for each channel. `partial` is scratch for
+// channels * splits values.
+Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, int splits,
+                            uint32_t* partial, int qmax, float* running_absmax,
+                            float averaging_constant, Stream stream);
+Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout,
+                       int splits, uint32_t* partial, int qmax, Stream stream);
+
+// As on the CPU, with `splits` blocks for each channel.
+Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
+                           uint8_t* clipped, Layout layout, int splits, int qmax, Stream stream);
+Status dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int splits,
+                  Stream stream);
+
+}  // namespace cuda
 }  // namespace noisyq

@@ -6,7 +6,13 @@ from noisyq_fast.backends import current_backend, use_backend
 from noisyq_fast.convert import quantize_model_
 from noisyq_fast.info import info
 from noisyq_fast.layers import QuantConv2d, QuantLinear
-from noisyq_fast.ops import dequantize, fake_quantize, fake_quantize_ema, quantize
+from noisyq_fast.ops import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_ema,
+    fake_quantize_many,
+    quantize,
+)
 
 __version__ = _version("noisyq_fast")
 
@@ -17,6 +23,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_ema",
+    "fake_quantize_many",
     "info",
     "quantize",
     "quantize_model_",

@@ -48,6 +48,21 @@ def dynamic(x: Tensor, bits: int, axis: int | None) -> tuple[Tensor, int, int | 
     return x, qmax(bits), front_axis(axis, x)
 
 
+def many(
+    tensors: list[Tensor], bits: list[int], axis: int | None
+) -> tuple[list[Tensor], list[int], list[int | None]]:
+    if not tensors:
+        raise ValueError("tensors: got none, takes one or more")
+    if len(bits) != len(tensors):
+        raise ValueError(f"bits: got {len(bits)} for {len(tensors)} tensors, takes one for each")
+    for i, x in enumerate(tensors):
+        _dtype(f"tensors[{i}]", x, FLOAT_DTYPES)
+        if x.device != tensors[0].device:
+            device = tensors[0].device
+            raise ValueError(f"tensors[{i}]: got a tensor on {x.device}, takes one on {device}")
+    return tensors, [qmax(b) for b in bits], [front_axis(axis, x) for x in tensors]
+
+
 def given_range(
     x: Tensor, running_absmax: Tensor, bits: int, axis: int | None
 ) -> tuple[Tensor, Tensor, int, int | None]:

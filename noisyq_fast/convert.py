@@ -9,6 +9,7 @@ from noisyq_fast.layers import (
     DEFAULT_AVERAGING_CONSTANT,
     DEFAULT_BITS,
     QuantConv2d,
+    QuantizeWeightsTogether,
     QuantLinear,
     check_quantizer,
 )
@@ -94,6 +95,8 @@ def quantize_model_(
         # The same object with another class: everything that refers to the layer stays valid.
         layer.__class__ = QUANTIZED[type(layer)]
         layer.set_quantizer_(**quantizer)
+    if quantizers:
+        QuantizeWeightsTogether(model, [layers[name] for name in quantizers])
     return model
 
 

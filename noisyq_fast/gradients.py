@@ -25,6 +25,18 @@ class StraightThrough(torch.autograd.Function):
         return None, grad, *[None] * ctx.others
 
 
+class StraightThroughEach:
+    """`StraightThrough` for each tensor of a list: none has to wait for another's gradient."""
+
+    @staticmethod
+    def apply(below_autograd: Callable, tensors: list[Tensor], *_: object) -> list[Tensor]:
+        with torch.no_grad():
+            outputs = below_autograd()
+        return [
+            StraightThrough.apply(lambda y=y: y, x) for x, y in zip(tensors, outputs, strict=True)
+        ]
+
+
 class ClippedStraightThrough(torch.autograd.Function):
     """dy/dx = 0 where the code was clamped, otherwise 1."""
 

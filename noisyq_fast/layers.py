@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks
-from noisyq_fast.ops import fake_quantize, fake_quantize_ema
+from noisyq_fast.ops import fake_quantize, fake_quantize_ema, fake_quantize_many
 
 DEFAULT_BITS = 4
 DEFAULT_AVERAGING_CONSTANT = 0.01
@@ -32,6 +32,7 @@ class _QuantLayer(nn.Module):
 
     weight: Tensor
     running_absmax: Tensor
+    ready_weight: Tensor | None = None
 
     def set_quantizer_(
         self,
@@ -57,6 +58,9 @@ class _QuantLayer(nn.Module):
         )
 
     def quantized_weight(self) -> Tensor:
+        """The weight, from `QuantizeWeightsTogether` where that is at work."""
+        if self.ready_weight is not None:
+            return self.ready_weight
         return fake_quantize(self.weight, self.weight_bits, axis=0)
 
     def extra_repr(self) -> str:
@@ -129,3 +133,26 @@ class QuantLinear(_QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantizeWeightsTogether:
+    """Hooks of a model that quantize the weights of all its layers in one call, and so, on a GPU,
+    in one launch, before each forward. A layer that is called by itself quantizes its own."""
+
+    def __init__(self, model: nn.Module, layers: list[_QuantLayer]) -> None:
+        self.layers = layers
+        model.register_forward_pre_hook(self.before)
+        model.register_forward_hook(self.after, always_call=True)
+
+    def before(self, *_: object) -> None:
+        weights = fake_quantize_many(
+            [layer.weight for layer in self.layers],
+            [layer.weight_bits for layer in self.layers],
+            axis=0,
+        )
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.ready_weight = weight
+
+    def after(self, *_: object) -> None:
+        for layer in self.layers:
+            layer.ready_weight = None

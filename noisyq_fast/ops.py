@@ -17,7 +17,7 @@ The operators are ``torch.ops.noisyq.*``, so that ``torch.compile`` keeps one gr
 dispatcher would make with an error that does not name the argument.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def _declare(
     *,
     check: Callable,
     shape: Callable,
-    gradient: type[torch.autograd.Function] | None,
+    gradient: type | None,
     check_values: Callable | None = None,
 ) -> torch._ops.OpOverload:
     """Declares an operator, for which every backend has a function of the same name.
@@ -53,7 +53,8 @@ def _declare(
         arguments = check(*arguments)
         if check_values is not None:
             check_values(*arguments)
-        return getattr(select(arguments[0].device.type), name)(*arguments)
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        return getattr(select(first.device.type), name)(*arguments)
 
     def fake(*arguments: Any) -> Any:
         return shape(*check(*arguments))
@@ -84,6 +85,12 @@ _fake_quantize = _declare(
     check=checks.dynamic,
     shape=_like,
     gradient=gradients.StraightThrough,
+)
+_fake_quantize_many = _declare(
+    "fake_quantize_many(Tensor[] tensors, int[] bits, int? axis) -> Tensor[]",
+    check=checks.many,
+    shape=lambda tensors, *_: [torch.empty_like(x) for x in tensors],
+    gradient=gradients.StraightThroughEach,
 )
 _fake_quantize_ema = _declare(
     "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
@@ -153,6 +160,39 @@ def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
     checks.integers(bits=bits)
     checks.axis_type(axis)
     return _fake_quantize(x, bits, axis)
+
+
+def fake_quantize_many(
+    tensors: Sequence[Tensor], bits: int | Sequence[int], axis: int | None = None
+) -> list[Tensor]:
+    """`fake_quantize` of many tensors (all weights of a model) in one call.
+
+    Args:
+        tensors: one or more tensors as for `fake_quantize`, on one device.
+        bits: width of the codes, 2..8, of all tensors or of each.
+        axis: the per-channel axis of each tensor; ``None``: one scale for each tensor.
+
+    Returns:
+        A list of tensors like ``tensors``. Gradients are those of `fake_quantize`.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: a value out of range, no tensor, tensors on several devices, or as many
+            ``bits`` as do not fit.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> weights = [torch.tensor([[0.1, -0.7, 0.26]]), torch.tensor([[10.0], [5.2]])]
+        >>> noisyq_fast.fake_quantize_many(weights, bits=[4, 8], axis=0)
+        [tensor([[ 0.1000, -0.7000,  0.3000]]), tensor([[10.0000],
+                [ 5.2000]])]
+    """
+    tensors = list(tensors)
+    bits = [bits] * len(tensors) if isinstance(bits, int) else list(bits)
+    checks.tensors(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
+    checks.integers(**{f"bits[{i}]": b for i, b in enumerate(bits)})
+    checks.axis_type(axis)
+    return _fake_quantize_many(tensors, bits, axis)
 
 
 def fake_quantize_ema(

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 import noisyq_fast
-from noisyq_fast import dequantize, fake_quantize, fake_quantize_ema, quantize
+from noisyq_fast import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_ema,
+    fake_quantize_many,
+    quantize,
+)
 
 X = torch.randn(4, 5)
 ONE = torch.tensor(1.0)
@@ -22,6 +28,16 @@ CASES = [
     (lambda: fake_quantize(X, 4, "0"), TypeError, "axis: got '0'"),
     (lambda: fake_quantize(X, 4, 2), ValueError, r"axis: got 2 .* \[4, 5\], takes -2..1 or None"),
     (lambda: quantize(ONE, 4, 0), ValueError, r"axis: got 0 .* \[\], takes None"),
+    (lambda: fake_quantize_many([], 4), ValueError, "tensors: got none"),
+    (lambda: fake_quantize_many([X, 1], 4), TypeError, r"tensors\[1\]: got int"),
+    (lambda: fake_quantize_many([X, X.int()], 4), TypeError, r"tensors\[1\]: got torch.int32"),
+    (lambda: fake_quantize_many([X], [4, 4]), ValueError, "bits: got 2 for 1 tensors"),
+    (lambda: fake_quantize_many([X], [4.0]), TypeError, r"bits\[0\]: got 4.0"),
+    (
+        lambda: fake_quantize_many([X, X.to("meta")], 4),
+        ValueError,
+        r"tensors\[1\]: got a tensor on meta, takes one on cpu",
+    ),
     (lambda: fake_quantize_ema(X, 1.0, 4), TypeError, "running_absmax: got float"),
     (lambda: fake_quantize_ema(X, ONE.half(), 4), TypeError, "running_absmax: got torch.float16"),
     (

@@ -11,6 +11,7 @@ import noisyq_fast
 X = torch.randn(3, 4)
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
+    "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
     "fake_quantize_ema": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1, 0.01),
     "fake_quantize_range": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1),
     "fake_quantize_clipped": lambda: (X.clone().requires_grad_(), torch.tensor(1.0), 4, None),

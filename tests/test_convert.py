@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from noisyq_fast import QuantConv2d, QuantLinear, fake_quantize, quantize_model_
+from noisyq_fast import QuantConv2d, QuantLinear, fake_quantize, layers, quantize_model_
 
 
 def make_model():
@@ -88,6 +88,41 @@ def test_a_layer_computes_with_quantized_weights_and_inputs():
         fake_quantize(x, 5), fake_quantize(layer.weight, 3, axis=0), layer.bias
     )
     assert torch.equal(layer(x), expected)
+
+
+def test_weights_are_quantized_in_one_call_and_released(monkeypatch):
+    calls = []
+    many = layers.fake_quantize_many
+    monkeypatch.setattr(
+        layers, "fake_quantize_many", lambda *a, **k: calls.append(len(a[0])) or many(*a, **k)
+    )
+    monkeypatch.setattr(layers, "fake_quantize", None)
+    model = quantize_model_(make_model())
+    model(torch.randn(2, 3, 8, 8))
+    assert calls == [4]
+    assert all(m.ready_weight is None for m in model.modules() if hasattr(m, "ready_weight"))
+
+
+def test_a_layer_by_itself_quantizes_its_own_weight():
+    model = quantize_model_(make_model())
+    x = torch.randn(2, 3, 8, 8)
+    alone = model[0](x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[0].bias.zero_()
+    assert not torch.equal(model[0](x), alone)
+
+
+def test_an_error_in_forward_leaves_no_weight_behind():
+    model = quantize_model_(make_model())
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 8, 8))
+    assert model[0].ready_weight is None
+
+
+def test_a_model_whose_layers_all_stay_float_still_runs():
+    model = quantize_model_(nn.Sequential(nn.Linear(3, 3)), overrides={"0": None})
+    assert model(torch.randn(2, 3)).shape == (2, 3)
 
 
 def test_state_dict_round_trip_and_evaluation():

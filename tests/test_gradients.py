@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from noisyq_fast import dequantize, fake_quantize, fake_quantize_ema, quantize
+from noisyq_fast import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_ema,
+    fake_quantize_many,
+    quantize,
+)
 from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
 
 
@@ -18,6 +24,16 @@ def test_identity_passes_the_very_gradient_and_saves_nothing(backend):
         grad = torch.randn(4, 5)
         (received,) = torch.autograd.grad(output, x, grad)
         assert received.data_ptr() == grad.data_ptr()
+
+
+def test_gradients_of_many_tensors_do_not_wait_for_each_other(backend):
+    tensors = [torch.randn(3, requires_grad=True), torch.randn(2, 2, requires_grad=True)]
+    first, second = fake_quantize_many(tensors, 4)
+    first.sum().backward()
+    assert torch.equal(tensors[0].grad, torch.ones(3))
+    assert tensors[1].grad is None
+    second.sum().backward()
+    assert torch.equal(tensors[1].grad, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -133,6 +133,17 @@ def test_a_group_that_is_not_finite_is_nan_and_others_are_not(backend, dtype, ba
     assert noisyq_fast.fake_quantize(x, 4).isnan().all()
 
 
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_many_tensors_are_like_each(backend, axis):
+    tensors = [torch.randn(5, 3, dtype=dtype) for dtype in DTYPES]
+    tensors += [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(6)[::2]]
+    bits = [2, 3, 4, 5, 8]
+    together = noisyq_fast.fake_quantize_many(tensors, bits, axis)
+    for y, x, b in zip(together, tensors, bits, strict=True):
+        assert_same(y, noisyq_fast.fake_quantize(x, b, axis))
+        assert_like(y, x)
+
+
 def test_midpoints_round_half_to_even(backend):
     x = torch.tensor([7.0, 0.5, 1.5, 2.5, -0.5, -1.5, 6.5])
     codes, scale = noisyq_fast.quantize(x, 4)

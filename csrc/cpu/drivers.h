@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../operators.h"
 #include "loops.h"
 #include "parallel.h"
 

@@ -1,23 +1,6 @@
 #include "drivers.h"
 
 namespace noisyq::cpu {
-namespace {
-
-template <class T>
-struct FakeQuantize {
-  static NOISYQ_INLINE T apply(T x, float scale, float qmax) {
-    return from_float<T>(noisyq::fake_quantize(to_float(x), scale, qmax));
-  }
-};
-
-template <class T>
-struct Clipped {
-  static NOISYQ_INLINE uint8_t apply(T x, float scale, float qmax) {
-    return is_clipped(rounded_of(to_float(x), scale), qmax);
-  }
-};
-
-}  // namespace
 
 void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
                    float* running_absmax, float averaging_constant, int threads) {

@@ -1,20 +1,6 @@
 #include "drivers.h"
 
 namespace noisyq::cpu {
-namespace {
-
-template <class T>
-struct Code {
-  static NOISYQ_INLINE int8_t apply(T x, float scale, float qmax) {
-    return code_of(to_float(x), scale, qmax);
-  }
-};
-
-struct Value {
-  static NOISYQ_INLINE float apply(int8_t code, float scale, float) { return code * scale; }
-};
-
-}  // namespace
 
 void quantize(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout, int qmax,
               int threads) {

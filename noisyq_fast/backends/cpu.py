@@ -5,18 +5,11 @@ import os
 import torch
 from torch import Tensor
 
+from noisyq_fast.backends import native
 from noisyq_fast.backends.layout import channel_layout
-
-try:
-    from noisyq_fast import _core
-except ImportError as error:
-    _core = None
-    _import_error = error
+from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
 
 DEVICE_TYPES = ("cpu",)
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NULL = 0
 
 _forked = False
 
@@ -35,20 +28,24 @@ def _threads() -> int:
 
 
 def unavailable() -> str | None:
-    if _core is None:
-        return f"the native library was not compiled or does not load ({_import_error})"
-    return None
+    return native.missing
 
 
 def compiler() -> str | None:
     """What compiled the native library, and whether it runs on several threads."""
-    if _core is None:
+    if core is None:
         return None
-    return f"{_core.compiler}, {'OpenMP' if _core.openmp else 'without OpenMP: one thread'}"
+    return f"{core.compiler}, {'OpenMP' if core.openmp else 'without OpenMP: one thread'}"
 
 
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize(x, _NULL, qmax, axis, 0.0)
+    return _fake_quantize(x, NULL, qmax, axis, 0.0)
+
+
+def fake_quantize_many(
+    tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
+) -> list[Tensor]:
+    return [fake_quantize(*arguments) for arguments in zip(tensors, qmaxes, axes, strict=True)]
 
 
 def fake_quantize_ema(
@@ -64,7 +61,7 @@ def fake_quantize_ema(
 
 
 def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize_range(x, absmax, _NULL, qmax, axis)
+    return _fake_quantize_range(x, absmax, NULL, qmax, axis)
 
 
 def fake_quantize_clipped(
@@ -75,13 +72,11 @@ def fake_quantize_clipped(
 
 
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    codes = torch.empty_like(x, dtype=torch.int8)
-    if codes.stride() != x.stride():
-        x = x.clone()
+    x, codes = native.dense(x, torch.int8)
     outer, channels, inner = channel_layout(codes, axis)
     scale = torch.empty([] if axis is None else [channels])
-    _core.quantize(
-        _DTYPE_CODES[x.dtype],
+    core.quantize(
+        DTYPE_CODES[x.dtype],
         x.data_ptr(),
         codes.data_ptr(),
         scale.data_ptr(),
@@ -95,11 +90,9 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    y = torch.empty_like(codes, dtype=torch.float32)
-    if y.stride() != codes.stride():
-        codes = codes.clone()
+    codes, y = native.dense(codes, torch.float32)
     scale = scale.contiguous()
-    _core.dequantize(
+    core.dequantize(
         codes.data_ptr(), scale.data_ptr(), y.data_ptr(), *channel_layout(y, axis), _threads()
     )
     return y
@@ -108,9 +101,9 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 def _fake_quantize(
     x: Tensor, running: int, qmax: int, axis: int | None, averaging_constant: float
 ) -> Tensor:
-    x, y = _dense(x)
-    _core.fake_quantize(
-        _DTYPE_CODES[x.dtype],
+    x, y = native.dense(x)
+    core.fake_quantize(
+        DTYPE_CODES[x.dtype],
         x.data_ptr(),
         y.data_ptr(),
         *channel_layout(y, axis),
@@ -125,10 +118,10 @@ def _fake_quantize(
 def _fake_quantize_range(
     x: Tensor, absmax: Tensor, clipped: int, qmax: int, axis: int | None
 ) -> Tensor:
-    x, y = _dense(x)
+    x, y = native.dense(x)
     absmax = absmax.contiguous()
-    _core.fake_quantize_range(
-        _DTYPE_CODES[x.dtype],
+    core.fake_quantize_range(
+        DTYPE_CODES[x.dtype],
         x.data_ptr(),
         absmax.data_ptr(),
         y.data_ptr(),
@@ -138,13 +131,3 @@ def _fake_quantize_range(
         _threads(),
     )
     return y
-
-
-def _dense(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` and an output with its strides.
-
-    empty_like() keeps the strides of a tensor exactly when it is dense. One that is not (a slice,
-    an expanded tensor) is copied into the output, which is then quantized in place.
-    """
-    y = torch.empty_like(x)
-    return (x, y) if y.stride() == x.stride() else (y.copy_(x), y)

@@ -19,6 +19,12 @@ def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
     return _fake_quantize(x, _absmax(x, axis), qmax, axis)
 
 
+def fake_quantize_many(
+    tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
+) -> list[Tensor]:
+    return [fake_quantize(*arguments) for arguments in zip(tensors, qmaxes, axes, strict=True)]
+
+
 def fake_quantize_ema(
     x: Tensor, running_absmax: Tensor, qmax: int, axis: int | None, averaging_constant: float
 ) -> Tensor:

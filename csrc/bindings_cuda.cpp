@@ -1,0 +1,116 @@
+// The CUDA kernels for Python. A launch that fails raises an error that names the kernel, the size
+// and the device.
+#include <cuda_runtime_api.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace noisyq {
+namespace {
+
+void check(cuda::Status status, const char* kernel, int64_t elements) {
+  if (status == cudaSuccess) return;
+  int device = -1;
+  cudaGetDevice(&device);
+  throw std::runtime_error(std::string("noisyq_fast: ") + kernel + " of " +
+                           std::to_string(elements) + " elements could not be launched on cuda:" +
+                           std::to_string(device) + ": " +
+                           cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+int64_t elements_of(const Layout& layout) {
+  return layout.outer * layout.channels * layout.inner;
+}
+
+// (x, y, scale, channels, inner, qmax)
+using Row = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int>;
+
+template <class Kernel>
+void over_channels(const char* name, Kernel kernel, int dtype, const std::vector<Row>& rows,
+                   uintptr_t stream) {
+  std::vector<cuda::ChannelTensor> tensors;
+  int64_t elements = 0;
+  for (const auto& [x, y, scale, channels, inner, qmax] : rows) {
+    tensors.push_back({pointer<const void>(x), pointer<void>(y), pointer<float>(scale), channels,
+                       inner, qmax});
+    elements += channels * inner;
+  }
+  check(kernel(DType{dtype}, tensors.data(), static_cast<int>(tensors.size()),
+               pointer<void>(stream)),
+        name, elements);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& core) {
+  py::module_ m = core.def_submodule("cuda", "Kernels for CUDA devices.");
+
+  m.def("device_count", [] {
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+    return count;
+  });
+
+  m.def("fake_quantize_channels",
+        [](int dtype, const std::vector<Row>& rows, uintptr_t stream) {
+          over_channels("fake_quantize_channels", cuda::fake_quantize_channels, dtype, rows,
+                        stream);
+        });
+
+  m.def("quantize_channels", [](int dtype, const std::vector<Row>& rows, uintptr_t stream) {
+    over_channels("quantize_channels", cuda::quantize_channels, dtype, rows, stream);
+  });
+
+  m.def("fake_quantize_spread",
+        [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
+           int splits, uintptr_t partial, int qmax, uintptr_t running_absmax,
+           float averaging_constant, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_spread(DType{dtype}, pointer<const void>(x), pointer<void>(y),
+                                           layout, splits, pointer<uint32_t>(partial), qmax,
+                                           pointer<float>(running_absmax), averaging_constant,
+                                           pointer<void>(stream)),
+                "fake_quantize_spread", elements_of(layout));
+        });
+
+  m.def("quantize_spread",
+        [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, int64_t outer,
+           int64_t channels, int64_t inner, int splits, uintptr_t partial, int qmax,
+           uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::quantize_spread(DType{dtype}, pointer<const void>(x),
+                                      pointer<int8_t>(codes), pointer<float>(scale), layout,
+                                      splits, pointer<uint32_t>(partial), qmax,
+                                      pointer<void>(stream)),
+                "quantize_spread", elements_of(layout));
+        });
+
+  m.def("fake_quantize_range",
+        [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
+           int64_t channels, int64_t inner, int splits, int qmax, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_range(DType{dtype}, pointer<const void>(x),
+                                          pointer<const float>(absmax), pointer<void>(y),
+                                          pointer<uint8_t>(clipped), layout, splits, qmax,
+                                          pointer<void>(stream)),
+                "fake_quantize_range", elements_of(layout));
+        });
+
+  m.def("dequantize", [](uintptr_t codes, uintptr_t scale, uintptr_t y, int64_t outer,
+                         int64_t channels, int64_t inner, int splits, uintptr_t stream) {
+    const Layout layout{outer, channels, inner};
+    check(cuda::dequantize(pointer<const int8_t>(codes), pointer<const float>(scale),
+                           pointer<float>(y), layout, splits, pointer<void>(stream)),
+          "dequantize", elements_of(layout));
+  });
+}
+
+}  // namespace noisyq

@@ -1,0 +1,79 @@
+// What the CUDA kernels share: 16-byte accesses, the maximum over a block, errors of a launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../kernels.h"
+#include "../operators.h"
+
+namespace noisyq::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kBytesPerLoad = 16;
+
+template <class T>
+constexpr int kPerLoad = kBytesPerLoad / static_cast<int>(sizeof(T));
+
+// N values that are loaded or stored at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T values[N];
+};
+
+template <class T, int N>
+__device__ __forceinline__ uint32_t absmax_of_pack(const Pack<T, N>& pack, uint32_t absmax) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) absmax = max(absmax, static_cast<uint32_t>(magnitude(pack.values[i])));
+  return absmax;
+}
+
+template <class Op, class Out, class T, int N>
+__device__ __forceinline__ Pack<Out, N> map_pack(const Pack<T, N>& pack, float scale, float qmax) {
+  Pack<Out, N> mapped;
+#pragma unroll
+  for (int i = 0; i < N; ++i) mapped.values[i] = Op::apply(pack.values[i], scale, qmax);
+  return mapped;
+}
+
+// The maximum over all threads of a block, in every thread.
+__device__ __forceinline__ uint32_t block_max(uint32_t value) {
+  __shared__ uint32_t of_warp[kWarp];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  if (blockDim.x <= kWarp) return value;
+  __syncthreads();  // `of_warp` may still be read from a call before
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  const int warps = blockDim.x / kWarp;
+  value = threadIdx.x % kWarp < warps ? of_warp[threadIdx.x % kWarp] : 0u;
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ float absmax_from(uint32_t largest) {
+  return absmax_of(T{}, static_cast<Magnitude<T>>(largest));
+}
+
+inline bool aligned(const void* address, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
+
+// Calls `body(T{})` with the storage type that `dtype` names.
+template <class Body>
+Status with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::float32:
+      return body(float{});
+    case DType::bfloat16:
+      return body(BFloat16{});
+    case DType::float16:
+      return body(Float16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace noisyq::cuda

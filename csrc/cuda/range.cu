@@ -1,0 +1,68 @@
+// Maps with a scale that is known before the launch.
+#include "walk.cuh"
+
+namespace noisyq::cuda {
+namespace {
+
+// The scale of a range, or the scale itself.
+struct FromAbsmax {
+  static __device__ float scale(float absmax, float qmax) { return scale_of(absmax, qmax); }
+};
+struct FromScale {
+  static __device__ float scale(float scale, float) { return scale; }
+};
+
+template <class Op, class From, class T, class Out, int N>
+__global__ void __launch_bounds__(kThreads)
+    known_kernel(const T* x, Out* y, Layout layout, int splits, const float* known, float qmax) {
+  const Share<N> share(layout, splits);
+  const float scale = From::scale(known[share.channel], qmax);
+  const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
+  auto* out = reinterpret_cast<Pack<Out, N>*>(y);
+#pragma unroll 4
+  for (int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) {
+    const int64_t at = share.at(i);
+    out[at] = map_pack<Op, Out>(packs[at], scale, qmax);
+  }
+}
+
+template <class Op, class From, class T, class Out>
+Status map_known(const T* x, Out* y, Layout layout, int splits, const float* known, int qmax,
+                 Stream stream) {
+  layout = as_run(layout);
+  const auto blocks = static_cast<unsigned>(layout.channels * splits);
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (fits_packs<T, Out>(layout, x, y)) {
+    known_kernel<Op, From, T, Out, kPerLoad<T>>
+        <<<blocks, kThreads, 0, on>>>(x, y, layout, splits, known, qmax);
+  } else {
+    known_kernel<Op, From, T, Out, 1>
+        <<<blocks, kThreads, 0, on>>>(x, y, layout, splits, known, qmax);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
+                           uint8_t* clipped, Layout layout, int splits, int qmax, Stream stream) {
+  return with_type(dtype, [&](auto type) -> Status {
+    using T = decltype(type);
+    const T* in = static_cast<const T*>(x);
+    if (clipped != nullptr) {
+      if (const Status status = map_known<Clipped<T>, FromAbsmax>(in, clipped, layout, splits,
+                                                                  absmax, qmax, stream)) {
+        return status;
+      }
+    }
+    return map_known<FakeQuantize<T>, FromAbsmax>(in, static_cast<T*>(y), layout, splits, absmax,
+                                                  qmax, stream);
+  });
+}
+
+Status dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int splits,
+                  Stream stream) {
+  return map_known<Value, FromScale>(codes, y, layout, splits, scale, 0, stream);
+}
+
+}  // namespace noisyq::cuda

@@ -1,0 +1,97 @@
+// Channels that are spread over the memory, or a single one (activations): a launch that reduces,
+// and one that maps. The partial maxima need no initial value and no atomics, so concurrent streams
+// and replayed graphs cannot disturb each other.
+#include "walk.cuh"
+
+namespace noisyq::cuda {
+namespace {
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads)
+    absmax_kernel(const T* x, Layout layout, int splits, uint32_t* partial) {
+  const Share<N> share(layout, splits);
+  const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
+  uint32_t largest = 0;
+#pragma unroll 4
+  for (int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) {
+    largest = absmax_of_pack(packs[share.at(i)], largest);
+  }
+  largest = block_max(largest);
+  if (threadIdx.x == 0) partial[blockIdx.x] = largest;
+}
+
+template <class Op, class T, class Out, int N>
+__global__ void __launch_bounds__(kThreads)
+    map_kernel(const T* x, Out* y, Layout layout, int splits, const uint32_t* partial, float qmax,
+               float* running_absmax, float averaging_constant, float* scale_out) {
+  const Share<N> share(layout, splits);
+  uint32_t largest = 0;
+  for (int i = threadIdx.x; i < splits; i += kThreads) {
+    largest = max(largest, partial[share.channel * splits + i]);
+  }
+  const float absmax = absmax_from<T>(block_max(largest));
+  const float scale = scale_of(absmax, qmax);
+  if (share.split == 0 && threadIdx.x == 0) {
+    if (scale_out != nullptr) scale_out[share.channel] = scale;
+    if (running_absmax != nullptr) {
+      float& running = running_absmax[share.channel];
+      running = averaged(running, absmax, averaging_constant);
+    }
+  }
+  const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
+  auto* out = reinterpret_cast<Pack<Out, N>*>(y);
+  // Backwards: what was reduced last is still in the cache.
+#pragma unroll 4
+  for (int64_t i = share.end - 1 - threadIdx.x; i >= share.begin; i -= kThreads) {
+    const int64_t at = share.at(i);
+    out[at] = map_pack<Op, Out>(packs[at], scale, qmax);
+  }
+}
+
+template <class Op, class T, class Out, int N>
+Status launch(const T* x, Out* y, Layout layout, int splits, uint32_t* partial, int qmax,
+              float* running_absmax, float averaging_constant, float* scale, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(layout.channels * splits);
+  absmax_kernel<T, N><<<blocks, kThreads, 0, stream>>>(x, layout, splits, partial);
+  if (const Status status = cudaGetLastError()) return status;
+  map_kernel<Op, T, Out, N><<<blocks, kThreads, 0, stream>>>(
+      x, y, layout, splits, partial, qmax, running_absmax, averaging_constant, scale);
+  return cudaGetLastError();
+}
+
+template <class Op, class T, class Out>
+Status quantize_spread_as(const void* x, void* y, Layout layout, int splits, uint32_t* partial,
+                          int qmax, float* running_absmax, float averaging_constant, float* scale,
+                          Stream stream) {
+  layout = as_run(layout);
+  const auto call = [&](auto launch) {
+    return launch(static_cast<const T*>(x), static_cast<Out*>(y), layout, splits, partial, qmax,
+                  running_absmax, averaging_constant, scale, static_cast<cudaStream_t>(stream));
+  };
+  return fits_packs<T, Out>(layout, x, y) ? call(launch<Op, T, Out, kPerLoad<T>>)
+                                          : call(launch<Op, T, Out, 1>);
+}
+
+}  // namespace
+
+Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, int splits,
+                            uint32_t* partial, int qmax, float* running_absmax,
+                            float averaging_constant, Stream stream) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return quantize_spread_as<FakeQuantize<T>, T, T>(x, y, layout, splits, partial, qmax,
+                                                     running_absmax, averaging_constant, nullptr,
+                                                     stream);
+  });
+}
+
+Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout,
+                       int splits, uint32_t* partial, int qmax, Stream stream) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return quantize_spread_as<Code<T>, T, int8_t>(x, codes, layout, splits, partial, qmax, nullptr,
+                                                  0.0f, scale, stream);
+  });
+}
+
+}  // namespace noisyq::cuda
