@@ -56,25 +56,22 @@ def compare(
     rounds: int,
     bytes_moved: int | None = None,
 ) -> None:
-    """Benchmarks ``candidates[OURS]`` with the others in between its rounds, in random order.
+    """Times all candidates in turns, in a random order each round, for the table at the end.
 
-    pytest-benchmark reports ours; the tables at the end report all of them.
+    pytest-benchmark measures ours between the rounds, for its own report.
     """
-    ours = candidates[OURS]
-    peers = {name: call for name, call in candidates.items() if name != OURS}
-    result = Comparison(title, bytes_moved, {name: [] for name in peers})
+    result = Comparison(title, bytes_moved, {name: [] for name in candidates})
     for call in candidates.values():
         for _ in range(3):  # compiles, fills caches, keeps freed memory
             call()
 
-    def time_peers() -> None:
-        for name in random.sample(sorted(peers), len(peers)):
+    def time_all() -> None:
+        for name in random.sample(sorted(candidates), len(candidates)):
             start = time.perf_counter()
-            peers[name]()
+            candidates[name]()
             result.seconds[name].append(time.perf_counter() - start)
 
-    benchmark.pedantic(ours, setup=time_peers, rounds=rounds)
-    result.seconds[OURS] = list(benchmark.stats.stats.data)
+    benchmark.pedantic(candidates[OURS], setup=time_all, rounds=rounds)
     for name, call in candidates.items():
         before = page_faults()
         for _ in range(5):

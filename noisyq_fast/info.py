@@ -1,6 +1,7 @@
 """What is usable on this machine, and why something is not. Also ``python -m noisyq_fast``."""
 
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -8,7 +9,7 @@ import torch
 
 from noisyq_fast import backends
 
-PACKAGES = ("noisyq_fast", "torch", "numpy")
+PACKAGES = ("noisyq_fast", "torch", "triton", "numpy")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def info() -> Info:
         True
     """
     versions = {"python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in PACKAGES}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
     if (compiler := backends.cpu.compiler()) is not None:
         versions["native kernels"] = compiler
     return Info(

@@ -27,6 +27,7 @@ from noisyq_fast import checks, gradients
 from noisyq_fast.backends import select
 
 _library = torch.library.Library("noisyq", "DEF")
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 
 
 def _declare(
@@ -60,11 +61,13 @@ def _declare(
         return shape(*check(*arguments))
 
     def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        def below_autograd() -> Any:
-            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
+        keys &= _AFTER_AUTOGRAD
         if not torch.is_grad_enabled():
-            return below_autograd()
+            return operator.redispatch(keys, *arguments)
+
+        def below_autograd() -> Any:
+            return operator.redispatch(keys, *arguments)
+
         if gradient is not None:
             return gradient.apply(below_autograd, *arguments)
         with torch.no_grad():

@@ -43,7 +43,7 @@ def test_the_backend_that_is_chosen_computes(monkeypatch):
 
 def test_unknown_names_are_refused_and_change_nothing():
     before = backends.requested()
-    with pytest.raises(ValueError, match="use_backend: got 'fast', takes one of auto, cpu, ref"):
+    with pytest.raises(ValueError, match="use_backend: got 'fast', takes one of auto, cpu, cuda"):
         noisyq_fast.use_backend("fast")
     assert backends.requested() == before
 

@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +30,10 @@ def test_docstring_examples(name):
 @pytest.mark.parametrize("name", [n for n in noisyq_fast.__all__ if n[0].islower()])
 def test_public_functions_have_examples(name):
     assert ">>>" in getattr(noisyq_fast, name).__doc__
+
+
+def test_readme_examples():
+    readme = Path(__file__).parents[1] / "README.md"
+    examples = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert len(examples) >= 2
+    exec("\n".join(examples), {})

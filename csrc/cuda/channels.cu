@@ -30,8 +30,8 @@ __device__ void quantize_channel(const T* x, Out* y, float* scale_out, int64_t i
   const int64_t count = inner / N;
   uint32_t largest = 0;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    const Pack<T, N> pack = packs[i];
-    if (keep) kept[i] = pack;
+    const Pack<T, N> pack = load(packs + i);
+    if (keep) store(kept + i, pack);
     largest = absmax_of_pack(pack, largest);
   }
   const float scale = scale_of(absmax_from<T>(block_max(largest)), qmax);
@@ -39,13 +39,13 @@ __device__ void quantize_channel(const T* x, Out* y, float* scale_out, int64_t i
   auto* out = reinterpret_cast<Pack<Out, N>*>(y);
   // Each thread maps the very packs that it kept: no barrier is needed.
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    out[i] = map_pack<Op, Out>(keep ? kept[i] : packs[i], scale, qmax);
+    store(out + i, map_pack<Op, Out>(load(keep ? kept + i : packs + i), scale, qmax));
   }
 }
 
 template <class Op, class T, class Out>
 __global__ void __launch_bounds__(kMaxThreads) channels_kernel(const __grid_constant__ Table table) {
-  extern __shared__ __align__(kBytesPerLoad) unsigned char shared[];
+  extern __shared__ __align__(kWidestAccess) unsigned char shared[];
   int low = 0, high = table.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads) channels_kernel(const __grid_cons
   const float qmax = table.qmax[low];
   const bool keep = inner * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
 
-  constexpr int N = kPerLoad<T>;
+  constexpr int N = kPerAccess<T, Out>;
   const bool wide = inner % N == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(Pack<T, N>) == 0 &&
                     reinterpret_cast<uintptr_t>(y) % sizeof(Pack<Out, N>) == 0;
   if (wide) {
@@ -96,8 +96,8 @@ Status launch(const ChannelTensor* tensors, int count, Stream stream) {
     }
     if (blocks == 0) continue;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    const int64_t loads = (longest + kPerLoad<T> - 1) / kPerLoad<T>;
-    const int64_t warps = min((loads + kWarp - 1) / kWarp, int64_t{kMaxThreads / kWarp});
+    const int64_t per_warp = kWarp * kPerAccess<T, Out>;
+    const int64_t warps = min((longest + per_warp - 1) / per_warp, int64_t{kMaxThreads / kWarp});
     channels_kernel<Op, T, Out>
         <<<static_cast<unsigned>(blocks), static_cast<unsigned>(max(warps, int64_t{1}) * kWarp),
            static_cast<size_t>(kept), static_cast<cudaStream_t>(stream)>>>(table);

@@ -9,16 +9,54 @@
 namespace noisyq::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kBytesPerLoad = 16;
+constexpr int kWidestAccess = 16;
 
-template <class T>
-constexpr int kPerLoad = kBytesPerLoad / static_cast<int>(sizeof(T));
+// How many elements one access holds, for the wider of the types read and written.
+template <class T, class Out>
+constexpr int kPerAccess =
+    kWidestAccess / static_cast<int>(sizeof(T) > sizeof(Out) ? sizeof(T) : sizeof(Out));
 
 // N values that are loaded or stored at once.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
   T values[N];
 };
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using Type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct WordOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct WordOf<1> {
+  using Type = uint8_t;
+};
+
+// The compiler copies a struct member by member; as a word it is one access.
+template <class P>
+__device__ __forceinline__ P load(const P* pack) {
+  using Word = typename WordOf<sizeof(P)>::Type;
+  return bit_cast<P>(*reinterpret_cast<const Word*>(pack));
+}
+
+template <class P>
+__device__ __forceinline__ void store(P* pack, const P& values) {
+  using Word = typename WordOf<sizeof(P)>::Type;
+  *reinterpret_cast<Word*>(pack) = bit_cast<Word>(values);
+}
 
 template <class T, int N>
 __device__ __forceinline__ uint32_t absmax_of_pack(const Pack<T, N>& pack, uint32_t absmax) {

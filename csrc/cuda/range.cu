@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) {
     const int64_t at = share.at(i);
-    out[at] = map_pack<Op, Out>(packs[at], scale, qmax);
+    store(out + at, map_pack<Op, Out>(load(packs + at), scale, qmax));
   }
 }
 
@@ -30,10 +30,11 @@ template <class Op, class From, class T, class Out>
 Status map_known(const T* x, Out* y, Layout layout, int splits, const float* known, int qmax,
                  Stream stream) {
   layout = as_run(layout);
+  if (const Status status = check_grid(layout, splits)) return status;
   const auto blocks = static_cast<unsigned>(layout.channels * splits);
   const auto on = static_cast<cudaStream_t>(stream);
   if (fits_packs<T, Out>(layout, x, y)) {
-    known_kernel<Op, From, T, Out, kPerLoad<T>>
+    known_kernel<Op, From, T, Out, kPerAccess<T, Out>>
         <<<blocks, kThreads, 0, on>>>(x, y, layout, splits, known, qmax);
   } else {
     known_kernel<Op, From, T, Out, 1>

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t largest = 0;
 #pragma unroll 4
   for (int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) {
-    largest = absmax_of_pack(packs[share.at(i)], largest);
+    largest = absmax_of_pack(load(packs + share.at(i)), largest);
   }
   largest = block_max(largest);
   if (threadIdx.x == 0) partial[blockIdx.x] = largest;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int64_t i = share.end - 1 - threadIdx.x; i >= share.begin; i -= kThreads) {
     const int64_t at = share.at(i);
-    out[at] = map_pack<Op, Out>(packs[at], scale, qmax);
+    store(out + at, map_pack<Op, Out>(load(packs + at), scale, qmax));
   }
 }
 
@@ -64,11 +64,12 @@ Status quantize_spread_as(const void* x, void* y, Layout layout, int splits, uin
                           int qmax, float* running_absmax, float averaging_constant, float* scale,
                           Stream stream) {
   layout = as_run(layout);
+  if (const Status status = check_grid(layout, splits)) return status;
   const auto call = [&](auto launch) {
     return launch(static_cast<const T*>(x), static_cast<Out*>(y), layout, splits, partial, qmax,
                   running_absmax, averaging_constant, scale, static_cast<cudaStream_t>(stream));
   };
-  return fits_packs<T, Out>(layout, x, y) ? call(launch<Op, T, Out, kPerLoad<T>>)
+  return fits_packs<T, Out>(layout, x, y) ? call(launch<Op, T, Out, kPerAccess<T, Out>>)
                                           : call(launch<Op, T, Out, 1>);
 }
 

@@ -13,10 +13,10 @@ To add one, write the module and name it in ``BACKENDS``, before every backend i
 import os
 from types import ModuleType
 
-from noisyq_fast.backends import cpu, reference
+from noisyq_fast.backends import cpu, cuda, reference
 
 # In order of preference.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
 AUTO = "auto"
 
 _requested = os.environ.get("NOISYQ_BACKEND", AUTO)
