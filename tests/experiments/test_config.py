@@ -11,7 +11,7 @@ from experiments.config import RunConfig
         ("method", "magic", "--method: got magic, takes one of baseline, quant"),
         ("dataset", "mnist", "--dataset: got mnist, takes one of digits, cifar10"),
         ("noise_kind", "pink", "--noise-kind: got pink, takes one of symmetric"),
-        ("backend", "tpu", "--backend: got tpu, takes one of auto, reference, cpu"),
+        ("backend", "tpu", "--backend: got tpu, takes one of auto, cpu"),
         ("noise", 1.5, "--noise: got 1.5, takes a share from 0 to 1"),
         ("noise", math.nan, "--noise: got nan"),
         ("weight_bits", 1, "--weight-bits: got 1, takes a whole number from 2 to 8"),
