@@ -93,6 +93,40 @@ void bind_cuda(py::module_& core) {
                 "quantize_spread", elements_of(layout));
         });
 
+  m.def("resident_bytes_per_block", cuda::resident_bytes_per_block);
+
+  m.def("fake_quantize_resident",
+        [](int dtype, uintptr_t x, uintptr_t y, int64_t elements, int blocks, uintptr_t partial,
+           int qmax, uintptr_t running_absmax, float averaging_constant, uintptr_t stream) {
+          check(cuda::fake_quantize_resident(DType{dtype}, pointer<const void>(x),
+                                             pointer<void>(y), elements, blocks,
+                                             pointer<uint32_t>(partial), qmax,
+                                             pointer<float>(running_absmax), averaging_constant,
+                                             pointer<void>(stream)),
+                "fake_quantize_resident", elements);
+        });
+
+  m.def("fake_quantize_delayed",
+        [](int dtype, uintptr_t x, uintptr_t y, uintptr_t clipped, int64_t elements, int blocks,
+           int qmax, uintptr_t running_absmax, float averaging_constant, uintptr_t progress,
+           uintptr_t stream) {
+          check(cuda::fake_quantize_delayed(DType{dtype}, pointer<const void>(x),
+                                            pointer<void>(y), pointer<uint8_t>(clipped), elements,
+                                            blocks, qmax, pointer<float>(running_absmax),
+                                            averaging_constant, pointer<void>(progress),
+                                            pointer<void>(stream)),
+                "fake_quantize_delayed", elements);
+        });
+
+  m.def("zero_clipped",
+        [](int dtype, uintptr_t grad, uintptr_t out, uintptr_t clipped, int64_t elements,
+           int blocks, uintptr_t stream) {
+          check(cuda::zero_clipped(DType{dtype}, pointer<const void>(grad), pointer<void>(out),
+                                   pointer<const uint8_t>(clipped), elements, blocks,
+                                   pointer<void>(stream)),
+                "zero_clipped", elements);
+        });
+
   m.def("fake_quantize_range",
         [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
            int64_t channels, int64_t inner, int splits, int qmax, uintptr_t stream) {

@@ -66,6 +66,25 @@ Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, 
 Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout,
                        int splits, uint32_t* partial, int qmax, Stream stream);
 
+// A single channel that fits on chip, in one cooperative launch of `blocks`, at most one for each
+// multiprocessor. `partial` is scratch for one value per block.
+Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t elements, int blocks,
+                              uint32_t* partial, int qmax, float* running_absmax,
+                              float averaging_constant, Stream stream);
+
+// How many bytes of a tensor a block of that launch can keep; 0 where it cannot be launched.
+int64_t resident_bytes_per_block(int device);
+
+// A single channel with a delayed scale. `clipped`, where it is not null, receives a bit for each
+// element, in the order of memory. `progress` is 8 bytes, 0 before and after.
+Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped,
+                             int64_t elements, int blocks, int qmax, float* running_absmax,
+                             float averaging_constant, void* progress, Stream stream);
+
+// out = grad, but 0 where the bit of the element is set.
+Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
+                    int64_t elements, int blocks, Stream stream);
+
 // As on the CPU, with `splits` blocks for each channel.
 Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
                            uint8_t* clipped, Layout layout, int splits, int qmax, Stream stream);

@@ -22,6 +22,12 @@ def integers(**values: object) -> None:
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int")
 
 
+def boolean(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes a bool")
+
+
 def axis_type(axis: object) -> None:
     if axis is not None:
         integers(axis=axis)
@@ -76,6 +82,33 @@ def ema(
 ) -> tuple[Tensor, Tensor, int, int | None, float]:
     averaging_constant(constant)
     return *given_range(x, running_absmax, bits, axis), constant
+
+
+def delayed(
+    x: Tensor,
+    running_absmax: Tensor,
+    bits: int,
+    axis: int | None,
+    constant: float,
+    save_clipped: bool,
+) -> tuple[Tensor, Tensor, int, int | None, float, bool]:
+    return *ema(x, running_absmax, bits, axis, constant), save_clipped
+
+
+def grad_and_clipped(grad: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
+    _dtype("grad", grad, FLOAT_DTYPES)
+    _dtype("clipped", clipped, (torch.uint8,))
+    expected = [packed_size(grad)]
+    if list(clipped.shape) != expected:
+        raise ValueError(f"clipped: got shape {list(clipped.shape)}, takes {expected}")
+    if grad.stride() != torch.empty_like(grad).stride():
+        raise ValueError("grad: got a tensor with gaps in its memory, takes a dense one")
+    return grad, clipped
+
+
+def packed_size(x: Tensor) -> int:
+    """Bytes that hold a bit for each element."""
+    return (x.numel() + 7) // 8
 
 
 def codes_and_scale(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,9 @@ def quantize_model_(
     activation_bits: int = DEFAULT_BITS,
     first_last_bits: int | None = 8,
     averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-    overrides: Mapping[str, Mapping[str, float] | None] | None = None,
+    delayed: bool = False,
+    ste: str = "identity",
+    overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> nn.Module:
     """Makes every `Conv2d` and `Linear` of a model quantized, for training with any ordinary loop.
 
@@ -37,8 +40,10 @@ def quantize_model_(
         first_last_bits: width of weights and inputs of the first and the last layer, in the order
             of ``model.named_modules()``; ``None`` treats them like the others.
         averaging_constant: weight of a batch in the moving average of an input's absmax, 0..1.
+        delayed, ste: as for `fake_quantize_ema`, for the layers' inputs.
         overrides: for layers by name, the options that differ (``weight_bits``,
-            ``activation_bits``, ``averaging_constant``); ``None`` keeps a layer in float.
+            ``activation_bits``, ``averaging_constant``, ``delayed``, ``ste``); ``None`` keeps a
+            layer in float.
 
     Returns:
         ``model``.
@@ -70,6 +75,8 @@ def quantize_model_(
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
             "averaging_constant": averaging_constant,
+            "delayed": delayed,
+            "ste": ste,
         }
         for name in layers
     }

@@ -38,7 +38,8 @@ class StraightThroughEach:
 
 
 class ClippedStraightThrough(torch.autograd.Function):
-    """dy/dx = 0 where the code was clamped, otherwise 1."""
+    """dy/dx = 0 where the code was clamped, otherwise 1. Saves a bit for each element; where the
+    operator was not asked for those, dy/dx = 1."""
 
     @staticmethod
     def forward(
@@ -46,6 +47,7 @@ class ClippedStraightThrough(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.others = len(others)
         y, clipped = below_autograd()
+        ctx.strides = y.stride()
         ctx.save_for_backward(clipped)
         ctx.mark_non_differentiable(clipped)
         return y, clipped
@@ -53,7 +55,28 @@ class ClippedStraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (clipped,) = ctx.saved_tensors
-        return None, grad.masked_fill(clipped, 0), *[None] * ctx.others
+        if clipped.numel() > 0:
+            if grad.stride() != ctx.strides:
+                grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+            grad = torch.ops.noisyq.zero_clipped(grad, clipped)
+        return None, grad, *[None] * ctx.others
+
+
+class ZeroClipped(torch.autograd.Function):
+    """Linear in the gradient that it masks."""
+
+    @staticmethod
+    def forward(ctx: Any, below_autograd: Callable, grad: Tensor, clipped: Tensor) -> Tensor:
+        masked = below_autograd()
+        ctx.strides = masked.stride()
+        ctx.save_for_backward(clipped)
+        return masked
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (clipped,) = ctx.saved_tensors
+        grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+        return None, torch.ops.noisyq.zero_clipped(grad, clipped), None
 
 
 class Dequantize(torch.autograd.Function):

@@ -17,10 +17,18 @@ DEFAULT_BITS = 4
 DEFAULT_AVERAGING_CONSTANT = 0.01
 
 
-def check_quantizer(weight_bits: int, activation_bits: int, averaging_constant: float) -> None:
+def check_quantizer(
+    weight_bits: int,
+    activation_bits: int,
+    averaging_constant: float,
+    delayed: bool,
+    ste: str,
+) -> None:
     checks.integers(weight_bits=weight_bits, activation_bits=activation_bits)
     checks.width(weight_bits=weight_bits, activation_bits=activation_bits)
     checks.averaging_constant(averaging_constant)
+    checks.boolean(delayed=delayed)
+    checks.ste(ste)
 
 
 class _QuantLayer(nn.Module):
@@ -39,12 +47,16 @@ class _QuantLayer(nn.Module):
         weight_bits: int = DEFAULT_BITS,
         activation_bits: int = DEFAULT_BITS,
         averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        delayed: bool = False,
+        ste: str = "identity",
     ) -> None:
         """Sets the widths, and a range of the input that has seen nothing yet."""
-        check_quantizer(weight_bits, activation_bits, averaging_constant)
+        check_quantizer(weight_bits, activation_bits, averaging_constant, delayed, ste)
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.averaging_constant = averaging_constant
+        self.delayed = delayed
+        self.ste = ste
         unseen = torch.full((), float("nan"), dtype=torch.float32, device=self.weight.device)
         self.register_buffer("running_absmax", unseen)
 
@@ -55,6 +67,8 @@ class _QuantLayer(nn.Module):
             self.activation_bits,
             averaging_constant=self.averaging_constant,
             training=self.training,
+            ste=self.ste,
+            delayed=self.delayed,
         )
 
     def quantized_weight(self) -> Tensor:
@@ -82,6 +96,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         weight_bits: width of the weights, 2..8.
         activation_bits: width of the input, 2..8.
         averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
+        delayed, ste: as for `fake_quantize_ema`, for the input.
 
     Example:
         >>> import torch, noisyq_fast
@@ -96,10 +111,12 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         weight_bits: int = DEFAULT_BITS,
         activation_bits: int = DEFAULT_BITS,
         averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        delayed: bool = False,
+        ste: str = "identity",
         **kwargs: Any,
     ) -> None:
         nn.Conv2d.__init__(self, *args, **kwargs)
-        self.set_quantizer_(weight_bits, activation_bits, averaging_constant)
+        self.set_quantizer_(weight_bits, activation_bits, averaging_constant, delayed, ste)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
@@ -113,6 +130,7 @@ class QuantLinear(_QuantLayer, nn.Linear):
         weight_bits: width of the weights, 2..8.
         activation_bits: width of the input, 2..8.
         averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
+        delayed, ste: as for `fake_quantize_ema`, for the input.
 
     Example:
         >>> import torch, noisyq_fast
@@ -126,10 +144,12 @@ class QuantLinear(_QuantLayer, nn.Linear):
         weight_bits: int = DEFAULT_BITS,
         activation_bits: int = DEFAULT_BITS,
         averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        delayed: bool = False,
+        ste: str = "identity",
         **kwargs: Any,
     ) -> None:
         nn.Linear.__init__(self, *args, **kwargs)
-        self.set_quantizer_(weight_bits, activation_bits, averaging_constant)
+        self.set_quantizer_(weight_bits, activation_bits, averaging_constant, delayed, ste)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)

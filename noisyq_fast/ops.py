@@ -83,6 +83,11 @@ def _like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def _with_clipped(x: Tensor, save_clipped: bool) -> tuple[Tensor, Tensor]:
+    size = checks.packed_size(x) if save_clipped else 0
+    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
+
+
 _fake_quantize = _declare(
     "fake_quantize(Tensor x, int bits, int? axis) -> Tensor",
     check=checks.dynamic,
@@ -114,8 +119,21 @@ _fake_quantize_clipped = _declare(
     "-> (Tensor, Tensor)",
     check=checks.given_range,
     check_values=checks.range_seen,
-    shape=lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+    shape=lambda x, *_: _with_clipped(x, True),
     gradient=gradients.ClippedStraightThrough,
+)
+_fake_quantize_delayed = _declare(
+    "fake_quantize_delayed(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
+    "float averaging_constant, bool save_clipped) -> (Tensor, Tensor)",
+    check=checks.delayed,
+    shape=lambda x, *others: _with_clipped(x, others[-1]),
+    gradient=gradients.ClippedStraightThrough,
+)
+_zero_clipped = _declare(
+    "zero_clipped(Tensor grad, Tensor clipped) -> Tensor",
+    check=checks.grad_and_clipped,
+    shape=lambda grad, _: torch.empty_like(grad),
+    gradient=gradients.ZeroClipped,
 )
 _quantize = _declare(
     "quantize(Tensor x, int bits, int? axis) -> (Tensor, Tensor)",
@@ -206,6 +224,7 @@ def fake_quantize_ema(
     averaging_constant: float = 0.01,
     training: bool = True,
     ste: str = "identity",
+    delayed: bool = False,
 ) -> Tensor:
     """Quantizes and dequantizes activations, and keeps a moving average of their absmax.
 
@@ -223,7 +242,11 @@ def fake_quantize_ema(
         averaging_constant: weight of the batch in the average, 0..1.
         training: whether to use and record the batch's absmax.
         ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a value
-            was clipped. In training nothing clips, and both are the same.
+            was clipped, at the cost of a saved bit for each element. With the batch's own absmax
+            nothing clips, and both are the same.
+        delayed: in training, take the scale from ``running_absmax`` as it was before the batch:
+            on a GPU one pass over the tensor instead of two. Values beyond it are clipped; the
+            first batch is quantized by its own absmax.
 
     Returns:
         A tensor with the shape, dtype and memory format of ``x``. Where a range is NaN outside
@@ -250,7 +273,13 @@ def fake_quantize_ema(
     checks.integers(bits=bits)
     checks.axis_type(axis)
     checks.averaging_constant(averaging_constant)
+    checks.boolean(training=training, delayed=delayed)
     checks.ste(ste)
+    if training and delayed:
+        save_clipped = ste == "clipped"
+        return _fake_quantize_delayed(
+            x, running_absmax, bits, axis, averaging_constant, save_clipped
+        )[0]
     if training:
         return _fake_quantize_ema(x, running_absmax, bits, axis, averaging_constant)
     if ste == "identity":

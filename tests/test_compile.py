@@ -15,6 +15,15 @@ OPERATORS = {
     "fake_quantize_ema": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1, 0.01),
     "fake_quantize_range": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1),
     "fake_quantize_clipped": lambda: (X.clone().requires_grad_(), torch.tensor(1.0), 4, None),
+    "fake_quantize_delayed": lambda: (
+        X.clone().requires_grad_(),
+        torch.tensor(0.5),
+        4,
+        None,
+        0.1,
+        True,
+    ),
+    "zero_clipped": lambda: (X.clone().requires_grad_(), torch.tensor([3, 5], dtype=torch.uint8)),
     "quantize": lambda: (X.clone(), 4, None),
     "dequantize": lambda: (torch.ones(3, 4, dtype=torch.int8), torch.ones(4).requires_grad_(), 1),
 }

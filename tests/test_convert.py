@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from noisyq_fast import QuantConv2d, QuantLinear, fake_quantize, layers, quantize_model_
+from noisyq_fast import (
+    QuantConv2d,
+    QuantLinear,
+    fake_quantize,
+    fake_quantize_ema,
+    layers,
+    quantize_model_,
+)
 
 
 def make_model():
@@ -47,6 +54,19 @@ def test_overrides():
     assert model[3].averaging_constant == 0.5
     assert model[4].averaging_constant == 0.01
     assert type(model[6]) is nn.Linear
+
+
+def test_delayed_ranges():
+    model = quantize_model_(make_model(), delayed=True, ste="clipped")
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    before = model[0].running_absmax.clone()
+    x = 10 * torch.randn(2, 3, 8, 8)
+    clipped = fake_quantize_ema(x, before, 8, training=False)
+    seen = []
+    model[0].register_forward_hook(lambda layer, args, y: seen.append(y))
+    model(x)
+    weight = fake_quantize(model[0].weight, 8, axis=0)
+    assert torch.equal(seen[0], nn.functional.conv2d(clipped, weight, model[0].bias, padding=1))
 
 
 def test_identity_of_modules_and_parameters_is_kept():
@@ -185,6 +205,8 @@ def test_subclasses_stay_float_with_a_warning():
         ({"activation_bits": 4.0}, TypeError, "activation_bits: got 4.0"),
         ({"first_last_bits": 9}, ValueError, "weight_bits: got 9"),
         ({"averaging_constant": 2}, ValueError, "averaging_constant: got 2"),
+        ({"delayed": 1}, TypeError, "delayed: got 1"),
+        ({"ste": "no"}, ValueError, "ste: got 'no'"),
         ({"overrides": {"9": None}}, ValueError, "overrides: got '9', takes one of 0, 3, 4, 6"),
         (
             {"overrides": {"3": {"bits": 2}}},

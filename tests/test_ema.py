@@ -27,6 +27,20 @@ def test_follows_the_definition(backend, axis):
         assert torch.equal(y, fake_quantize(x, 4, axis))
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_delayed_quantizes_with_the_range_before_the_batch(backend, axis):
+    running = torch.full([] if axis is None else [(4, 6)[axis]], UNSEEN)
+    for x in batches(4):
+        range_before = running.clone()
+        expected_running = running.clone()
+        expected = fake_quantize_ema(x, expected_running, 4, axis, averaging_constant=0.3)
+        if not range_before.isnan().any():
+            expected = fake_quantize_ema(x, range_before, 4, axis, training=False)
+        y = fake_quantize_ema(x, running, 4, axis, averaging_constant=0.3, delayed=True)
+        assert torch.equal(y, expected)
+        assert torch.equal(running, expected_running)
+
+
 def test_the_first_batch_sets_the_range(backend):
     running = torch.tensor(UNSEEN)
     x = torch.tensor([0.5, -3.0])

@@ -50,6 +50,26 @@ def test_clipped_zeroes_the_gradient_only_where_a_value_was_clipped(backend, tra
     assert torch.equal(x.grad, expected)
 
 
+@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
+@pytest.mark.parametrize("shape", [(3,), (8,), (2, 3, 5), (2, 4, 3, 3)])
+def test_delayed_saves_a_bit_for_each_element_or_nothing(backend, ste, shape):
+    x = torch.randn(shape)
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = fake_quantize_ema(x, torch.tensor(0.5), 4, ste=ste, delayed=True)
+    assert sum(t.nbytes for t in saved) == ((x.numel() + 7) // 8 if ste == "clipped" else 0)
+    grad = torch.randn(shape)
+    y.backward(grad)
+    # With a scale of 1/14, codes beyond 7.5 are clipped.
+    clipped = (x.detach() * 14).round().abs() > 7
+    assert clipped.any()
+    expected = grad.masked_fill(clipped, 0) if ste == "clipped" else grad
+    assert torch.equal(x.grad, expected)
+
+
 def test_clipped_survives_a_change_of_the_range_before_backward(backend):
     running = torch.tensor(7.0)
     x = torch.tensor([1.0, 9.0], requires_grad=True)

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends import native
+from noisyq_fast.backends import native, packing, reference
 from noisyq_fast.backends.layout import channel_layout
 from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
 
@@ -60,6 +60,11 @@ def fake_quantize_ema(
     return y
 
 
+# Delayed scales spare a GPU one of two passes; a CPU has the second pass in its cache.
+fake_quantize_delayed = reference.fake_quantize_delayed
+zero_clipped = reference.zero_clipped
+
+
 def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
     return _fake_quantize_range(x, absmax, NULL, qmax, axis)
 
@@ -68,7 +73,8 @@ def fake_quantize_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
     clipped = torch.empty_like(x, dtype=torch.bool)
-    return _fake_quantize_range(x, absmax, clipped.data_ptr(), qmax, axis), clipped
+    y = _fake_quantize_range(x, absmax, clipped.data_ptr(), qmax, axis)
+    return y, packing.pack(clipped)
 
 
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:

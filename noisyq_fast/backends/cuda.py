@@ -4,12 +4,12 @@ Nothing here waits for the device, and nothing is allocated but outputs and, for
 kilobytes of partial maxima.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends import native
+from noisyq_fast.backends import native, packing, reference
 from noisyq_fast.backends.layout import channel_layout
 from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
 
@@ -20,7 +20,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 _BYTES_PER_BLOCK = 256 * 16 * 4
 
 
-@lru_cache(maxsize=1)
+@cache
 def unavailable() -> str | None:
     if native.missing is not None:
         return native.missing
@@ -87,7 +87,59 @@ def fake_quantize_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
     clipped = torch.empty_like(x, dtype=torch.bool)
-    return _fake_quantize_range(x, absmax, clipped.data_ptr(), qmax, axis), clipped
+    y = _fake_quantize_range(x, absmax, clipped.data_ptr(), qmax, axis)
+    return y, packing.pack(clipped)
+
+
+def fake_quantize_delayed(
+    x: Tensor,
+    running_absmax: Tensor,
+    qmax: int,
+    axis: int | None,
+    averaging_constant: float,
+    save_clipped: bool,
+) -> tuple[Tensor, Tensor]:
+    elements = x.numel()
+    if elements == 0 or (axis is not None and x.shape[axis] > 1):
+        # Several ranges: their elements lie mixed in memory, and the bits of clipped ones too.
+        return reference.fake_quantize_delayed(
+            x, running_absmax, qmax, axis, averaging_constant, save_clipped
+        )
+    x, y = native.dense(x)
+    clipped = x.new_empty(-(-elements // 8) if save_clipped else 0, dtype=torch.uint8)
+    with torch.cuda.device(x.device):
+        core.cuda.fake_quantize_delayed(
+            DTYPE_CODES[x.dtype],
+            x.data_ptr(),
+            y.data_ptr(),
+            clipped.data_ptr() if save_clipped else NULL,
+            elements,
+            _splits(x, (elements, 1, 1)),
+            qmax,
+            running_absmax.data_ptr(),
+            averaging_constant,
+            _progress(x.device).data_ptr(),
+            _stream(),
+        )
+    torch.autograd.graph.increment_version(running_absmax)
+    return y, clipped
+
+
+def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
+    out = torch.empty_like(grad)
+    elements = grad.numel()
+    if elements > 0:
+        with torch.cuda.device(grad.device):
+            core.cuda.zero_clipped(
+                DTYPE_CODES[grad.dtype],
+                grad.data_ptr(),
+                out.data_ptr(),
+                clipped.data_ptr(),
+                elements,
+                _splits(grad, (elements, 1, 1)),
+                _stream(),
+            )
+    return out
 
 
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
@@ -142,6 +194,9 @@ def _fake_quantize_spread(
     running: int,
     averaging_constant: float,
 ) -> None:
+    if layout[1] == 1 and _fits_on_chip(x):
+        _fake_quantize_resident(x, y, qmax, running, averaging_constant)
+        return
     splits, partial = _partial(x, layout)
     with torch.cuda.device(x.device):
         core.cuda.fake_quantize_spread(
@@ -150,6 +205,31 @@ def _fake_quantize_spread(
             y.data_ptr(),
             *layout,
             splits,
+            partial.data_ptr(),
+            qmax,
+            running,
+            averaging_constant,
+            _stream(),
+        )
+
+
+def _fits_on_chip(x: Tensor) -> bool:
+    on_chip = _multiprocessors(x.device) * _resident_bytes_per_block(x.device)
+    return x.numel() * x.element_size() <= on_chip
+
+
+def _fake_quantize_resident(
+    x: Tensor, y: Tensor, qmax: int, running: int, averaging_constant: float
+) -> None:
+    blocks = resident_blocks(x.numel() * x.element_size(), _multiprocessors(x.device))
+    partial = torch.empty(blocks, dtype=torch.int32, device=x.device)
+    with torch.cuda.device(x.device):
+        core.cuda.fake_quantize_resident(
+            DTYPE_CODES[x.dtype],
+            x.data_ptr(),
+            y.data_ptr(),
+            x.numel(),
+            blocks,
             partial.data_ptr(),
             qmax,
             running,
@@ -194,6 +274,16 @@ def splits_per_channel(channel_bytes: int, channels: int, multiprocessors: int) 
     return max(1, min(with_work, to_fill))
 
 
+def resident_blocks(tensor_bytes: int, multiprocessors: int) -> int:
+    """How many blocks keep a tensor on chip: at most one for each multiprocessor, each with work.
+
+    Example:
+        >>> resident_blocks(8 << 20, multiprocessors=132), resident_blocks(100, multiprocessors=132)
+        (132, 1)
+    """
+    return max(1, min(-(-tensor_bytes // _BYTES_PER_BLOCK), multiprocessors))
+
+
 def _partial(x: Tensor, layout: tuple[int, int, int]) -> tuple[int, Tensor]:
     """How many blocks share a channel, and room for the absmax of each block."""
     splits = _splits(x, layout)
@@ -207,9 +297,28 @@ def _splits(x: Tensor, layout: tuple[int, int, int]) -> int:
     )
 
 
-@lru_cache
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _resident_bytes_per_block(device: torch.device) -> int:
+    # A pack of 16 bytes may be left over for each block.
+    return max(0, core.cuda.resident_bytes_per_block(device.index) - 16)
+
+
+def _progress(device: torch.device) -> Tensor:
+    """Zeros that a launch leaves as it finds them, of its own stream. A graph gets new ones: it may
+    be replayed beside that stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _progress_of_stream(device, _stream())
+
+
+@cache
+def _progress_of_stream(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _stream() -> int:

@@ -6,6 +6,8 @@ Other backends equal it to the last bit, so a change here changes what the proje
 import torch
 from torch import Tensor
 
+from noisyq_fast.backends import packing
+
 DEVICE_TYPES = None
 
 FLT_MIN = torch.finfo(torch.float32).tiny
@@ -30,13 +32,27 @@ def fake_quantize_ema(
 ) -> Tensor:
     absmax = _absmax(x, axis)
     if x.numel() > 0:
-        averaged = running_absmax + averaging_constant * (absmax - running_absmax)
-        first = running_absmax.isnan()
-        observed = absmax.isfinite()
-        running_absmax.copy_(
-            torch.where(observed, torch.where(first, absmax, averaged), running_absmax)
-        )
+        _average_(running_absmax, absmax, averaging_constant)
     return _fake_quantize(x, absmax, qmax, axis)
+
+
+def fake_quantize_delayed(
+    x: Tensor,
+    running_absmax: Tensor,
+    qmax: int,
+    axis: int | None,
+    averaging_constant: float,
+    save_clipped: bool,
+) -> tuple[Tensor, Tensor]:
+    absmax = _absmax(x, axis)
+    known = torch.where(running_absmax.isnan(), absmax, running_absmax)
+    if save_clipped:
+        y, clipped = fake_quantize_clipped(x, known, qmax, axis)
+    else:
+        y, clipped = _fake_quantize(x, known, qmax, axis), x.new_empty(0, dtype=torch.uint8)
+    if x.numel() > 0:
+        _average_(running_absmax, absmax, averaging_constant)
+    return y, clipped
 
 
 def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
@@ -48,7 +64,11 @@ def fake_quantize_clipped(
 ) -> tuple[Tensor, Tensor]:
     rounded = _rounded(x, _scale(absmax, qmax), axis)
     clipped = torch.empty_like(x, dtype=torch.bool).copy_(rounded.abs() > qmax)
-    return _fake_quantize(x, absmax, qmax, axis), clipped
+    return _fake_quantize(x, absmax, qmax, axis), packing.pack(clipped)
+
+
+def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
+    return torch.empty_like(grad).copy_(grad.masked_fill(packing.unpack(clipped, grad), 0))
 
 
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
@@ -70,6 +90,12 @@ def _absmax(x: Tensor, axis: int | None) -> Tensor:
     others = [d for d in range(x.dim()) if d != axis]
     magnitudes = x.abs()
     return (magnitudes.amax(others) if others else magnitudes).float().reshape(shape)
+
+
+def _average_(running_absmax: Tensor, absmax: Tensor, averaging_constant: float) -> None:
+    averaged = running_absmax + averaging_constant * (absmax - running_absmax)
+    averaged = torch.where(running_absmax.isnan(), absmax, averaged)
+    running_absmax.copy_(torch.where(absmax.isfinite(), averaged, running_absmax))
 
 
 def _scale(absmax: Tensor, qmax: int) -> Tensor:

@@ -1,0 +1,90 @@
+// Dynamic absmax of a tensor that fits on chip: one cooperative launch. Each block keeps its share
+// in shared memory between the reduction and the map, so that memory is read once.
+#include <cooperative_groups.h>
+
+#include "walk.cuh"
+
+namespace noisyq::cuda {
+namespace {
+
+constexpr int kResidentThreads = 1024;
+constexpr int kReservedBytes = 1024;  // static shared memory, and what the driver takes
+
+template <class T, int N>
+__global__ void __launch_bounds__(kResidentThreads, 1)
+    resident_kernel(const T* x, T* y, int64_t elements, uint32_t* partial, float qmax,
+                    float* running_absmax, float averaging_constant) {
+  extern __shared__ __align__(kWidestAccess) unsigned char shared[];
+  auto* kept = reinterpret_cast<Pack<T, N>*>(shared);
+  const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
+  auto* out = reinterpret_cast<Pack<T, N>*>(y);
+  const int64_t count = elements / N;
+  const int64_t begin = count * blockIdx.x / gridDim.x;
+  const auto size = static_cast<int>(count * (blockIdx.x + 1) / gridDim.x - begin);
+
+  uint32_t largest = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < size; i += kResidentThreads) {
+    const Pack<T, N> pack = load(packs + begin + i);
+    store(kept + i, pack);
+    largest = absmax_of_pack(pack, largest);
+  }
+  largest = block_max(largest);
+  if (threadIdx.x == 0) partial[blockIdx.x] = largest;
+  cooperative_groups::this_grid().sync();
+
+  largest = 0;
+  for (int i = threadIdx.x; i < static_cast<int>(gridDim.x); i += kResidentThreads) {
+    largest = max(largest, partial[i]);
+  }
+  const float absmax = absmax_from<T>(block_max(largest));
+  const float scale = scale_of(absmax, qmax);
+  if (running_absmax != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    *running_absmax = averaged(*running_absmax, absmax, averaging_constant);
+  }
+  // Each thread maps the very packs that it kept: no barrier is needed.
+#pragma unroll 4
+  for (int i = threadIdx.x; i < size; i += kResidentThreads) {
+    store(out + begin + i, map_pack<FakeQuantize<T>, T>(load(kept + i), scale, qmax));
+  }
+}
+
+template <class T, int N>
+Status launch(const T* x, T* y, int64_t elements, int blocks, uint32_t* partial, float qmax,
+              float* running_absmax, float averaging_constant, cudaStream_t stream) {
+  const auto* kernel = reinterpret_cast<const void*>(resident_kernel<T, N>);
+  const int64_t packs = (elements / N + blocks - 1) / blocks;
+  const auto bytes = static_cast<size_t>(packs) * sizeof(Pack<T, N>);
+  if (const Status status = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))) {
+    return status;
+  }
+  void* arguments[] = {&x, &y, &elements, &partial, &qmax, &running_absmax, &averaging_constant};
+  return cudaLaunchCooperativeKernel(kernel, blocks, kResidentThreads, arguments, bytes, stream);
+}
+
+}  // namespace
+
+int64_t resident_bytes_per_block(int device) {
+  int cooperative = 0, shared = 0;
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return cooperative ? shared - kReservedBytes : 0;
+}
+
+Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t elements, int blocks,
+                              uint32_t* partial, int qmax, float* running_absmax,
+                              float averaging_constant, Stream stream) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Layout run{1, 1, elements};
+    const auto call = [&](auto launch) {
+      return launch(static_cast<const T*>(x), static_cast<T*>(y), elements, blocks, partial,
+                    static_cast<float>(qmax), running_absmax, averaging_constant,
+                    static_cast<cudaStream_t>(stream));
+    };
+    return fits_packs<T, T>(run, x, y) ? call(launch<T, kPerAccess<T, T>>) : call(launch<T, 1>);
+  });
+}
+
+}  // namespace noisyq::cuda
