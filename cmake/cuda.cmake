@@ -1,12 +1,20 @@
-# Enables CUDA where NOISYQ_CUDA asks for it and nvcc works. NOISYQ_CUDA_STATUS says what came of
-# it: noisyq_fast.info() shows it, because pip hides the messages of a build that succeeds.
+# Enables CUDA as the environment variable NOISYQ_CUDA says: AUTO (the default) where nvcc works, ON
+# or the build fails, OFF. NOISYQ_CUDA_STATUS says what came of it: noisyq_fast.info() shows it,
+# because pip hides the messages of a build that succeeds.
+
+set(NOISYQ_CUDA AUTO)
+if(DEFINED ENV{NOISYQ_CUDA})
+  set(NOISYQ_CUDA "$ENV{NOISYQ_CUDA}")
+endif()
+if(NOT NOISYQ_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "NOISYQ_CUDA: got ${NOISYQ_CUDA}, takes AUTO, ON or OFF")
+endif()
 
 set(NOISYQ_CUDA_STATUS "switched off by NOISYQ_CUDA=OFF when it was compiled")
 if(NOISYQ_CUDA STREQUAL "OFF")
   return()
 endif()
 
-include(CheckLanguage)
 check_language(CUDA) # compiles a small program; a broken nvcc counts as none
 if(NOT CMAKE_CUDA_COMPILER)
   set(NOISYQ_CUDA_STATUS "no working nvcc was found when it was compiled")
