@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from noisyq_fast.backends.cuda import splits_per_channel
+from noisyq_fast.backends.cuda import resident_blocks, splits_per_channel
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -65,3 +65,12 @@ def test_blocks_fill_the_device_and_have_work(channel_bytes, channels, multiproc
     # One fewer would leave room on the device, or is as many as have work.
     full = channels * splits >= 8 * multiprocessors
     assert full or splits == -(-channel_bytes // 16_384)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("tensor_bytes", [1, 16_384, 16_385, 20 << 20])
+def test_resident_blocks_all_run_at_once(tensor_bytes, multiprocessors):
+    blocks = resident_blocks(tensor_bytes, multiprocessors)
+    # A cooperative launch needs every block on the device; one that is alone has no work to share.
+    assert 1 <= blocks <= multiprocessors
+    assert blocks == multiprocessors or blocks == -(-tensor_bytes // 16_384)
