@@ -1,8 +1,10 @@
+import gc
 import platform
 
 import pytest
 import torch
 from comparison import COMPARISONS
+from environment import environment
 
 import noisyq_fast
 from experiments.allocator import keep_freed_memory
@@ -24,10 +26,13 @@ def pytest_terminal_summary(terminalreporter):
 def conditions():
     """What the numbers depend on."""
     allocator = "glibc keeps freed memory" if KEEPS_FREED_MEMORY else "as it is"
-    return [
+    lines = [
         f"processor: {processor()}; threads: {torch.get_num_threads()}; allocator: {allocator}",
         f"torch {torch.__version__}; noisyq_fast backend: {noisyq_fast.current_backend()}",
     ]
+    if torch.cuda.is_available():
+        lines += [f"{name}: {value}" for name, value in environment().items()]
+    return lines
 
 
 def processor():
@@ -41,3 +46,13 @@ def processor():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled_afresh():
+    """Every comparison compiles for its own shapes, and leaves memory to the next."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()

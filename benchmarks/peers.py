@@ -1,5 +1,11 @@
-"""How others fake-quantize: 4 bits, symmetric, the same absmax scales wherever they allow it."""
+"""How others fake-quantize: 4 bits, symmetric, the same absmax scales wherever they allow it.
 
+Each peer is a module on the CPU: `.to(device)` moves it. The tables at the end make them by name.
+"""
+
+from collections.abc import Callable
+
+import optional_peers
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import (
@@ -7,30 +13,38 @@ from torch.ao.quantization import (
     FusedMovingAvgObsFakeQuantize,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    disable_observer,
 )
-from torch.nn.utils import parametrize
 
 QMAX = 7
+Make = Callable[[], nn.Module]
 
 
-def eager(x: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-    scale = x.abs().amax(dims, keepdim=dims is not None) / QMAX
+def rounded(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(-QMAX, QMAX) * scale
+
+
+def eager(x: Tensor, per_channel: bool) -> Tensor:
+    dims = tuple(range(1, x.dim())) if per_channel else None
+    return rounded(x, x.abs().amax(dims, keepdim=per_channel) / QMAX)
 
 
 class DetachForm(nn.Module):
     """Straight-through by x + (quantized - x).detach(), with a moving average if per tensor."""
 
-    def __init__(self, dims: tuple[int, ...] | None) -> None:
+    def __init__(self, per_channel: bool) -> None:
         super().__init__()
-        self.dims = dims
+        self.per_channel = per_channel
         self.register_buffer("running_absmax", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dims is None:
+        self.observe(x)
+        return x + (eager(x, self.per_channel) - x).detach()
+
+    def observe(self, x: Tensor) -> None:
+        if not self.per_channel:
             with torch.no_grad():
-                self.running_absmax.lerp_(x.detach().abs().amax(), 0.01)
-        return x + (eager(x, self.dims) - x).detach()
+                self.running_absmax.lerp_(x.detach().abs().amax().float(), 0.01)
 
 
 class FunctionForm(DetachForm):
@@ -38,18 +52,16 @@ class FunctionForm(DetachForm):
 
     class StraightThrough(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, dims):
-            return eager(x, dims)
+        def forward(ctx, x, per_channel):
+            return eager(x, per_channel)
 
         @staticmethod
         def backward(ctx, grad):
             return grad, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dims is None:
-            with torch.no_grad():
-                self.running_absmax.lerp_(x.detach().abs().amax(), 0.01)
-        return self.StraightThrough.apply(x, self.dims)
+        self.observe(x)
+        return self.StraightThrough.apply(x, self.per_channel)
 
 
 class PerChannelAffine(nn.Module):
@@ -59,6 +71,36 @@ class PerChannelAffine(nn.Module):
         scale = weight.detach().abs().amax(tuple(range(1, weight.dim()))) / QMAX
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -QMAX, QMAX)
+
+
+class GivenRange(nn.Module):
+    """The eager form of an evaluation, with a scale that was recorded before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1 / QMAX))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rounded(x, self.scale)
+
+
+class PerTensorAffine(GivenRange):
+    """torch.fake_quantize_per_tensor_affine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, -QMAX, QMAX)
+
+
+class Each(nn.Module):
+    """A module for each tensor of a list."""
+
+    def __init__(self, make: Make, count: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(make() for _ in range(count))
+
+    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [module(x) for module, x in zip(self.each, tensors, strict=True)]
 
 
 def torch_ao(kind: type[nn.Module], per_channel: bool) -> nn.Module:
@@ -77,37 +119,56 @@ def torch_ao(kind: type[nn.Module], per_channel: bool) -> nn.Module:
     return kind(quant_min=-QMAX - 1, quant_max=QMAX, dtype=torch.qint8, **options)
 
 
+def eager_forms(per_channel: bool) -> dict[str, Make]:
+    return {
+        "detach": lambda: DetachForm(per_channel),
+        "autograd.Function": lambda: FunctionForm(per_channel),
+    }
+
+
+def torch_ao_forms(per_channel: bool) -> dict[str, Make]:
+    return {
+        "torch.ao FusedMovingAvgObsFakeQuantize": lambda: torch_ao(
+            FusedMovingAvgObsFakeQuantize, per_channel
+        ),
+        "torch.ao FakeQuantize": lambda: torch_ao(FakeQuantize, per_channel),
+    }
+
+
+def and_compiled(forms: dict[str, Make]) -> dict[str, Make]:
+    """Eager forms as they are, and under torch.compile."""
+    compiled = {
+        f"torch.compile, {name}": lambda make=make: torch.compile(make(), fullgraph=True)
+        for name, make in forms.items()
+    }
+    return {f"eager, {name}": make for name, make in forms.items()} | compiled
+
+
 ACTIVATION = {
-    "eager, detach": lambda: DetachForm(None),
-    "eager, autograd.Function": lambda: FunctionForm(None),
-    "torch.compile, detach": lambda: torch.compile(DetachForm(None), fullgraph=True),
-    "torch.compile, autograd.Function": lambda: torch.compile(FunctionForm(None), fullgraph=True),
-    "torch.ao FusedMovingAvgObsFakeQuantize": lambda: torch_ao(
-        FusedMovingAvgObsFakeQuantize, per_channel=False
-    ),
-    "torch.ao FakeQuantize": lambda: torch_ao(FakeQuantize, per_channel=False),
+    **and_compiled(eager_forms(per_channel=False)),
+    **torch_ao_forms(per_channel=False),
+    **optional_peers.ACTIVATION,
 }
-WEIGHT = {
-    "eager, detach": lambda: DetachForm((1, 2, 3)),
-    "eager, autograd.Function": lambda: FunctionForm((1, 2, 3)),
-    "torch.compile, detach": lambda: torch.compile(DetachForm((1, 2, 3)), fullgraph=True),
-    "torch.compile, autograd.Function": lambda: torch.compile(
-        FunctionForm((1, 2, 3)), fullgraph=True
-    ),
+_OTHER_WEIGHT = {
     "torch.fake_quantize_per_channel_affine": PerChannelAffine,
-    "torch.ao FusedMovingAvgObsFakeQuantize": lambda: torch_ao(
-        FusedMovingAvgObsFakeQuantize, per_channel=True
-    ),
-    "torch.ao FakeQuantize": lambda: torch_ao(FakeQuantize, per_channel=True),
+    **torch_ao_forms(per_channel=True),
+    **optional_peers.WEIGHT,
+}
+WEIGHT = and_compiled(eager_forms(per_channel=True)) | _OTHER_WEIGHT
+EVALUATION = {
+    **and_compiled({"given scale": GivenRange}),
+    "torch.fake_quantize_per_tensor_affine": PerTensorAffine,
+    **{
+        f"{name}, observer off": lambda make=make: make().apply(disable_observer)
+        for name, make in torch_ao_forms(per_channel=False).items()
+    },
 }
 
 
-def quantize_with(model: nn.Module, activation: type, convolution: type, linear: type) -> nn.Module:
-    """Quantizes the inputs and weights of every layer with modules of a peer."""
-    for layer in list(model.modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            weight = convolution if isinstance(layer, nn.Conv2d) else linear
-            parametrize.register_parametrization(layer, "weight", weight())
-            layer.quantize_input = activation()
-            layer.register_forward_pre_hook(lambda layer, args: layer.quantize_input(*args))
-    return model
+def weights_together(count: int) -> dict[str, Make]:
+    """`WEIGHT` for a list of weights; torch.compile sees them all at once."""
+
+    def each(forms: dict[str, Make]) -> dict[str, Make]:
+        return {name: lambda make=make: Each(make, count) for name, make in forms.items()}
+
+    return and_compiled(each(eager_forms(per_channel=True))) | each(_OTHER_WEIGHT)

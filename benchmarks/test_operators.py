@@ -4,29 +4,11 @@ import peers
 import pytest
 import torch
 from comparison import OURS, compare
+from passes import forward, forward_backward, name_of
 
 from noisyq_fast import fake_quantize, fake_quantize_ema
 
 BITS = 4
-
-
-def forward(call, x):
-    def run():
-        with torch.no_grad():
-            return call(x)
-
-    return run
-
-
-def forward_backward(call, x):
-    x = x.clone().requires_grad_()
-    grad = torch.randn_like(x)
-
-    # Not backward(): accumulating into x.grad would add the same copy to every candidate.
-    def run():
-        return torch.autograd.grad(call(x), x, grad)
-
-    return run
 
 
 @pytest.mark.parametrize("passes", [forward, forward_backward])
@@ -42,8 +24,7 @@ def test_activation(benchmark, passes, layout):
     }
     if passes is forward:
         candidates["memcpy (clone)"] = forward(torch.clone, x)
-    name = passes.__name__.replace("_", " + ")
-    title = f"activation {list(x.shape)} (8 MB), {layout}, {name}"
+    title = f"activation {list(x.shape)} (8 MB), {layout}, {name_of(passes)}"
     moved = 2 * x.nbytes if passes is forward else None
     compare(benchmark, title, candidates, rounds=100, bytes_moved=moved)
 
@@ -55,5 +36,5 @@ def test_weight(benchmark, passes):
         OURS: passes(lambda w: fake_quantize(w, BITS, axis=0), weight),
         **{name: passes(make(), weight) for name, make in peers.WEIGHT.items()},
     }
-    title = f"weight {list(weight.shape)}, per channel, {passes.__name__.replace('_', ' + ')}"
+    title = f"weight {list(weight.shape)}, per channel, {name_of(passes)}"
     compare(benchmark, title, candidates, rounds=500)
