@@ -1,6 +1,14 @@
+import importlib.util
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run on the CPU, in Triton's interpreter. It is now or never:
+# Triton decides when it is imported.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import noisyq_fast
 from noisyq_fast.backends import BACKENDS
@@ -10,7 +18,16 @@ hypothesis.settings.register_profile("noisyq", deadline=None)
 hypothesis.settings.load_profile("noisyq")
 
 
-@pytest.fixture(params=list(BACKENDS))
+def pytest_configure(config):
+    # The interpreter computes in NumPy, which warns of the values that these tests are about.
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered in:RuntimeWarning:triton")
+
+
+# The backends that take the tensors of most tests; tests/test_gpu.py is about the others.
+ON_CPU = [name for name, module in BACKENDS.items() if "cpu" in (module.DEVICE_TYPES or ["cpu"])]
+
+
+@pytest.fixture(params=ON_CPU)
 def backend(request):
     """Runs a test once on each backend; one that cannot be used here is skipped with its reason."""
     reason = BACKENDS[request.param].unavailable()

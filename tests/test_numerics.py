@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from strategies import DTYPES, axes, bits, tensors
 
 import noisyq_fast
-from noisyq_fast.backends import reference
+from noisyq_fast.backends import BACKENDS, reference
 
 ROUND_TO = {
     torch.float32: lambda x: x,
     torch.bfloat16: specification.round_to_bfloat16,
     torch.float16: specification.round_to_float16,
 }
+# The backends other than the reference that take tensors on the CPU.
 OTHERS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
     for name, reason in noisyq_fast.info().backends.items()
-    if name != "reference"
+    if "cpu" in (BACKENDS[name].DEVICE_TYPES or [])
 ]
 
 
@@ -38,6 +39,11 @@ def assert_like(y, x):
 
 def front(axis, x):
     return None if axis is None else axis % x.dim()
+
+
+def examples(name, count):
+    """Fewer for Triton's interpreter, which takes milliseconds for each program."""
+    return settings(max_examples=count // 5 if name == "triton" else count)
 
 
 @settings(max_examples=300)
@@ -58,53 +64,59 @@ def test_reference_equals_numpy(data, x, bits):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=500)
-@given(data=st.data(), x=tensors(), bits=bits)
-def test_backend_equals_reference(name, data, x, bits):
-    axis = data.draw(axes(x))
-    with noisyq_fast.use_backend("reference"):
-        expected = noisyq_fast.fake_quantize(x, bits, axis)
-        codes, scale = noisyq_fast.quantize(x, bits, axis)
-        values = noisyq_fast.dequantize(codes, scale, axis)
-    with noisyq_fast.use_backend(name):
-        y = noisyq_fast.fake_quantize(x, bits, axis)
-        codes_, scale_ = noisyq_fast.quantize(x, bits, axis)
-        values_ = noisyq_fast.dequantize(codes, scale, axis)
-    for actual, wanted in ((y, expected), (codes_, codes), (scale_, scale), (values_, values)):
-        assert_same(actual, wanted)
-    for output in (y, codes_, values_):
-        assert_like(output, x)
+def test_backend_equals_reference(name):
+    @examples(name, 500)
+    @given(data=st.data(), x=tensors(), bits=bits)
+    def check(data, x, bits):
+        axis = data.draw(axes(x))
+        with noisyq_fast.use_backend("reference"):
+            expected = noisyq_fast.fake_quantize(x, bits, axis)
+            codes, scale = noisyq_fast.quantize(x, bits, axis)
+            values = noisyq_fast.dequantize(codes, scale, axis)
+        with noisyq_fast.use_backend(name):
+            y = noisyq_fast.fake_quantize(x, bits, axis)
+            codes_, scale_ = noisyq_fast.quantize(x, bits, axis)
+            values_ = noisyq_fast.dequantize(codes, scale, axis)
+        for actual, wanted in ((y, expected), (codes_, codes), (scale_, scale), (values_, values)):
+            assert_same(actual, wanted)
+        for output in (y, codes_, values_):
+            assert_like(output, x)
+
+    check()
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=300)
-@given(data=st.data(), x=tensors(), bits=bits, training=st.booleans(), ste=st.booleans())
-def test_backend_equals_reference_with_a_running_range(name, data, x, bits, training, ste):
-    axis = data.draw(axes(x))
-    shape = [] if axis is None else [x.shape[axis]]
-    # Smaller than most values, so that they clip.
-    ranges = tensors(st.just(tuple(shape)), st.just(torch.float32)).map(lambda r: r.abs() / 2)
-    start = data.draw(ranges)
-    if not training:
-        start = start.nan_to_num(nan=1.0)
-    results = []
-    for backend in ("reference", name):
-        running = start.clone()
-        leaf = x.detach().clone().requires_grad_()
-        with noisyq_fast.use_backend(backend):
-            y = noisyq_fast.fake_quantize_ema(
-                leaf,
-                running,
-                bits,
-                axis,
-                averaging_constant=0.3,
-                training=training,
-                ste="clipped" if ste else "identity",
-            )
-        y.backward(torch.ones_like(y))
-        results.append((y.detach(), running, leaf.grad))
-    for actual, wanted in zip(*reversed(results), strict=True):
-        assert_same(actual, wanted)
+def test_backend_equals_reference_with_a_running_range(name):
+    @examples(name, 300)
+    @given(data=st.data(), x=tensors(), bits=bits, training=st.booleans(), ste=st.booleans())
+    def check(data, x, bits, training, ste):
+        axis = data.draw(axes(x))
+        shape = [] if axis is None else [x.shape[axis]]
+        # Smaller than most values, so that they clip.
+        ranges = tensors(st.just(tuple(shape)), st.just(torch.float32)).map(lambda r: r.abs() / 2)
+        start = data.draw(ranges)
+        if not training:
+            start = start.nan_to_num(nan=1.0)
+        results = []
+        for backend in ("reference", name):
+            running = start.clone()
+            leaf = x.detach().clone().requires_grad_()
+            with noisyq_fast.use_backend(backend):
+                y = noisyq_fast.fake_quantize_ema(
+                    leaf,
+                    running,
+                    bits,
+                    axis,
+                    averaging_constant=0.3,
+                    training=training,
+                    ste="clipped" if ste else "identity",
+                )
+            y.backward(torch.ones_like(y))
+            results.append((y.detach(), running, leaf.grad))
+        for actual, wanted in zip(*reversed(results), strict=True):
+            assert_same(actual, wanted)
+
+    check()
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
@@ -133,6 +145,21 @@ def test_a_group_that_is_not_finite_is_nan_and_others_are_not(backend, dtype, ba
     assert noisyq_fast.fake_quantize(x, 4).isnan().all()
 
 
+def test_the_default_dtype_changes_nothing(backend):
+    tensors = [torch.randn(3, 4), torch.empty(0, 4)]
+    expected = [noisyq_fast.quantize(x, 4, axis=1) for x in tensors]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for x, (codes, scale) in zip(tensors, expected, strict=True):
+            codes_, scale_ = noisyq_fast.quantize(x, 4, axis=1)
+            assert_same(codes_, codes)
+            assert_same(scale_, scale)
+            y = noisyq_fast.fake_quantize_ema(x, torch.full((4,), torch.nan).float(), 4, axis=1)
+            assert_same(y, noisyq_fast.dequantize(codes, scale, axis=1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("axis", [None, 0, -1])
 def test_many_tensors_are_like_each(backend, axis):
     tensors = [torch.randn(5, 3, dtype=dtype) for dtype in DTYPES]
@@ -149,6 +176,15 @@ def test_midpoints_round_half_to_even(backend):
     codes, scale = noisyq_fast.quantize(x, 4)
     assert codes.tolist() == [7, 0, 2, 2, 0, -2, 6]
     assert scale == 1
+
+
+@pytest.mark.parametrize(("dtype", "bit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("odd", [1, 3])
+def test_results_halfway_between_16_bit_values_round_to_even(backend, dtype, bit, odd):
+    scale = torch.tensor(1 + odd * bit)
+    codes = torch.arange(-7.0, 8.0)
+    y = noisyq_fast.fake_quantize_ema(codes.to(dtype), 7 * scale, 4, training=False)
+    assert_same(y.float(), torch.from_numpy(ROUND_TO[dtype]((codes * scale).numpy())))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 1)])

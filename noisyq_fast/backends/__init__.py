@@ -4,6 +4,7 @@ A backend is a module of this package that offers
 
 - ``DEVICE_TYPES``: the device types it computes on, or ``None`` for every one;
 - ``unavailable()``: ``None`` where it can be used on this machine, otherwise the reason;
+- ``AUTOMATIC``, where it is not true: whether it may be chosen without being asked for by name;
 - one function for each operator of `noisyq_fast.ops`. Arguments have been checked; ``axis`` is
   ``None`` or counted from the front.
 
@@ -13,10 +14,15 @@ To add one, write the module and name it in ``BACKENDS``, before every backend i
 import os
 from types import ModuleType
 
-from noisyq_fast.backends import cpu, cuda, reference
+from noisyq_fast.backends import cpu, cuda, reference, triton
 
 # In order of preference.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
 AUTO = "auto"
 
 _requested = os.environ.get("NOISYQ_BACKEND", AUTO)
@@ -102,7 +108,9 @@ def _choose(device_type: str) -> ModuleType:
     return next(
         backend
         for backend in BACKENDS.values()
-        if _computes_on(backend, device_type) and backend.unavailable() is None
+        if getattr(backend, "AUTOMATIC", True)
+        and _computes_on(backend, device_type)
+        and backend.unavailable() is None
     )
 
 

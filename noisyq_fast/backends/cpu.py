@@ -80,7 +80,7 @@ def fake_quantize_clipped(
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     x, codes = native.dense(x, torch.int8)
     outer, channels, inner = channel_layout(codes, axis)
-    scale = torch.empty([] if axis is None else [channels])
+    scale = torch.empty([] if axis is None else [channels], dtype=torch.float32)
     core.quantize(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),

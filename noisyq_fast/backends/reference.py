@@ -86,7 +86,7 @@ def _absmax(x: Tensor, axis: int | None) -> Tensor:
     """lambda: the largest magnitude of each group, in float32; 0 for a group without elements."""
     shape = [] if axis is None else [x.shape[axis]]
     if x.numel() == 0:
-        return torch.zeros(shape, device=x.device)
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
     others = [d for d in range(x.dim()) if d != axis]
     magnitudes = x.abs()
     return (magnitudes.amax(others) if others else magnitudes).float().reshape(shape)

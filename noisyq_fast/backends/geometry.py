@@ -1,0 +1,132 @@
+"""How the work on a tensor is cut into tiles and spread over the programs of a GPU.
+
+Pure functions of sizes. Results do not depend on what they return: the only reduction is a maximum.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+Box = tuple[int, int, int]
+
+# Programs that a processor should have at least, so that some load while others compute.
+_PROGRAMS_PER_PROCESSOR = 4
+# What a program reads in one piece, where the layout allows: two sectors of device memory. Not
+# more, because all programs of a channel tile read each other's partial absmax of every channel.
+_RUN_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one GPU holds.
+
+    Attributes:
+        processors: how many multiprocessors it has.
+        on_chip: the most elements that a program keeps in registers between absmax and map.
+        streamed: elements of a tile that a program passes through.
+    """
+
+    processors: int
+    on_chip: int = 16384
+    streamed: int = 4096
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A dense tensor, cut into tiles for a grid of ``(channel_tiles, splits)`` programs.
+
+    Program ``(p, s)`` works on the channels of channel tile ``p``, and of the tiles that these
+    channels have along outer and inner, it takes every ``splits``-th, from the ``s``-th on.
+
+    Attributes:
+        layout: sizes of the tensor's memory as (outer, channels, inner).
+        tile: sizes of a tile in the same order, powers of two. Tiles may reach over the end.
+        channel_tiles: tiles along the channels.
+        tiles: tiles of one channel tile: along outer times along inner.
+        splits: programs that share one channel tile.
+    """
+
+    layout: Box
+    tile: Box
+    channel_tiles: int
+    tiles: int
+    splits: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.channel_tiles, self.splits
+
+    @property
+    def warps(self) -> int:
+        """Warps for one program: 16 elements for each of their 32 threads."""
+        return max(prod(self.tile) // 512, 1)
+
+
+@lru_cache(maxsize=4096)
+def map_tiling(layout: Box, itemsize: int, machine: Machine) -> Tiling:
+    """For a map, with nothing to know before.
+
+    Args:
+        layout: (outer, channels, inner), of at least one element.
+        itemsize: bytes of an element that is read.
+        machine: the GPU.
+
+    Example:
+        >>> map_tiling((128, 64, 1024), 4, Machine(processors=132))
+        Tiling(layout=(128, 64, 1024), tile=(4, 1, 1024), channel_tiles=64, tiles=32,
+               splits=8)
+    """
+    return _tiling(layout, itemsize, machine, machine.streamed)
+
+
+@lru_cache(maxsize=4096)
+def absmax_tiling(layout: Box, itemsize: int, machine: Machine) -> Tiling:
+    """For a map that needs each channel's absmax before.
+
+    One tile a program where channels fit on chip; one program a channel tile where those are
+    enough to fill the machine; otherwise programs share channel tiles, and need a second launch.
+
+    Example:
+        >>> absmax_tiling((1, 512, 4608), 4, Machine(processors=132))
+        Tiling(layout=(1, 512, 4608), tile=(1, 1, 8192), channel_tiles=512, tiles=1,
+               splits=1)
+    """
+    on_chip = _tiling(layout, itemsize, machine, machine.on_chip)
+    return on_chip if on_chip.tiles == 1 else map_tiling(layout, itemsize, machine)
+
+
+def _tiling(layout: Box, itemsize: int, machine: Machine, limit: int) -> Tiling:
+    outer, channels, inner = layout
+    if channels == 1:
+        outer, inner = 1, outer * inner
+    programs = _PROGRAMS_PER_PROCESSOR * machine.processors
+
+    inner_tile = min(_power_of_2(inner), limit)
+    run = max(_RUN_BYTES // (itemsize * inner_tile), 1)
+    channel_tile = min(_power_of_2(channels), run, limit // inner_tile)
+    outer_tile = min(_power_of_2(outer), limit // (inner_tile * channel_tile))
+    # Channels that leave room in the tile, and are more than enough for all processors.
+    while (
+        _tiles(channels, channel_tile) > programs
+        and inner_tile * channel_tile * outer_tile < machine.streamed
+    ):
+        channel_tile *= 2
+
+    channel_tiles = _tiles(channels, channel_tile)
+    tiles = _tiles(outer, outer_tile) * _tiles(inner, inner_tile)
+    return Tiling(
+        layout=(outer, channels, inner),
+        tile=(outer_tile, channel_tile, inner_tile),
+        channel_tiles=channel_tiles,
+        tiles=tiles,
+        splits=min(tiles, max(programs // channel_tiles, 1)),
+    )
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def _power_of_2(size: int) -> int:
+    """The smallest power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()

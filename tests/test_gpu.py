@@ -1,0 +1,388 @@
+"""What only a GPU can show: compiled kernels, streams, graphs, and that nothing waits for it."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from strategies import DTYPES, VALUES
+from torch import nn
+from torch._dynamo.utils import counters
+
+import noisyq_fast
+from noisyq_fast import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_ema,
+    fake_quantize_many,
+    quantize,
+    quantize_model_,
+)
+from noisyq_fast.backends import BACKENDS
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
+)
+
+DEVICE = "cuda"
+UNSEEN = float("nan")
+
+# Equal by value; the sign of a zero is free and one NaN is like another.
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(params=["cuda", "triton"], autouse=True)
+def gpu_backend(request):
+    reason = BACKENDS[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with noisyq_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def no_waiting():
+    """PyTorch raises where it would make the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def range_for(x, axis):
+    """Smaller than the absmax, so that an evaluation clips."""
+    return torch.full([] if axis is None else [x.shape[axis]], 1.25, device=x.device)
+
+
+# Operators of a tensor and of a range that fits it, as functions of both and of an axis.
+OPERATORS = {
+    "fake_quantize": lambda x, r, axis: fake_quantize(x, 4, axis),
+    "fake_quantize_many": lambda x, r, axis: fake_quantize_many([x, 2 * x, x.half()], 3, axis),
+    "fake_quantize_ema": lambda x, r, axis: fake_quantize_ema(x, r, 4, axis, 0.3),
+    "evaluation": lambda x, r, axis: fake_quantize_ema(x, r, 4, axis, training=False),
+    "evaluation, clipped": lambda x, r, axis: fake_quantize_ema(
+        x, r, 4, axis, training=False, ste="clipped"
+    ),
+    "quantize": lambda x, r, axis: quantize(x, 8, axis),
+    "dequantize": lambda x, r, axis: dequantize(x.to(torch.int8), r, axis),
+}
+each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+
+
+def results(operator, x, axis):
+    """All that an operator computes: its outputs, the range after it, and a gradient."""
+    running = range_for(x, axis)
+    leaf = x.detach().requires_grad_()
+    outputs = operator(leaf, running, axis)
+    outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+    if outputs[0].requires_grad:
+        outputs += torch.autograd.grad(outputs[0].sum(), leaf)
+    return [*outputs, running]
+
+
+def assert_like_reference(x, axis):
+    for operator in OPERATORS.values():
+        with noisyq_fast.use_backend("reference"):
+            expected = results(operator, x, axis)
+        actual = results(operator, x, axis)
+        assert_same(actual, expected)
+        assert [y.stride() for y in actual] == [y.stride() for y in expected]
+
+
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+TENSORS = {
+    "scalar": lambda randn: randn(()),
+    "empty": lambda randn: randn(3, 0),
+    "one": lambda randn: randn(1),
+    "odd": lambda randn: randn(1025),
+    "large and odd": lambda randn: randn(2**22 + 3),
+    "channels kept on chip": lambda randn: randn(512, 4608),
+    "channels too long to keep": lambda randn: randn(3, 100_003),
+    "more channels than a grid is high": lambda randn: randn(70_000, 3),
+    "weight": lambda randn: randn(64, 64, 3, 3),
+    "odd weight": lambda randn: randn(5, 3, 3, 3),
+    "channels_last weight": lambda randn: channels_last(randn(64, 32, 3, 3)),
+    "activation": lambda randn: randn(16, 24, 17, 19),
+    "channels_last activation": lambda randn: channels_last(randn(16, 24, 17, 19)),
+    "channels_last, odd channels": lambda randn: channels_last(randn(16, 3, 31, 33)),
+    "sliced": lambda randn: randn(8, 12, 9, 20)[:, ::2, :, 1:],
+    "not aligned": lambda randn: randn(4097)[1:],
+    "permuted": lambda randn: randn(7, 8, 40).permute(2, 0, 1),
+    "expanded": lambda randn: randn(1, 33).expand(6, 33),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
+def test_equals_the_reference(make, dtype):
+    x = make(partial(torch.randn, dtype=dtype, device=DEVICE))
+    for axis in [None, *range(x.dim())]:
+        assert_like_reference(x, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
+def test_equals_the_reference_on_values_that_break_quantizers(values, dtype):
+    with np.errstate(over="ignore"):
+        x = np.asarray(values(np.random.default_rng(0), (6, 1000), 7), np.float32)
+    x = torch.from_numpy(x).to(DEVICE, dtype)
+    for axis in (None, 0, 1):
+        assert_like_reference(x, axis)
+
+
+@each_operator
+def test_equals_the_cpu(operator):
+    x = channels_last(torch.randn(8, 12, 15, 17))
+    with noisyq_fast.use_backend("reference"):
+        expected = results(operator, x, 1)
+    assert_same([y.cpu() for y in results(operator, x.to(DEVICE), 1)], expected)
+
+
+def test_more_than_2_to_the_31_elements():
+    shape, needed = (2, 2**30 + 50), 16 << 30
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, got {free >> 30}")
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
+    x[0, 0], x[1, -2], x[1, -1] = -1.2, 2.4, 7.0
+    for axis, first in ((None, -1), (0, -7)):
+        codes, scale = quantize(x, 4, axis)
+        assert scale.flatten()[-1] == 1
+        assert codes[1, -3:].tolist() == [0, 2, 7]
+        assert codes[0, :2].tolist() == [first, 0]
+        del codes
+        running = range_for(x, axis)
+        y = fake_quantize_ema(x, running, 4, axis, averaging_constant=1.0)
+        assert y[1, -3:].tolist() == [0, 2, 7]
+        assert running.flatten()[-1] == 7
+        del y
+    torch.cuda.empty_cache()
+
+
+@each_operator
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_never_waits_for_the_device(operator, axis, no_waiting):
+    results(operator, torch.ones(6, 5, 8, device=DEVICE).transpose(1, 2)[1:], axis)
+    results(operator, torch.ones(64, 5, 8, device=DEVICE), axis)
+
+
+def test_an_unseen_range_in_evaluation_gives_nan(no_waiting):
+    x, unseen = torch.ones(5, device=DEVICE), torch.full((), UNSEEN, device=DEVICE)
+    outputs = [
+        fake_quantize_ema(x, unseen, 4, training=False, ste=ste) for ste in ("identity", "clipped")
+    ]
+    torch.cuda.set_sync_debug_mode("default")
+    for y in outputs:
+        assert y.isnan().all()
+
+
+def captured(call):
+    """A graph of the call, warmed up on another stream, and what the call returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = call()
+    return graph, returned
+
+
+@each_operator
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_a_replayed_operator_computes_anew(operator, axis):
+    x = torch.randn(16, 24, 31, device=DEVICE)
+    running = range_for(x, axis)
+    graph, outputs = captured(lambda: operator(x, running, axis))
+    if operator is OPERATORS["fake_quantize_ema"]:
+        running.fill_(UNSEEN)
+    expected_running = running.clone()
+    for i in range(3):
+        x.copy_(torch.randn(x.shape) * (i + 1))
+        graph.replay()
+        assert_same(outputs, operator(x, expected_running, axis))
+        assert_same(running, expected_running)
+
+
+def small_model():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+    )
+    return quantize_model_(model).to(DEVICE)
+
+
+def test_a_replayed_training_step_is_the_eager_step(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    images = torch.empty(16, 3, 8, 8, device=DEVICE)
+    labels = torch.empty(16, dtype=torch.int64, device=DEVICE)
+    models = [small_model()]
+    models.append(copy.deepcopy(models[0]))
+    start = copy.deepcopy(models[0].state_dict())
+
+    def step_of(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    eager_step, replayed_step = map(step_of, models)
+    images.normal_()
+    labels.random_(10)
+    graph, replayed_loss = captured(replayed_step)
+    models[1].load_state_dict(start)
+    ranges = []
+    for i in range(4):
+        images.normal_(std=i + 1.0)
+        labels.random_(10)
+        graph.replay()
+        assert_same(replayed_loss, eager_step())
+        eager, replayed = (model.state_dict() for model in models)
+        assert_same(replayed, eager)
+        ranges.append(replayed["0.running_absmax"].item())
+    assert ranges == sorted(set(ranges))  # It grows with the images, at each replay.
+
+
+def test_reduce_overhead():
+    """torch.compile's own CUDA graphs."""
+    torch.compiler.reset()
+    counters.clear()
+    eager = quantize_model_(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)))
+    eager = eager.to(DEVICE)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for i in range(5):  # Warms up, records, then replays.
+        x = torch.randn(16, 32, device=DEVICE) * (i + 1)
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x)
+        y.square().sum().backward()
+        expected = eager(x)
+        expected.square().sum().backward()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        assert_same(model[0].running_absmax, eager[0].running_absmax)
+        for parameter, wanted in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-3, atol=1e-3)
+        model.zero_grad()
+        eager.zero_grad()
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@each_operator
+def test_work_goes_to_the_current_stream(operator):
+    x, new = torch.randn(2, 64, 33, device=DEVICE).unbind()
+    running = range_for(x, 0)
+    expected = operator(new, running.clone(), 0)
+    operator(x, running.clone(), 0)  # Compiles, if anything does.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # Work on any other stream would be done before `copy_`.
+        x.copy_(new)
+        actual = operator(x, running, 0)
+    stream.synchronize()
+    assert_same(actual, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+@each_operator
+def test_a_second_device(operator):
+    x = torch.randn(16, 24, 31)
+    expected = results(operator, x.to("cuda:0"), 1)
+    assert torch.cuda.current_device() == 0
+    actual = results(operator, x.to("cuda:1"), 1)
+    assert torch.cuda.current_device() == 0
+    assert {str(y.device) for y in actual} == {"cuda:1"}
+    assert_same([y.cpu() for y in actual], [y.cpu() for y in expected])
+
+
+BAD_CALLS = [
+    lambda x, one: fake_quantize(x.double(), 4),
+    lambda x, one: fake_quantize(x.to_sparse(), 4),
+    lambda x, one: fake_quantize(x, 1),
+    lambda x, one: fake_quantize(x, 4.0),
+    lambda x, one: fake_quantize(x, 4, 2),
+    lambda x, one: fake_quantize_many([], 4),
+    lambda x, one: fake_quantize_many([x, x.int()], 4),
+    lambda x, one: fake_quantize_many([x], [4, 4]),
+    lambda x, one: fake_quantize_many([x, x.to("meta")], 4),
+    lambda x, one: fake_quantize_ema(x, one.half(), 4),
+    lambda x, one: fake_quantize_ema(x, one.reshape(1), 4),
+    lambda x, one: fake_quantize_ema(x, one.expand(4), 4, axis=1),
+    lambda x, one: fake_quantize_ema(x, one.to("meta"), 4),
+    lambda x, one: fake_quantize_ema(x, one, 4, averaging_constant=1.5),
+    lambda x, one: fake_quantize_ema(x, one, 4, ste="none"),
+    lambda x, one: quantize(x, 9),
+    lambda x, one: dequantize(x, one),
+    lambda x, one: dequantize(x.to(torch.int8), one, 0),
+]
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_errors_are_those_of_the_cpu_and_come_before_a_launch(call, monkeypatch):
+    monkeypatch.setattr("noisyq_fast.ops.select", lambda _: pytest.fail("reached a backend"))
+    errors = []
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call(torch.ones(4, 5, device=device), torch.ones((), device=device))
+        errors.append((caught.type, str(caught.value).replace(device, "DEVICE")))
+    assert errors[0] == errors[1]
+
+
+def test_a_range_on_the_wrong_device():
+    with pytest.raises(ValueError, match="got a tensor on cpu, takes one on cuda:0"):
+        fake_quantize_ema(torch.ones(3, device="cuda:0"), torch.tensor(1.0), 4)
+
+
+SANITIZED = """
+import torch
+from noisyq_fast import *
+for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for axis in (None, 0, 1):
+            x = torch.linspace(-3, 3, torch.Size(shape).numel()).reshape(shape).to(dtype).cuda()
+            running = torch.ones([] if axis is None else [shape[axis]]).cuda()
+            fake_quantize_many([x, x[:2]], 4, axis)
+            fake_quantize_ema(x, running, 4, axis)
+            fake_quantize_ema(x, running, 4, axis, training=False, ste="clipped")
+            dequantize(*quantize(x, 4, axis), axis)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(gpu_backend, tool):
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    sanitizer = shutil.which("compute-sanitizer", path=path)
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
+    command += ["--target-processes", "application-only"]
+    if tool == "memcheck":  # PyTorch probes the driver with calls that may fail.
+        command += ["--report-api-errors", "no"]
+    environment = {"NOISYQ_BACKEND": gpu_backend, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(
+        [*command, sys.executable, "-c", SANITIZED],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+    )
+    report = run.stdout + run.stderr
+    if "Device not supported" in report:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert run.returncode == 0, report[-4000:]

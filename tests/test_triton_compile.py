@@ -1,0 +1,139 @@
+"""The Triton kernels as far as a machine without a GPU can tell: every variant compiles for every
+architecture that is named, without spills, with IEEE arithmetic, and with 16 bytes for each access
+where sizes allow.
+
+The operators are called as ever, on tensors without memory, and what they would launch is compiled
+instead. That takes a process of its own: this one may have the interpreter on.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = (80, 90, 100)
+KERNELS = {
+    "quantize_on_chip",
+    "quantize_looped",
+    "reduce_partially",
+    "quantize_reduced",
+    "quantize_given",
+    "dequantize",
+    "quantize_delayed",
+    "finish_delayed",
+    "zero_clipped",
+}
+WITHOUT_DIVISION = {"reduce_partially", "dequantize", "zero_clipped"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code(architecture, tmp_path):
+    pytest.importorskip("triton")
+    child = subprocess.run(
+        [sys.executable, __file__, str(architecture), tmp_path],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    kernels = [json.loads(line) for line in child.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} == KERNELS
+    for kernel in kernels:
+        variant, ptx = kernel["variant"], kernel["ptx"]
+        registers, stack, local = (
+            int(re.search(rf"{resource}:(\d+)", kernel["usage"])[1])
+            for resource in ("REG", "STACK", "LOCAL")
+        )
+        assert (stack, local) == (0, 0), variant  # No spills.
+        assert "fma.rn.f32" not in ptx, variant
+        assert ".ftz" not in ptx, variant
+        assert not re.search(r"div\.(full|approx)", ptx), variant
+        assert ("div.rn.f32" in ptx) == (kernel["name"] not in WITHOUT_DIVISION), variant
+        if kernel["wide"]:
+            # The 65,536 registers of a multiprocessor hold 24 warps at least.
+            assert registers <= 80, variant
+            assert "ld.global.v4.b32" in ptx, variant
+            assert ("st.global.v4.b32" in ptx) == (kernel["name"] != "reduce_partially"), variant
+            assert not re.search(r"(ld|st)\.global\.b16", ptx), variant
+
+
+def compile_for(architecture, folder):
+    """Prints what every operator launches, in every variant, as lines of JSON."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from noisyq_fast.backends import geometry
+    from noisyq_fast.backends import triton as backend
+
+    class Driver:
+        """What Triton asks about a GPU before it compiles for it."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", architecture, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    run = JITFunction.run
+
+    def compile_only(kernel, x, *arguments, grid, warmup, **options):
+        compiled = run(kernel, x, *arguments, grid=grid, warmup=True, **options)
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        *_, sizes, tile = arguments
+        record = {
+            "name": kernel.__name__,
+            "variant": f"{kernel.__name__}: {x.dtype}, {sizes}, tile {tile}, sm_{architecture}",
+            "wide": all(size == 1 or size % 16 == 0 for size in sizes),
+            "ptx": compiled.asm["ptx"],
+            "usage": usage.stdout,
+        }
+        print(json.dumps(record))
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    backend._machine = lambda device: geometry.Machine(processors=132)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    # Sizes that 16 divides, and odd ones, for which one architecture tells enough.
+    for n in (64, 65) if architecture == 90 else (64,):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weight = empty(8 * n, 250 * n, dtype=dtype)
+            activation = empty(n, n, n, (n + 1) // 2, dtype=dtype)
+            range_ = empty()
+            backend.fake_quantize(weight, 7, 0)
+            backend.quantize(weight, 7, 0)
+            backend.fake_quantize(empty(9 * n, 1000 * n, dtype=dtype), 7, 0)
+            backend.fake_quantize_ema(activation, range_, 7, None, 0.01)
+            backend.quantize(activation, 7, None)
+            backend.fake_quantize(activation, 7, 1)
+            backend.fake_quantize(activation.to(memory_format=torch.channels_last), 7, 1)
+            backend.fake_quantize_range(activation, range_, 7, None)
+            backend.fake_quantize_clipped(weight, empty(8 * n), 7, 0)
+            backend.fake_quantize_delayed(activation, range_, 7, None, 0.01, False)
+            _, bits = backend.fake_quantize_delayed(activation, range_, 7, None, 0.01, True)
+            backend.zero_clipped(activation, bits)
+        backend.dequantize(empty(8 * n, 250 * n, dtype=torch.int8), empty(8 * n), 0)
+    # A size of more than 32 bits.
+    backend.fake_quantize_ema(empty(2**31 + 1), range_, 7, None, 0.01)
+
+
+if __name__ == "__main__":
+    compile_for(int(sys.argv[1]), Path(sys.argv[2]))
