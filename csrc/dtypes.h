@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "kernels.h"
 #include "quantize.h"
 
 namespace noisyq {
@@ -84,5 +85,13 @@ NOISYQ_INLINE Float16 from_float<Float16>(float x) {
 NOISYQ_INLINE float absmax_of(float, uint32_t bits) { return bit_cast<float>(bits); }
 NOISYQ_INLINE float absmax_of(BFloat16, uint16_t bits) { return to_float(BFloat16{bits}); }
 NOISYQ_INLINE float absmax_of(Float16, uint16_t bits) { return to_float(Float16{bits}); }
+
+// What `body(T{})` returns for the storage type that `dtype` names.
+template <class Body>
+auto with_type(DType dtype, const Body& body) {
+  if (dtype == DType::bfloat16) return body(BFloat16{});
+  if (dtype == DType::float16) return body(Float16{});
+  return body(float{});
+}
 
 }  // namespace noisyq

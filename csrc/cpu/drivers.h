@@ -11,19 +11,6 @@
 
 namespace noisyq::cpu {
 
-// Calls `body(T{})` with the storage type that `dtype` names.
-template <class Body>
-void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::float32:
-      return body(float{});
-    case DType::bfloat16:
-      return body(BFloat16{});
-    case DType::float16:
-      return body(Float16{});
-  }
-}
-
 // y = Op(x) with scales that are known before.
 template <class Op, class In, class Out>
 void map(const In* x, Out* y, Layout layout, const float* scale, float qmax, int threads) {

@@ -100,18 +100,4 @@ inline bool aligned(const void* address, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }
 
-// Calls `body(T{})` with the storage type that `dtype` names.
-template <class Body>
-Status with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::float32:
-      return body(float{});
-    case DType::bfloat16:
-      return body(BFloat16{});
-    case DType::float16:
-      return body(Float16{});
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace noisyq::cuda
