@@ -6,124 +6,220 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from tyro.extras import literal_type_from_choices
 
+from experiments import methods
+from experiments.checks import require
 from experiments.data import DATASETS
+from experiments.data.cifar10n import HUMAN_LABELS
 from experiments.data.noise import NOISE_KINDS
-from experiments.methods import METHODS, options
+from experiments.schedule import SCHEDULES
 from noisyq_fast.backends import AUTO, BACKENDS
 
+DEFAULT_NOISE = 0.4
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16")
 _CHOICES = {
-    "method": METHODS,
-    "dataset": DATASETS,
-    "noise_kind": NOISE_KINDS,
+    "method": (methods.BASELINE, *methods.METHODS),
+    "dataset": tuple(DATASETS),
+    "noise_kind": (*NOISE_KINDS, *HUMAN_LABELS),
+    "schedule": tuple(SCHEDULES),
+    "device": DEVICES,
+    "precision": PRECISIONS,
     "backend": (AUTO, *BACKENDS),
 }
 # None of these changes a number in the results; the data are identified by their checksum.
-_WITHOUT_EFFECT = {"data_dir", "download", "backend", "out"}
+_WITHOUT_EFFECT = {
+    "backend",
+    "data_dir",
+    "download",
+    "evaluate_every",
+    "out",
+    "restart",
+    "tensorboard",
+}
+
+
+_NOT_GIVEN = methods.Options()
+
+
+def _choice(option: str) -> Any:
+    return literal_type_from_choices(_CHOICES[option])
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Train one ResNet-20 on images whose training labels are partly wrong.
 
-    The test labels are never changed. Every run writes its options, its noisy labels, the metrics
-    of each epoch, the final result and the trained weights into a folder of its own. The default
-    run needs no download and takes about a minute on one CPU core.
+    The test labels are never changed, and nothing is ever selected on them. Every run writes its
+    options, its noisy labels, the metrics of each epoch, the final result and the trained weights
+    into a folder of its own, and a checkpoint after each epoch: the same command goes on where it
+    was interrupted. The default run needs no download and takes about a minute on one CPU core.
     """
 
-    method: literal_type_from_choices(METHODS) = "baseline"
-    """baseline: plain training. quant: quantization-aware training."""
+    method: _choice("method") = methods.BASELINE
+    """What is done against wrong labels; baseline: nothing. Each method's own options follow, with
+    its default in parentheses. Giving them beside another method combines the two, as in
+    --method quant --weight-decay 0.01."""
 
-    dataset: literal_type_from_choices(DATASETS) = "digits"
+    options: Annotated[methods.Options, tyro.conf.arg(name="")] = _NOT_GIVEN
+
+    dataset: _choice("dataset") = "digits"
     """digits: 1,797 images of 8x8 from scikit-learn. cifar10: 60,000 of 32x32."""
 
     data_dir: Path | None = None
     """Where CIFAR-10 is: the folder cifar-10-batches-py, the archive cifar-10-python.tar.gz or a
-    directory that holds either. If not given: the user's cache."""
+    directory that holds either, and CIFAR-10_human.pt for human labels. If not given: the user's
+    cache."""
 
     download: bool = False
-    """Fetch CIFAR-10 (170 MB) into --data-dir if it is not there."""
+    """Fetch what is missing into --data-dir: CIFAR-10 (170 MB), the human labels (2 MB)."""
 
     train_size: int | None = None
     """Train on so many images only, the same for every seed and method. If not given: all."""
 
-    noise: float = 0.4
-    """Share of the training labels that are re-drawn, from 0 to 1."""
+    validation: float | None = None
+    """Share of the training images that is held out, with its noisy labels, to choose an epoch. If
+    not given: 0.1 for early stopping, 0 without."""
 
-    noise_kind: literal_type_from_choices(NOISE_KINDS) = "symmetric"
-    """symmetric: re-drawn uniformly over all classes, the true one included."""
+    noise: float | None = None
+    """Share of the training labels that noise touches, from 0 to 1. If not given: 0.4. Human labels
+    come with their own."""
+
+    noise_kind: _choice("noise_kind") = "symmetric"
+    """symmetric: re-drawn uniformly over all classes, the true one included. symmetric_exclusive:
+    the true one excluded. asymmetric: flipped to the class it is most often mistaken for. pair:
+    flipped to the next class. instance: flipped by what the image looks like. aggregate, random1,
+    random2, random3, worst: CIFAR-10N, what people answered."""
 
     noise_seed: int = 0
     """Seed of the noise. Runs that differ in --seed only share their wrong labels."""
 
-    weight_bits: int = 4
-    """quant: bits of the weights, 2 to 8; always 8 in the first and the last layer."""
-
-    activation_bits: int = 4
-    """quant: bits of each layer's input, 2 to 8; always 8 in the first and the last layer."""
-
     epochs: int | None = None
-    """Passes over the training set. If not given: as many as suit the data set."""
+    """Passes over the training set; 0 only evaluates --weights. If not given: as many as suit the
+    data set."""
+
+    weights: Path | None = None
+    """Start from the model.safetensors of another run of the same method."""
 
     batch_size: int = 128
-    """Images in a step."""
+    """Images in a step, over all processes."""
 
     lr: float = 1e-3
-    """First learning rate. It falls after 40, 60, 80 and 90 % of the epochs."""
+    """First learning rate."""
+
+    schedule: _choice("schedule") = "steps"
+    """steps: the learning rate falls to 0.1, 0.01, 0.001 and 0.0005 of the first after 40, 60, 80
+    and 90 % of the epochs. cosine: it falls to 0 along a half cosine. constant: it stays."""
 
     augment: bool = True
     """Random crops, and flips where a mirror image keeps its class."""
 
+    evaluate_every: int = 1
+    """Epochs from one evaluation on the test set to the next; the last epoch always has one."""
+
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
+
+    device: _choice("device") = "auto"
+    """auto: a GPU where there is one."""
+
+    precision: _choice("precision") = "fp32"
+    """bf16: convolutions and linear layers in bfloat16 (autocast); weights stay float32."""
+
+    compile: bool = False
+    """Train through torch.compile."""
+
+    cuda_graph: bool = False
+    """Record the training step once and replay it: saves the time of launching kernels on a GPU."""
 
     threads: int | None = None
     """CPU threads. They can change the last digits. If not given: what suits the data set."""
 
-    backend: literal_type_from_choices((AUTO, *BACKENDS)) = AUTO
+    backend: _choice("backend") = AUTO
     """What computes the quantizer; auto: NOISYQ_BACKEND, or else the fastest. Every choice gives
     the same numbers."""
+
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too (pip install tensorboard)."""
+
+    restart: bool = False
+    """Start anew where the run is finished or was interrupted."""
 
     out: Path = Path("runs")
     """Directory in which the run makes its folder."""
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            takes = "one of " + ", ".join(choices)
-            self._require(name, getattr(self, name) in choices, takes)
-        self._require("noise", 0 <= self.noise <= 1, "a share from 0 to 1")
-        for name in ("weight_bits", "activation_bits"):
-            self._require(name, 2 <= getattr(self, name) <= 8, "a whole number from 2 to 8")
-        for name in ("train_size", "epochs", "batch_size", "threads"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "a whole number from 1")
-        for name in ("seed", "noise_seed"):
-            self._require(
-                name,
-                0 <= getattr(self, name) < 2**63,
-                "a whole number from 0 to 2^63-1",
-            )
-        self._require("lr", 0 < self.lr < math.inf, "a finite number above 0")
+        def check(names: tuple[str, ...], accepted: Any, takes: str) -> None:
+            for name in names:
+                value = getattr(self, name)
+                require(name, value, value is None or accepted(value), takes)
 
-    def _require(self, name: str, accepted: bool, takes: str) -> None:
-        if not accepted:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option}: got {getattr(self, name)}, takes {takes}")
+        for name, choices in _CHOICES.items():
+            check((name,), lambda value, choices=choices: value in choices, _one_of(choices))
+        check(("noise",), lambda value: 0 <= value <= 1, "a share from 0 to 1")
+        check(("validation",), lambda value: 0 <= value < 1, "a share from 0 to less than 1")
+        check(
+            ("train_size", "batch_size", "threads", "evaluate_every"),
+            lambda value: value >= 1,
+            "a whole number from 1",
+        )
+        check(("epochs",), lambda value: value >= 0, "a whole number from 0")
+        check(("seed", "noise_seed"), lambda value: 0 <= value < 2**63, "0 to 2^63-1")
+        check(("lr",), lambda value: 0 < value < math.inf, "a finite number above 0")
+        on = self.methods  # refuses options that take no effect
+        if self.epochs == 0 and self.weights is None:
+            raise ValueError("--epochs: got 0 without --weights, which it would evaluate")
+        if self.noise_kind in HUMAN_LABELS and self.noise is not None:
+            raise ValueError(f"--noise: got {self.noise} with human labels, which bring their own")
+        if self.validation == 0 and "early_stopping" in on:
+            raise ValueError("--validation: got 0, early stopping takes a share above 0")
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("--cuda-graph: got --device cpu, takes a GPU")
+
+    @property
+    def methods(self) -> dict[str, methods.Method]:
+        """The methods that are on, with their options filled in, by name."""
+        return methods.chosen(self.method, self.options)
+
+    @property
+    def label(self) -> str:
+        """What is done, short, for names of runs."""
+        return methods.label(self.methods)
 
     def resolved(self, epochs: int, threads: int) -> RunConfig:
         """These options, with what was left to a default filled in."""
+        noise, validation = self.noise, self.validation
+        if noise is None and self.noise_kind in NOISE_KINDS:
+            noise = DEFAULT_NOISE
+        if validation is None:
+            validation = 0.1 if "early_stopping" in self.methods else 0.0
         return dataclasses.replace(
-            self, epochs=self.epochs or epochs, threads=self.threads or threads
+            self,
+            options=dataclasses.replace(self.options, **self.methods),
+            noise=noise,
+            validation=validation,
+            epochs=epochs if self.epochs is None else self.epochs,
+            threads=self.threads or threads,
         )
 
+    def flat(self) -> dict[str, Any]:
+        """All options by name; of methods only those that are on."""
+        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del flat["options"]
+        for method in self.methods.values():
+            flat |= dataclasses.asdict(method)
+        return flat
+
     def identity(self) -> dict[str, Any]:
-        """The options that can change a number in the results of this method."""
-        unread = set().union(*map(options, METHODS.values())) - set(options(METHODS[self.method]))
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in unread | _WITHOUT_EFFECT
-        }
+        """The options that can change a number in the results."""
+        # The methods that are on say what --method does.
+        identity = {k: v for k, v in self.flat().items() if k not in _WITHOUT_EFFECT | {"method"}}
+        return identity | {"methods": list(self.methods)}
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    return "one of " + ", ".join(choices)

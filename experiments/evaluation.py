@@ -1,28 +1,50 @@
 """What a network makes of images it does not train on."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.data.augment import Normalize
-
 _BATCH_SIZE = 500
+_CALIBRATION_BINS = 15
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, images: Tensor, labels: Tensor, normalize: Normalize
-) -> tuple[Tensor, float]:
-    """Whether each prediction is the label, and the mean cross-entropy."""
+def predict(model: nn.Module, images: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits `[N, C]`, in float32, of uint8 images, in evaluation mode."""
     model.eval()
-    hits, loss = [], 0.0
-    for batch, expected in zip(images.split(_BATCH_SIZE), labels.split(_BATCH_SIZE), strict=True):
-        logits = model(normalize(batch))
-        hits.append(logits.argmax(1) == expected)
-        loss += F.cross_entropy(logits, expected, reduction="sum").item()
-    return torch.cat(hits), loss / len(labels)
+    return torch.cat([model(normalize(batch)).float() for batch in images.split(_BATCH_SIZE)])
 
 
 def accuracy(hits: Tensor) -> float | None:
     """The share of hits; None where there is nothing to hit."""
     return hits.sum().item() / len(hits) if len(hits) else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How logits agree with labels."""
+
+    accuracy: float
+    loss: float
+    """Mean cross-entropy, in nats."""
+    calibration_error: float
+    """Expected calibration error of the predicted class in 15 bins (Guo et al. 2017, arXiv
+    1706.04599): the mean distance between confidence and accuracy."""
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Evaluation:
+        """Compares logits `[N, C]` with labels `[N]`."""
+        from torchmetrics.functional.classification import multiclass_calibration_error
+
+        return cls(
+            accuracy=accuracy(logits.argmax(1) == labels),
+            loss=F.cross_entropy(logits, labels).item(),
+            calibration_error=multiclass_calibration_error(
+                logits.softmax(1), labels, logits.shape[1], n_bins=_CALIBRATION_BINS
+            ).item(),
+        )

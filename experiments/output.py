@@ -1,5 +1,6 @@
 """The folder of a run."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,27 +20,48 @@ from experiments.data.noise import NoisyLabels
 _FILES = (
     "result.json",
     "model.safetensors",
+    "checkpoint.pt",
+    "checkpoint-before.pt",
     "metrics.jsonl",
     "noisy_labels.npz",
     "config.json",
 )
 
 
-def run_name(config: RunConfig, label: str, data_checksum: str) -> str:
+def run_name(config: RunConfig, checksums: dict[str, str]) -> str:
     """A readable name that is equal for two runs only if they must give the same numbers."""
-    identity = json.dumps({**config.identity(), "data": data_checksum}, sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return f"{config.dataset}-{label}-noise{config.noise:g}-seed{config.seed}-{digest}"
+    identity = config.identity() | checksums
+    text = json.dumps(identity, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    noise = config.noise_kind if config.noise is None else f"noise{config.noise:g}"
+    return f"{config.dataset}-{config.label}-{noise}-seed{config.seed}-{digest}"
 
 
 class RunFolder:
-    """Writes each file of a run whole or not at all, after removing those of an older run."""
+    """The files of a run, each written whole or not at all. One process at a time can have it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"{path}: another process is at work on this run") from error
+
+    def clear(self) -> None:
+        """Removes what an older run left."""
         for name in _FILES:
-            (path / name).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
+
+    def result(self) -> dict[str, Any] | None:
+        """The outcome, if the run is finished."""
+        try:
+            return json.loads((self.path / "result.json").read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}/result.json is malformed: {error}") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The options of the run, as config.json."""
@@ -55,10 +77,7 @@ class RunFolder:
 
     def write_labels(self, labels: NoisyLabels) -> None:
         """The re-drawn indices, the true and the given labels, as noisy_labels.npz."""
-        with (
-            _atomic(self.path / "noisy_labels.npz") as temporary,
-            temporary.open("wb") as file,
-        ):
+        with atomic(self.path / "noisy_labels.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 indices=labels.redrawn.numpy(),
@@ -66,19 +85,19 @@ class RunFolder:
                 given=labels.given.numpy(),
             )
 
-    def write_model(self, model: nn.Module) -> None:
+    def write_model(self, model: nn.Module, metadata: dict[str, str]) -> None:
         """Parameters and buffers, as model.safetensors."""
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        with _atomic(self.path / "model.safetensors") as temporary:
-            temporary.write_bytes(save(state))
+        with atomic(self.path / "model.safetensors") as temporary:
+            temporary.write_bytes(save(state, metadata))
 
     def _write_text(self, name: str, text: str) -> None:
-        with _atomic(self.path / name) as temporary:
+        with atomic(self.path / name) as temporary:
             temporary.write_text(text)
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """A path beside `path` that takes its place if the block succeeds and vanishes otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

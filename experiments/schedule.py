@@ -1,12 +1,33 @@
-"""The learning rate over a run."""
+"""The learning rate over a run, by the name that `--schedule` takes."""
+
+import math
+from collections.abc import Callable
 
 # The recipe of Keras's CIFAR-10 ResNet: after this many percent of the epochs, this factor.
 _STEPS = ((90, 0.0005), (80, 0.001), (60, 0.01), (40, 0.1))
 
 
-def learning_rate(initial: float, epoch: int, epochs: int) -> float:
-    """The rate of `epoch`, counted from 0, out of `epochs`."""
+def steps(epoch: int, epochs: int) -> float:
+    """Falls after 40, 60, 80 and 90 % of the epochs."""
     for percent, factor in _STEPS:
         if 100 * epoch >= percent * epochs:
-            return initial * factor
-    return initial
+            return factor
+    return 1.0
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    """`(1 + cos(pi epoch / epochs)) / 2` (Loshchilov & Hutter 2016, arXiv 1608.03983)."""
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def constant(epoch: int, epochs: int) -> float:
+    """Stays as it is."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "steps": steps,
+    "cosine": cosine,
+    "constant": constant,
+}
+"""The factor of the first learning rate in `epoch`, counted from 0, out of `epochs`."""

@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from noisyq_fast.backends import current_backend, use_backend
 from noisyq_fast.convert import quantize_model_
+from noisyq_fast.distributed import sync_ranges_
 from noisyq_fast.info import info
 from noisyq_fast.layers import QuantConv2d, QuantLinear
 from noisyq_fast.ops import (
@@ -27,5 +28,6 @@ __all__ = [
     "info",
     "quantize",
     "quantize_model_",
+    "sync_ranges_",
     "use_backend",
 ]

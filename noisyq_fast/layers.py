@@ -41,6 +41,7 @@ class _QuantLayer(nn.Module):
     weight: Tensor
     running_absmax: Tensor
     ready_weight: Tensor | None = None
+    fake_quantize_input: Callable[..., Tensor] = staticmethod(fake_quantize_ema)
 
     def set_quantizer_(
         self,
@@ -61,7 +62,7 @@ class _QuantLayer(nn.Module):
         self.register_buffer("running_absmax", unseen)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        return fake_quantize_ema(
+        return self.fake_quantize_input(
             x,
             self.running_absmax,
             self.activation_bits,

@@ -12,7 +12,7 @@ from torch import Tensor
 class RandomCropFlip:
     """Random crops of zero-padded images, mirrored half of the time if `flip`, in one gather.
 
-    No padding and no flip give the images as they are.
+    No padding and no flip give the images as they are. Images and views live on one device.
     """
 
     def __init__(self, images: Tensor, padding: int, flip: bool) -> None:
@@ -21,22 +21,24 @@ class RandomCropFlip:
         self.flip = flip
         self.padded = F.pad(images, (0, 0, padding, padding, padding, padding))
 
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """The images at `indices` as uint8 `[B, H, W, C]`."""
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Views at random: int64 `[count, 3]`, the top, the left and whether it is mirrored."""
+        ends = (2 * self.padding + 1, 2 * self.padding + 1, 1 + self.flip)
+        return torch.stack([torch.randint(end, (count,), generator=generator) for end in ends], 1)
+
+    def __call__(self, indices: Tensor, views: Tensor) -> Tensor:
+        """The images at `indices` `[B]`, each in its view `[B, 3]`, as uint8 `[B, H, W, C]`."""
         height, width = self.size
         _, padded_height, padded_width, channels = self.padded.shape
-        count = len(indices)
-        top = torch.randint(2 * self.padding + 1, (count, 1), generator=generator)
-        left = torch.randint(2 * self.padding + 1, (count, 1), generator=generator)
-        mirrored = torch.randint(1 + self.flip, (count, 1), generator=generator).bool()
+        top, left, mirrored = views[:, :, None].unbind(1)
 
-        column = torch.arange(width)
-        rows = top + torch.arange(height)
-        columns = left + torch.where(mirrored, width - 1 - column, column)
+        column = torch.arange(width, device=views.device)
+        rows = top + torch.arange(height, device=views.device)
+        columns = left + torch.where(mirrored.bool(), width - 1 - column, column)
         first_rows = indices[:, None] * padded_height
         pixels = (first_rows + rows)[:, :, None] * padded_width + columns[:, None, :]
         gathered = self.padded.view(-1, channels).index_select(0, pixels.flatten())
-        return gathered.view(count, height, width, channels)
+        return gathered.view(len(indices), height, width, channels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,10 @@ class Normalize:
         mean = shares @ levels
         variance = (shares * (levels - mean[:, None]).square()).sum(1)
         return cls(mean.float(), variance.sqrt().float())
+
+    def to(self, device: torch.device) -> Normalize:
+        """The same on another device."""
+        return Normalize(self.mean.to(device), self.std.to(device))
 
     def __call__(self, images: Tensor) -> Tensor:
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)

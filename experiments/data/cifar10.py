@@ -37,6 +37,14 @@ CLASS_NAMES = (
     "ship",
     "truck",
 )
+# Patrini et al. 2017, arXiv 1609.03683.
+_ASYMMETRIC_FLIPS = {
+    "truck": "automobile",
+    "bird": "airplane",
+    "cat": "dog",
+    "dog": "cat",
+    "deer": "horse",
+}
 _ROWS = 10_000
 
 
@@ -66,9 +74,14 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
         name="cifar10",
         train_images=torch.from_numpy(np.concatenate(images[:-1])),
         train_labels=torch.from_numpy(np.concatenate(labels[:-1])),
+        train_indices=torch.arange(len(images[:-1]) * _ROWS),
         test_images=torch.from_numpy(images[-1]),
         test_labels=torch.from_numpy(labels[-1]),
         class_names=CLASS_NAMES,
+        asymmetric_flips={
+            CLASS_NAMES.index(source): CLASS_NAMES.index(target)
+            for source, target in _ASYMMETRIC_FLIPS.items()
+        },
         crop_padding=4,
         flip=True,
         default_epochs=200,

@@ -20,9 +20,13 @@ class Dataset:
     name: str
     train_images: Tensor
     train_labels: Tensor
+    train_indices: Tensor
+    """Where each training image stands in the full training set."""
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    asymmetric_flips: dict[int, int]
+    """The class that each easily mistaken class is mistaken for; may be empty."""
     crop_padding: int
     flip: bool
     default_epochs: int
@@ -42,6 +46,7 @@ class Dataset:
             self,
             train_images=self.train_images[kept],
             train_labels=self.train_labels[kept],
+            train_indices=self.train_indices[kept],
         )
 
     @cached_property

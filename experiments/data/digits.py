@@ -20,9 +20,12 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
         name="digits",
         train_images=images[~is_test],
         train_labels=labels[~is_test],
+        train_indices=torch.arange((~is_test).sum()),
         test_images=images[is_test],
         test_labels=labels[is_test],
         class_names=tuple(str(digit) for digit in range(10)),
+        # Those of MNIST in Patrini et al. 2017, arXiv 1609.03683.
+        asymmetric_flips={2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
         crop_padding=1,
         flip=False,
         default_epochs=200,

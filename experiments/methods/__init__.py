@@ -1,22 +1,62 @@
 """Training methods, by the name that `--method` takes."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated
 
-from experiments.methods.baseline import Baseline
+import tyro
+
+from experiments.methods.dropout import Dropout
+from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.label_smoothing import LabelSmoothing
+from experiments.methods.method import Method
+from experiments.methods.prune import Prune
 from experiments.methods.quant import Quant
+from experiments.methods.weight_decay import WeightDecay
 
-__all__ = ["METHODS", "Baseline", "Quant", "build", "options"]
+__all__ = ["BASELINE", "METHODS", "Method", "Options", "chosen", "label"]
 
-METHODS: dict[str, type[Baseline]] = {"baseline": Baseline, "quant": Quant}
+BASELINE = "baseline"
+"""Cross-entropy and Adam: no method at all."""
+
+# In the order in which they change the network.
+METHODS: dict[str, type[Method]] = {
+    "quant": Quant,
+    "dropout": Dropout,
+    "prune": Prune,
+    "weight_decay": WeightDecay,
+    "label_smoothing": LabelSmoothing,
+    "early_stopping": EarlyStopping,
+}
+
+Options = dataclasses.make_dataclass(
+    "Options",
+    [
+        (name, Annotated[method, tyro.conf.arg(name="")], method())
+        for name, method in METHODS.items()
+    ],
+    frozen=True,
+)
+"""The options of all methods, each method's under its name."""
 
 
-def options(method: type[Baseline]) -> list[str]:
-    """The names of the run's options that `method` reads."""
-    return [field.name for field in dataclasses.fields(method)]
+def chosen(name: str, options: Options) -> dict[str, Method]:
+    """The methods that are on: the one called `name` and those whose options were given."""
+    methods = {key: getattr(options, key) for key in METHODS}
+    methods = {
+        key: method.with_defaults() if key == name or method.on else method
+        for key, method in methods.items()
+    }
+    for key, method in methods.items():
+        if not method.on and method.changed():
+            option, turns_on = map(_flag, (method.changed()[0], next(iter(method.DEFAULTS))))
+            raise ValueError(f"{option}: takes effect with --method {key} or {turns_on} only")
+    return {key: method for key, method in methods.items() if method.on}
 
 
-def build(config: Any) -> Baseline:
-    """The method `config.method`, with its options taken from `config`."""
-    method = METHODS[config.method]
-    return method(**{name: getattr(config, name) for name in options(method)})
+def label(methods: dict[str, Method]) -> str:
+    """All that is on, short, for names of runs."""
+    return "+".join(method.label for method in methods.values()) or BASELINE
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

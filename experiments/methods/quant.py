@@ -1,25 +1,46 @@
-"""Quantization-aware training (Tallec et al. 2023, arXiv 2303.11803)."""
+"""Quantization-aware training (Tallec et al. 2023, arXiv 2303.11803, section 3.1)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 
 import noisyq_fast
-from experiments.methods.baseline import Baseline
+from experiments.checks import require
+from experiments.methods.method import Method
 
 
 @dataclass(frozen=True)
-class Quant(Baseline):
+class Quant(Method):
     """Quantizes weights and activations in every layer; the first and the last keep 8 bits."""
 
-    weight_bits: int
-    activation_bits: int
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_bits": 4, "activation_bits": 4}
+
+    weight_bits: int | None = None
+    """quant: bits of the weights, 2 to 8 (4); always 8 in the first and the last layer."""
+
+    activation_bits: int | None = None
+    """quant: bits of each layer's input, 2 to 8 (4); always 8 in the first and the last layer."""
+
+    averaging_constant: float = 0.01
+    """quant: weight of a batch in the moving average of each input's range."""
+
+    def __post_init__(self) -> None:
+        for name in self.DEFAULTS:
+            value = getattr(self, name)
+            require(name, value, value is None or 2 <= value <= 8, "a whole number from 2 to 8")
+        constant = self.averaging_constant
+        require("averaging_constant", constant, 0 < constant <= 1, "a number above 0, up to 1")
 
     @property
     def label(self) -> str:
         return f"quant-w{self.weight_bits}a{self.activation_bits}"
 
-    def model(self, model: nn.Module) -> nn.Module:
+    def network(self, model: nn.Module) -> nn.Module:
         return noisyq_fast.quantize_model_(
-            model, weight_bits=self.weight_bits, activation_bits=self.activation_bits
+            model,
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            averaging_constant=self.averaging_constant,
         )

@@ -10,9 +10,9 @@ IMAGES = torch.randint(
 
 def test_gives_every_crop_and_mirror_image_and_nothing_else():
     draws = 2000
-    batch = RandomCropFlip(IMAGES, padding=1, flip=True)(
-        torch.full((draws,), 2), torch.Generator().manual_seed(0)
-    )
+    augment = RandomCropFlip(IMAGES, padding=1, flip=True)
+    views = augment.draw(draws, torch.Generator().manual_seed(0))
+    batch = augment(torch.full((draws,), 2), views)
     padded = F.pad(IMAGES[2], (0, 0, 1, 1, 1, 1))
     crops = [padded[y : y + 5, x : x + 4] for y in range(3) for x in range(3)]
     seen = torch.zeros(draws, dtype=torch.int)
@@ -25,14 +25,15 @@ def test_gives_every_crop_and_mirror_image_and_nothing_else():
 
 def test_without_padding_and_flip_the_images_stay_as_they_are():
     indices = torch.tensor([5, 0, 0, 3])
-    batch = RandomCropFlip(IMAGES, padding=0, flip=False)(indices, torch.Generator())
+    augment = RandomCropFlip(IMAGES, padding=0, flip=False)
+    batch = augment(indices, augment.draw(4, torch.Generator()))
     assert torch.equal(batch, IMAGES[indices])
 
 
 def test_generator_decides():
-    augment, indices = RandomCropFlip(IMAGES, padding=2, flip=True), torch.arange(6).repeat(10)
+    augment = RandomCropFlip(IMAGES, padding=2, flip=True)
     first, again, other = (
-        augment(indices, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        augment.draw(60, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

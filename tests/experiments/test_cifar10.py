@@ -23,6 +23,7 @@ def assert_holds(dataset, batches):
     assert dataset.train_images[20_000 + row, y, x, channel] == pixel
     assert dataset.train_labels[20_000:30_000].tolist() == third[b"labels"]
     assert dataset.test_labels.tolist() == batches["test_batch"][b"labels"]
+    assert dataset.train_indices.tolist() == list(range(50_000))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,11 @@ def broken(cifar10_folder, tmp_path):
 def test_reads_the_folder_and_the_directory_above(cifar10_folder, cifar10_batches):
     assert_holds(cifar10.load(cifar10_folder), cifar10_batches)
     assert_holds(cifar10.load(cifar10_folder.parent), cifar10_batches)
+
+
+def test_asymmetric_flips_are_those_of_patrini(cifar10_folder):
+    dataset = cifar10.load(cifar10_folder)
+    assert dataset.asymmetric_flips == {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
 
 def test_reads_the_archive_without_extracting_it(archive, cifar10_batches):

@@ -15,6 +15,7 @@ def test_every_fifth_image_is_a_test_image(digits):
     assert digits.train_images.shape == (1438, 8, 8, 1)
     assert digits.test_images.shape == (359, 8, 8, 1)
     assert digits.test_labels.tolist() == bunch.target[4::5].tolist()
+    assert digits.train_indices.tolist() == list(range(1438))
     assert digits.train_labels[:5].tolist() == bunch.target[[0, 1, 2, 3, 5]].tolist()
 
 
@@ -32,6 +33,10 @@ def test_smaller_training_sets_are_parts_of_the_larger(digits):
     small, large = digits.with_train_size(50), digits.with_train_size(200)
     assert torch.equal(small.train_images, large.train_images[:50])
     assert torch.equal(small.train_labels, large.train_labels[:50])
+    assert torch.equal(small.train_images, digits.train_images[small.train_indices])
+    assert torch.equal(small.train_labels, digits.train_labels[small.train_indices])
+    again = large.with_train_size(9)
+    assert torch.equal(again.train_images, digits.train_images[again.train_indices])
     assert len(large.train_labels.unique()) == 10
     assert torch.equal(large.test_images, digits.test_images)
     assert digits.with_train_size(None) is digits

@@ -1,15 +1,35 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from experiments import methods
-from experiments.config import RunConfig
+from experiments import methods, run
+from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.label_smoothing import LabelSmoothing
+from experiments.methods.weight_decay import WeightDecay, decayed
 from experiments.models import ResNet20
+
+LOGITS = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6)
+
+
+def test_every_method_is_on_with_its_defaults_under_its_name():
+    labels = {name: run.parse(["--method", name]).label for name in methods.METHODS}
+    assert labels == {
+        "quant": "quant-w4a4",
+        "dropout": "dropout0.1",
+        "prune": "prune0.75",
+        "weight_decay": "weight-decay0.01",
+        "label_smoothing": "label-smoothing0.1",
+        "early_stopping": "early-stopping10",
+    }
 
 
 def test_quant_sets_the_widths_asked_for_and_8_bits_at_both_ends():
-    method = methods.build(RunConfig(method="quant", weight_bits=3, activation_bits=5))
-    assert method.label == "quant-w3a5"
-    model = method.model(ResNet20())
+    (quant,) = run.parse(
+        ["--method", "quant", "--weight-bits", "3", "--activation-bits", "5"]
+    ).methods.values()
+    model = quant.network(ResNet20())
     widths = [
         (layer.weight_bits, layer.activation_bits)
         for layer in model.modules()
@@ -18,16 +38,72 @@ def test_quant_sets_the_widths_asked_for_and_8_bits_at_both_ends():
     assert widths == [(8, 8)] + [(3, 5)] * 18 + [(8, 8)]
 
 
-def test_baseline_is_cross_entropy_and_adam_on_the_unchanged_network():
-    method, model = methods.build(RunConfig()), ResNet20()
-    assert method.model(model) is model
-    loss = method.loss(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
-    assert loss.item() == pytest.approx(0.6931, abs=1e-4)
-    optimizer = method.optimizer(model.parameters(), lr=0.5)
-    assert isinstance(optimizer, torch.optim.Adam)
-    assert optimizer.defaults["lr"] == 0.5
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
+def test_label_smoothing_is_its_formula(share):
+    targets = (1 - share) * F.one_hot(LABELS, 10) + share / 10
+    expected = -(targets * LOGITS.log_softmax(1)).sum(1).mean()
+    loss = LabelSmoothing(share).loss(F.cross_entropy, nn.Identity())
+    torch.testing.assert_close(loss(LOGITS, LABELS), expected)
 
 
-def test_method_names_the_options_it_reads():
-    assert methods.options(methods.Baseline) == []
-    assert methods.options(methods.Quant) == ["weight_bits", "activation_bits"]
+def test_weight_decay_spares_biases_and_norms():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    assert [id(p) for p in decayed(model)] == [id(model[0].weight), id(model[2].weight)]
+
+
+def test_weight_decay_in_the_loss_is_its_formula():
+    model = nn.Linear(3, 2)
+    loss = WeightDecay(0.5, "loss").loss(F.cross_entropy, model)
+    penalty = 0.5 * model.weight.square().sum()
+    torch.testing.assert_close(loss(LOGITS, LABELS), F.cross_entropy(LOGITS, LABELS) + penalty)
+    assert WeightDecay(0.5, "loss").optimizer_options() == {}
+
+
+def test_decoupled_weight_decay_leaves_the_loss():
+    method = WeightDecay(0.5)
+    assert method.loss(F.cross_entropy, nn.Identity()) is F.cross_entropy
+    assert method.optimizer_options() == {"weight_decay": 0.5}
+
+
+class Metrics:
+    def __init__(self, epoch, validation_accuracy):
+        self.epoch = epoch
+        self.validation_accuracy = validation_accuracy
+
+
+def epochs(method, model, accuracies):
+    """Ends an epoch for each accuracy, at which the weights are its number."""
+    state = {}
+    for epoch, accuracy in enumerate(accuracies, 1):
+        nn.init.constant_(model.weight, epoch)
+        if method.end_epoch(model, state, Metrics(epoch, accuracy)):
+            break
+    return epoch, method.finish(model, state)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "stopped", "restored"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 4, 4),
+        ([0.1, 0.5, 0.4, 0.3, 0.9], 4, 2),
+        ([0.1, 0.5, 0.4, 0.6, 0.6, 0.6, 0.9], 6, 4),  # an equal one is no better one
+    ],
+)
+def test_early_stopping_goes_back_to_the_best_epoch(accuracies, stopped, restored):
+    model = nn.Linear(2, 2)
+    epoch, line = epochs(EarlyStopping(patience=2), model, accuracies)
+    assert epoch == stopped
+    assert model.weight.unique().tolist() == [restored]
+    assert (
+        line
+        == f"weights of epoch {restored} restored, validation accuracy {max(accuracies[:epoch]):.2%}"
+    )
+
+
+def test_early_stopping_forgets_weights_that_no_longer_fit():
+    method, model, state = EarlyStopping(patience=1), nn.Linear(2, 2), {}
+    method.end_epoch(model, state, Metrics(1, 0.9))
+    model.weight = nn.Parameter(torch.ones(1, 2))
+    assert not method.end_epoch(model, state, Metrics(2, 0.5))
+    method.finish(model, state)
+    assert state["epoch"] == 2

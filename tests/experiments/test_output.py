@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,38 +8,49 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.config import RunConfig
-from experiments.data.noise import symmetric
+from experiments.data.noise import NoisyLabels
 from experiments.models import ResNet20
 from experiments.output import RunFolder, run_name
 
 
+def ten_labels():
+    true = torch.arange(10)
+    return NoisyLabels(true=true, given=true.clamp(max=6), redrawn=torch.tensor([2, 7, 8, 9]))
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir() if path.name != ".lock"}
+
+
 def test_name_is_readable_and_identifies_the_numbers():
-    name = run_name(RunConfig(method="quant", noise=0.25, seed=7), "quant-w4a4", "data")
+    name = run_name(RunConfig(method="quant", noise=0.25, seed=7), {"data": "a"})
     assert name.startswith("digits-quant-w4a4-noise0.25-seed7-")
     assert len(name.rsplit("-", 1)[1]) == 8
 
 
+def test_human_labels_are_named():
+    assert run_name(RunConfig(noise_kind="worst"), {}).startswith("digits-baseline-worst-seed0-")
+
+
 def test_name_changes_with_whatever_changes_the_numbers():
-    same = [
-        RunConfig(),
-        RunConfig(out=Path("elsewhere")),
-        RunConfig(backend="reference"),
-        RunConfig(weight_bits=8),  # which the baseline does not read
-    ]
+    def name(config, data="data"):
+        return run_name(config, {"data": data})
+
+    same = [RunConfig(), RunConfig(out=Path("elsewhere")), RunConfig(backend="reference")]
     different = [RunConfig(lr=0.01), RunConfig(noise_seed=1), RunConfig(augment=False)]
-    assert len({run_name(config, "baseline", "data") for config in same}) == 1
-    assert len({run_name(config, "baseline", "data") for config in [same[0], *different]}) == 4
-    assert run_name(same[0], "baseline", "data") != run_name(same[0], "baseline", "other data")
+    assert len({name(config) for config in same}) == 1
+    assert len({name(config) for config in [same[0], *different]}) == 4
+    assert name(same[0]) != name(same[0], "other data")
 
 
 def test_files_can_be_read_back(tmp_path):
     folder = RunFolder(tmp_path / "parent" / "run")
-    labels = symmetric(torch.arange(10), 0.5, 10, seed=0)
+    labels = ten_labels()
     model = ResNet20().to(memory_format=torch.channels_last)
     folder.write_config({"out": Path("runs"), "noise": 0.5})
     folder.write_labels(labels)
     folder.write_metrics([{"epoch": 1}, {"epoch": 2}])
-    folder.write_model(model)
+    folder.write_model(model, {"methods": "{}"})
     folder.write_result({"test_accuracy": 0.5, "train_accuracy_flipped": None})
 
     assert json.loads((folder.path / "config.json").read_text()) == {"out": "runs", "noise": 0.5}
@@ -53,25 +65,46 @@ def test_files_can_be_read_back(tmp_path):
     assert all(torch.equal(restored[name], value) for name, value in model.state_dict().items())
     result = json.loads((folder.path / "result.json").read_text())
     assert result == {"test_accuracy": 0.5, "train_accuracy_flipped": None}
-    assert len(list(folder.path.iterdir())) == 5
+    assert files(folder.path) == {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "noisy_labels.npz",
+        "result.json",
+    }
+    assert folder.result() == result
 
 
-def test_new_run_removes_what_an_older_one_left(tmp_path):
+def test_clear_removes_what_an_older_run_left(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_result({})
     folder.write_metrics([])
     (tmp_path / "notes.txt").touch()
+    folder.clear()
+    assert files(tmp_path) == {"notes.txt"}
+    assert folder.result() is None
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(OSError, match="another process is at work on this run"):
+        RunFolder(tmp_path)
+    del folder
     RunFolder(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_malformed_result_is_named(tmp_path):
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json is malformed"):
+        RunFolder(tmp_path).result()
 
 
 def test_failed_write_leaves_the_older_file_whole(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.write_labels(symmetric(torch.arange(10), 0.5, 10, seed=0))
+    folder.write_labels(ten_labels())
     before = (tmp_path / "noisy_labels.npz").read_bytes()
-    broken = symmetric(torch.arange(10), 0.5, 10, seed=0)
-    object.__setattr__(broken, "given", None)
+    broken = dataclasses.replace(ten_labels(), given=None)
     with pytest.raises(AttributeError):
         folder.write_labels(broken)
     assert (tmp_path / "noisy_labels.npz").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
+    assert files(tmp_path) == {"noisy_labels.npz"}

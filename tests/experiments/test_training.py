@@ -1,20 +1,22 @@
-from dataclasses import asdict
+import io
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from experiments import data
-from experiments.config import RunConfig
+from experiments import data, run
 from experiments.data.noise import symmetric
+from experiments.methods import METHODS
 from experiments.training import NonFiniteLoss, Trainer
 
+EVERY_METHOD = ["baseline", *METHODS]
 
-def trainer(**options):
+
+def trainer(arguments="", **options):
     options = {"epochs": 2, "train_size": 256, "threads": 1} | options
-    config = RunConfig(**options)
+    config = replace(run.parse(arguments.split()), **options).resolved(epochs=2, threads=1)
     dataset = data.load("digits").with_train_size(config.train_size)
-    labels = symmetric(dataset.train_labels, config.noise, 10, config.noise_seed)
-    return Trainer(config, dataset, labels)
+    return Trainer(config, dataset, symmetric(dataset, config.noise, config.noise_seed))
 
 
 def numbers(trainer):
@@ -22,18 +24,20 @@ def numbers(trainer):
     return [asdict(metrics) | {"seconds": None} for metrics in trainer.epochs()]
 
 
-@pytest.mark.parametrize("method", ["baseline", "quant"])
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_learns_the_digits_despite_wrong_labels(method):
     run = trainer(method=method, epochs=8, batch_size=32, lr=2e-3, train_size=None, noise=0.2)
     metrics = list(run.epochs())
+    run.finish()
     assert metrics[-1].test_accuracy > 0.85
     assert metrics[-1].test_loss < metrics[0].test_loss
-    clean, flipped = run.train_accuracies()
-    assert clean > 0.85
-    assert flipped < 0.2
+    result = run.result()
+    assert result["train_accuracy_clean"] > 0.85
+    assert result["train_accuracy_flipped"] < 0.2
+    assert result["flipped_predicted_true"] > 0.7
 
 
-@pytest.mark.parametrize("method", ["baseline", "quant"])
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_same_seed_gives_the_same_numbers(method):
     first, again = trainer(method=method), trainer(method=method)
     assert numbers(first) == numbers(again)
@@ -55,7 +59,12 @@ def test_memorised_labels_are_counted_apart():
     last = list(run.epochs())[-1]
     assert last.train_accuracy_clean > 0.95
     assert last.train_accuracy_flipped > 0.95
-    assert run.train_accuracies() == pytest.approx((1.0, 1.0), abs=0.05)
+    result = run.result()
+    assert result["train_accuracy_clean"] > 0.95
+    assert result["train_accuracy_flipped"] > 0.95
+    assert result["flipped_predicted_true"] < 0.05
+    assert result["accuracy_gap"] == result["train_accuracy"] - result["test_accuracy"] > 0.3
+    assert result["loss_gap"] == result["test_loss"] - result["train_loss"] > 1
 
 
 def test_accuracy_on_wrong_labels_is_none_without_any():
@@ -63,13 +72,15 @@ def test_accuracy_on_wrong_labels_is_none_without_any():
     (metrics,) = run.epochs()
     assert metrics.train_accuracy_flipped is None
     assert metrics.train_accuracy_clean is not None
-    assert run.train_accuracies()[1] is None
+    result = run.result()
+    assert result["train_accuracy_flipped"] is None
+    assert result["train_accuracy_clean"] == result["train_accuracy"]
 
 
 def test_statistics_move_in_training_steps_only():
     run = trainer(epochs=2, train_size=256, batch_size=128)
     list(run.epochs())
-    run.train_accuracies()
+    run.result()
     assert run.model.bn.num_batches_tracked == 4
 
 
@@ -82,7 +93,9 @@ def test_learning_rate_follows_the_schedule():
 
 def test_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(
-        NonFiniteLoss, match=r"the loss is (nan|inf) in epoch 1, step \d+, at learning rate 1e\+30"
+        NonFiniteLoss,
+        match=r"the loss is (nan|inf) in epoch 1, step \d+, at learning rate 1e\+30; "
+        "last checkpoint: none yet",
     ):
         list(trainer(lr=1e30).epochs())
 
@@ -90,3 +103,140 @@ def test_loss_that_is_not_finite_stops_the_run():
 def test_model_is_channels_last():
     weight = trainer().model.stage2[1].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_loss_that_is_not_finite_names_step_and_checkpoint():
+    run = trainer(epochs=3, batch_size=32)
+    metrics = run.epochs()
+    next(metrics)
+    step = run.step
+    calls = iter(range(99))
+
+    def poisoned(*args, **kwargs):
+        loss, hits = step(*args, **kwargs)
+        return (loss * float("nan") if next(calls) == 4 else loss), hits
+
+    run.step = poisoned
+    with pytest.raises(NonFiniteLoss, match=r"nan in epoch 2, step 5, .* last checkpoint: epoch 1"):
+        next(metrics)
+
+
+def test_held_out_samples_are_not_trained_on_and_are_the_same_for_every_method():
+    baseline, quant = (trainer(method=method, validation=0.25) for method in ("baseline", "quant"))
+    assert len(baseline.held_out) == 64
+    assert len(baseline.trained) == 192
+    assert set(baseline.held_out.tolist()).isdisjoint(baseline.trained.tolist())
+    assert torch.equal(baseline.held_out, quant.held_out)
+    assert not torch.equal(baseline.held_out, trainer(validation=0.25, seed=1).held_out)
+
+
+def test_held_out_samples_are_as_noisy_as_the_others():
+    run = trainer(validation=0.5, train_size=None, noise=0.4)
+    wrong = (run.given != run.true).double()
+    assert wrong[run.held_out].mean() == pytest.approx(0.36, abs=0.05)
+
+
+def test_share_that_holds_out_nothing_or_everything_is_refused():
+    for share in (0.001, 0.999):
+        with pytest.raises(ValueError, match=r"--validation: got 0\.\d+, which holds out (0|256)"):
+            trainer(validation=share)
+
+
+def test_test_set_is_evaluated_now_and_then_and_at_the_end():
+    run = trainer(epochs=5, evaluate_every=2, train_size=32)
+    evaluated = [metrics.test_accuracy is not None for metrics in run.epochs()]
+    assert evaluated == [False, True, False, True, True]
+
+
+def saved(state):
+    """A checkpoint as another process reads it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3, 4])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(f"--method {method}" for method in EVERY_METHOD),
+        "--method quant --prune 0.5 --prune-steps 2 --dropout 0.2 --patience 2 --weight-decay 0.1",
+    ],
+)
+def test_resumed_run_ends_bit_identical(arguments, stopped_after):
+    options = {"epochs": 6, "validation": 0.1}
+    whole = trainer(arguments, **options)
+    interrupted = trainer(arguments, **options)
+    for _ in zip(range(stopped_after), interrupted.epochs(), strict=False):
+        pass
+    resumed = trainer(arguments, **options)
+    resumed.load_state_dict(saved(interrupted.state_dict()))
+    assert numbers(resumed) == numbers(whole)[stopped_after:]
+    assert whole.finish() == resumed.finish()
+    assert resumed.result() == whole.result()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_checkpoint_of_another_format_is_refused():
+    run = trainer()
+    with pytest.raises(ValueError, match="the checkpoint has format 0, this version takes 1"):
+        run.load_state_dict(run.state_dict() | {"format": 0})
+
+
+def test_pruned_network_is_smaller_and_goes_on_learning():
+    run = trainer("--method prune --prune 0.5", epochs=4)
+    before = run.result()
+    losses = [metrics.loss for metrics in run.epochs()]
+    after = run.result()
+    assert after["parameters"] < 0.55 * before["parameters"]
+    assert after["macs"] < 0.55 * before["macs"]
+    assert losses[3] < losses[2]
+
+
+def test_quantized_network_is_smaller_on_disk_only():
+    baseline, quant = trainer().result(), trainer(method="quant", epochs=1)
+    list(quant.epochs())
+    quant = quant.result()
+    assert quant["parameters"] == baseline["parameters"]
+    assert quant["macs"] == baseline["macs"]
+    assert quant["size_in_bits"] < 0.2 * baseline["size_in_bits"]
+
+
+def test_decoupled_decay_is_not_the_decay_in_the_loss():
+    """Without a gradient, AdamW still shrinks weights by lr * a; Adam divides the penalty's
+    gradient by its own size, and so moves every weight by about lr."""
+    no_gradient = trainer("--weight-decay 0.5", lr=0.01)
+    no_gradient.loss = lambda logits, labels: 0 * logits.sum()
+    before, after = weight_before_and_after_a_step(no_gradient)
+    torch.testing.assert_close(after, before * (1 - 0.01 * 0.5))
+
+    only_penalty = trainer("--weight-decay 0.5 --weight-decay-form loss", lr=0.01)
+    (method,) = only_penalty.methods.values()
+    only_penalty.loss = method.loss(lambda logits, labels: 0 * logits.sum(), only_penalty.model)
+    before, after = weight_before_and_after_a_step(only_penalty)
+    torch.testing.assert_close(after, before - 0.01 * before.sign(), atol=1e-5, rtol=0)
+
+
+def weight_before_and_after_a_step(run):
+    weight = run.model.stage1[0].conv1.weight
+    before = weight.detach().clone()
+    run.model.train()
+    run.step(run.trained[:8], torch.zeros(8, 3, dtype=torch.int64), share=1.0)
+    return before, weight.detach()
+
+
+def test_bf16_learns_and_keeps_float32_weights():
+    run = trainer(precision="bf16", epochs=4)
+    losses = [metrics.loss for metrics in run.epochs()]
+    assert losses[-1] < losses[0]
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    assert losses != [metrics.loss for metrics in trainer(epochs=4).epochs()]
+
+
+def test_compiled_run_is_close_to_the_plain_one():
+    plain, compiled = (trainer(compile=c, epochs=1, train_size=128) for c in (False, True))
+    assert [m.loss for m in compiled.epochs()] == pytest.approx(
+        [m.loss for m in plain.epochs()], rel=1e-4
+    )

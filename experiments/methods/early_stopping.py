@@ -1,0 +1,57 @@
+"""Early stopping on held-out samples, whose labels are as noisy as those trained on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from experiments.checks import require
+from experiments.methods.method import Method
+
+
+@dataclass(frozen=True)
+class EarlyStopping(Method):
+    """Stops when the validation accuracy has not risen for some epochs, and goes back to the
+    weights of the best one (the first, among equals)."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"patience": 10}
+
+    patience: int | None = None
+    """early_stopping: epochs without a better validation accuracy after which training stops
+    (10). Needs --validation, which is then 0.1 unless given."""
+
+    def __post_init__(self) -> None:
+        patience = self.patience
+        accepted = patience is None or patience >= 1
+        require("patience", patience, accepted, "a whole number from 1")
+
+    @property
+    def label(self) -> str:
+        return f"early-stopping{self.patience}"
+
+    def end_epoch(self, model: nn.Module, state: dict[str, Any], metrics: Any) -> bool:
+        weights = model.state_dict()
+        if (
+            not state
+            or metrics.validation_accuracy > state["accuracy"]
+            or _shapes(weights) != _shapes(state["weights"])  # pruned: older weights do not fit
+        ):
+            state["accuracy"] = metrics.validation_accuracy
+            state["epoch"] = metrics.epoch
+            state["weights"] = {name: tensor.clone() for name, tensor in weights.items()}
+        return metrics.epoch - state["epoch"] >= self.patience
+
+    def finish(self, model: nn.Module, state: dict[str, Any]) -> str | None:
+        if not state:
+            return None
+        model.load_state_dict(state["weights"])
+        return (
+            f"weights of epoch {state['epoch']} restored, "
+            f"validation accuracy {state['accuracy']:.2%}"
+        )
+
+
+def _shapes(weights: dict[str, Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in weights.values()]

@@ -1,0 +1,60 @@
+"""Weight decay, decoupled (Loshchilov & Hutter 2017, arXiv 1711.05101) or in the loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor, nn
+
+from experiments.checks import require
+from experiments.methods.method import Loss, Method
+
+Form = Literal["decoupled", "loss"]
+
+
+@dataclass(frozen=True)
+class WeightDecay(Method):
+    """Draws the weights of convolutions and linear layers towards 0; never biases and norms.
+
+    decoupled: `W -= lr a W` in each step, beside Adam's step. loss: `a sum ||W||^2` is added to the
+    loss, as the paper's formula says, and so goes through Adam's normalisation.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_decay": 0.01}
+
+    weight_decay: float | None = None
+    """weight_decay: its factor a, from 0 (0.01)."""
+
+    weight_decay_form: Form = "decoupled"
+    """weight_decay: beside Adam's step (AdamW), or a * sum of squares in the loss, as the paper's
+    formula says."""
+
+    def __post_init__(self) -> None:
+        factor = self.weight_decay
+        require("weight_decay", factor, factor is None or 0 <= factor < 1e6, "a number from 0")
+        takes = "one of " + ", ".join(get_args(Form))
+        form = self.weight_decay_form
+        require("weight_decay_form", form, form in get_args(Form), takes)
+
+    @property
+    def label(self) -> str:
+        in_loss = "-in-loss" if self.weight_decay_form == "loss" else ""
+        return f"weight-decay{self.weight_decay:g}{in_loss}"
+
+    def optimizer_options(self) -> dict[str, Any]:
+        return {"weight_decay": self.weight_decay} if self.weight_decay_form == "decoupled" else {}
+
+    def loss(self, loss: Loss, model: nn.Module) -> Loss:
+        if self.weight_decay_form == "decoupled":
+            return loss
+
+        def with_penalty(logits: Tensor, labels: Tensor) -> Tensor:
+            squares = sum(weight.square().sum() for weight in decayed(model))
+            return loss(logits, labels) + self.weight_decay * squares
+
+        return with_penalty
+
+
+def decayed(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of convolutions and linear layers: all parameters but vectors and scalars."""
+    return [parameter for parameter in model.parameters() if parameter.ndim > 1]

@@ -1,0 +1,53 @@
+"""The trained weights that a run leaves, read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from experiments.training import Trainer
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A model.safetensors: tensors by name, and what the methods did to the network's shape."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    shapes: dict[str, dict[str, Any]]
+    checksum: str
+
+    @classmethod
+    def read(cls, path: Path) -> Weights:
+        """Raises ValueError where the file is not what a run writes."""
+        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                shapes = json.loads((file.metadata() or {}).get("methods", "{}"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"--weights: {path} is not a model.safetensors: {error}") from error
+        return cls(path, tensors, shapes, checksum)
+
+    @staticmethod
+    def metadata(trainer: Trainer) -> dict[str, str]:
+        """What `read` needs beside the tensors."""
+        shapes = {name: m.shape(trainer.states[name]) for name, m in trainer.methods.items()}
+        return {"methods": json.dumps(shapes)}
+
+    def load_into(self, trainer: Trainer) -> None:
+        """Raises ValueError where the network of the run is another one."""
+        try:
+            trainer.load_weights(self.tensors, self.shapes)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--weights: {self.path} does not fit this run's network; give the options of "
+                f"method and dataset that it was trained with. {error}"
+            ) from error
