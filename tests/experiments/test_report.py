@@ -1,23 +1,40 @@
-"""Runs beside each other."""
+"""Reports on a hand-made tree of runs, with known answers."""
 
 import json
+import math
 
+import polars as pl
 import pytest
 
 from experiments import report
+from experiments.reporting import figures, statistics, tables
+from experiments.reporting.runs import FinishedRun, defaults, find, studies, titles
+
+BASE = {"dataset": "digits", "epochs": 3, "augment": True, "out": "somewhere", "threads": 1}
 
 
-def write_run(folder, method, accuracies, **options):
-    folder.mkdir()
-    config = {"method": method, "noise": 0.4, "out": str(folder), **options}
+def write_run(directory, label="baseline", accuracy=0.5, noise=0.4, seed=0, flipped=0.9, **options):
+    name = f"{label}-{noise}-{seed}-{'-'.join(map(str, options.values()))}"
+    folder = directory / name
+    folder.mkdir(parents=True)
+    config = BASE | {"noise": noise, "seed": seed, "noise_seed": seed, "method": label} | options
     epochs = [
-        {"epoch": i + 1, "loss": 2.0 - i, "train_accuracy_flipped": None, "test_accuracy": accuracy}
-        for i, accuracy in enumerate(accuracies)
+        {
+            "epoch": epoch,
+            "loss": 1 / epoch,
+            "test_loss": 2.0 if epoch == 3 else None,
+            "train_accuracy_flipped": flipped,
+            "test_accuracy": accuracy if epoch == 3 else None,
+        }
+        for epoch in (1, 2, 3)
     ]
-    result = {
-        "test_accuracy": accuracies[-1],
-        "train_accuracy_clean": 0.9,
-        "train_accuracy_flipped": None,
+    result = dict.fromkeys(statistics.MEASURED, 1.0) | {
+        "label": label,
+        "test_accuracy": accuracy,
+        "train_accuracy_flipped": flipped if noise else None,
+        "test_accuracy_at_best_validation": None,
+        "wrong_labels": 0.9 * (noise or 0),
+        "data_sha256": "0123456789",
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
@@ -25,34 +42,168 @@ def write_run(folder, method, accuracies, **options):
     return folder
 
 
-def test_table_names_runs_by_the_options_in_which_they_differ(tmp_path):
-    folders = [
-        write_run(tmp_path / "a", "baseline", [0.5, 0.6], augment=True),
-        write_run(tmp_path / "b", "quant", [0.5, 0.625], augment=True),
-        write_run(tmp_path / "c", "quant", [0.5, 0.7], augment=False),
+def only_study(directory):
+    (study,) = studies(find(directory)[0])
+    return study
+
+
+def row(table, label, noise):
+    return table.filter(
+        (pl.col("label").cast(pl.String) == label) & (pl.col("noise") == noise)
+    ).row(0, named=True)
+
+
+def test_means_deviations_and_paired_gains(tmp_path):
+    for seed, (baseline, quant) in enumerate([(0.50, 0.53), (0.60, 0.64), (0.40, 0.45)]):
+        write_run(tmp_path, "baseline", baseline, seed=seed)
+        write_run(tmp_path, "quant-w4a4", quant, seed=seed)
+    summary = statistics.summary(only_study(tmp_path))
+    baseline, quant = row(summary, "baseline", 0.4), row(summary, "quant-w4a4", 0.4)
+    assert baseline["seeds"] == quant["pairs"] == 3
+    assert baseline["test_accuracy_mean"] == pytest.approx(0.5)
+    assert baseline["test_accuracy_std"] == pytest.approx(0.1)
+    assert baseline["gain"] == baseline["gain_half_width"] == 0
+    assert quant["gain"] == pytest.approx(0.04)
+    # Differences 3, 4, 5 points: a standard deviation of 1, and t(0.975, 2) = 4.3027.
+    assert quant["gain_half_width"] == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-4)
+
+
+def test_only_the_same_seeds_are_paired(tmp_path):
+    write_run(tmp_path, "baseline", 0.5, seed=0)
+    write_run(tmp_path, "baseline", 0.9, seed=1)
+    write_run(tmp_path, "quant-w4a4", 0.6, seed=0)
+    write_run(tmp_path, "quant-w4a4", 0.0, seed=2)
+    quant = row(statistics.summary(only_study(tmp_path)), "quant-w4a4", 0.4)
+    assert (quant["seeds"], quant["pairs"]) == (2, 1)
+    assert quant["gain"] == pytest.approx(0.1)
+    assert quant["gain_half_width"] is None
+
+
+def test_runs_of_different_setup_are_never_mixed(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1, threads=2, out="elsewhere")  # a circumstance
+    write_run(tmp_path, seed=0, augment=False)
+    found = studies(find(tmp_path)[0])
+    assert [len(study.runs) for study in found] == [2, 1]
+    assert titles(found) == ["digits, augment True", "digits, augment False"]
+
+
+def test_a_methods_own_options_do_not_part_studies(tmp_path):
+    write_run(tmp_path)
+    write_run(tmp_path, "quant-w4a4", weight_bits=4, activation_bits=4)
+    assert only_study(tmp_path).labels == ["baseline", "quant-w4a4"]
+
+
+def test_missing_runs_are_named(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1)
+    write_run(tmp_path, noise=0.8, seed=1)
+    write_run(tmp_path, "quant-w4a4", seed=0)
+    assert only_study(tmp_path).missing() == [
+        "baseline, seed 0: noise 0.8",
+        "quant-w4a4, seed 0: noise 0.8",
+        "quant-w4a4, seed 1: noise 0.4, 0.8",
     ]
-    lines = report.table([report.read(folder) for folder in folders]).splitlines()
-    assert lines[2:] == [
-        "| baseline, augment True | 60.00% | 90.00% | - |",
-        "| quant, augment True | 62.50% | 90.00% | - |",
-        "| quant, augment False | 70.00% | 90.00% | - |",
-    ]
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_figure(tmp_path, capsys, suffix):
-    run = write_run(tmp_path / "a", "quant", [0.5, 0.6])
-    figure = tmp_path / "figures" / f"curves.{suffix}"
-    report.report((run,), figure)
-    assert figure.stat().st_size > 1000
-    assert "| quant | 60.00% |" in capsys.readouterr().out
+def test_two_results_of_one_run_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    with pytest.raises(ValueError, match="are the same run; keep one"):
+        studies(find(tmp_path)[0])
 
 
-def test_folders_that_are_no_finished_run_are_named(tmp_path):
-    run = write_run(tmp_path / "a", "quant", [0.5])
-    (run / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"not a finished run, .*result.json is missing"):
-        report.read(run)
-    (run / "result.json").write_text("{")
-    with pytest.raises(ValueError, match="malformed"):
-        report.read(run)
+def test_human_labels_stand_at_the_noise_they_have(tmp_path):
+    folder = write_run(tmp_path, noise=None)
+    result = json.loads((folder / "result.json").read_text()) | {"wrong_labels": 0.4021}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert FinishedRun.read(folder).noise == 0.4021
+
+
+def test_table_of_accuracy_and_gain(tmp_path):
+    for seed, accuracy in enumerate([0.5, 0.6]):
+        write_run(tmp_path, "baseline", accuracy, seed=seed)
+    write_run(tmp_path, "quant-w4a4", 0.75, seed=1)
+    write_run(tmp_path, "baseline", 0.875, noise=0.0)
+    study = only_study(tmp_path)
+    text = tables.study_section("title", study, statistics.summary(study))
+    assert "| baseline | 87.50 | 55.00 ± 7.07 (n 2) |" in text
+    assert "| quant-w4a4 | - | 75.00 |" in text
+    assert "| quant-w4a4 | - | +15.0 |" in text
+    assert "| baseline | - | 90.00 ± 0.00 (n 2) |" in text  # nothing is wrong without noise
+    assert "- quant-w4a4, seed 0: noise 0, 0.4" in text
+
+
+@pytest.fixture
+def whole_tree(tmp_path):
+    for noise in (0.0, 0.4, 0.8):
+        for seed in (0, 1):
+            for label in defaults().values():
+                write_run(tmp_path, label, 0.9 - noise / 2, noise, seed)
+    for label in ("quant-w2a2", "dropout0.5", "prune0.25"):
+        write_run(tmp_path, label, 0.4)
+    return tmp_path
+
+
+def test_command_writes_tables_and_figures(whole_tree, monkeypatch, capsys):
+    unfinished = whole_tree / "killed"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+    report.report(whole_tree)
+    out = whole_tree / "report"
+    assert {path.name for path in out.iterdir()} == {
+        "report.md",
+        "runs.csv",
+        "summary.csv",
+        "figure1.png",
+        "figure2.png",
+        "figure3.png",
+        "memorisation.png",
+        "gain-against-memorisation.png",
+    }
+    assert len(pl.read_csv(out / "runs.csv")) == 3 * 2 * len(defaults()) + 3
+    text = (out / "report.md").read_text()
+    assert text == capsys.readouterr().out[: len(text)]
+    assert "## Unfinished runs, left out\n\n- killed" in text
+    assert all(path.stat().st_size > 5000 for path in out.glob("*.png"))
+
+
+def test_figure_2_draws_every_method_and_the_published_curves(whole_tree):
+    figure = figures.accuracy_and_gain(statistics.summary(only_study(whole_tree)))
+    accuracy, gain = figure.axes
+    assert len(accuracy.containers) == len(defaults())
+    assert len(gain.containers) == len(defaults()) - 1
+    published = [line for line in gain.lines if line.get_linestyle() == "--"]
+    assert len(published) == 5
+    assert max(published[0].get_ydata()) == 19.7  # quantization at 80 %
+
+
+def test_published_curves_are_those_of_the_paper():
+    paper = pl.read_csv(figures.PAPER, comment_prefix="#")
+    assert paper["noise_percent"].to_list() == list(range(0, 101, 10))
+    assert paper.row(4) == (40, 76.8, 5.6, 5.2, 2.4, 1.2, 0.8)
+
+
+def test_figures_that_runs_are_not_enough_for_are_left_out(tmp_path):
+    write_run(tmp_path)
+    report.report(tmp_path, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
+        (lambda folder: (folder / "result.json").write_text("{"), "a file of the run is malformed"),
+    ],
+)
+def test_damaged_run_is_named(tmp_path, damage, message):
+    folder = write_run(tmp_path)
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        report.report(tmp_path)
+
+
+def test_directory_without_runs_is_told(tmp_path):
+    with pytest.raises(ValueError, match="no finished run in it"):
+        report.report(tmp_path)

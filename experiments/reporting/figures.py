@@ -1,0 +1,248 @@
+"""Figures 1 to 3 of arXiv 2303.11803 from our runs, and what the paper does not show."""
+
+from pathlib import Path
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.methods import METHODS
+from experiments.reporting.runs import Study, defaults
+
+PAPER = Path(__file__).with_name("paper_figure2.csv")
+_PAPER_COLUMNS = {
+    "quant": "gain_quantization",
+    "dropout": "gain_dropout",
+    "prune": "gain_pruning",
+    "early_stopping": "gain_early_stopping",
+    "weight_decay": "gain_weight_decay",
+}
+_COLORS = dict(
+    zip(["baseline", *METHODS], [f"C{index}" for index in (7, 0, 1, 2, 3, 4, 5)], strict=True)
+)
+_PERCENT = 100
+
+
+def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> list[Path]:
+    """Draws what the runs are enough for, and gives the files."""
+    drawn = []
+    for number, (title, study, summary) in enumerate(studies, 1):
+        suffix = f"-{number}" if len(studies) > 1 else ""
+        figures = {
+            "figure1": curves(study),
+            "figure2": accuracy_and_gain(summary),
+            "figure3": settings(study, summary),
+            "memorisation": memorisation(summary),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.suptitle(title, fontsize="medium")
+                drawn.append(_save(figure, folder / f"{name}{suffix}.png"))
+    if (figure := gain_against_memorisation(studies)) is not None:
+        drawn.append(_save(figure, folder / "gain-against-memorisation.png"))
+    return drawn
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def curves(study: Study) -> Figure | None:
+    """Figure 1: training and test loss over the epochs, float against quantized, for the noise and
+    seed with the most evaluations."""
+    pair = {defaults()[name]: name for name in ("baseline", "quant")}
+    runs = [run for run in study.runs if run.label in pair]
+    points: dict[tuple, list] = {}
+    for run in runs:
+        points.setdefault((run.noise, run.seeds), []).append(run)
+    complete = [group for group in points.values() if len(group) == len(pair)]
+    if not complete:
+        return None
+
+    def evaluations(group: list) -> tuple[int, float]:
+        count = min(sum(e["test_loss"] is not None for e in run.epochs) for run in group)
+        return count, group[0].noise
+
+    group = max(complete, key=evaluations)
+    panels = {
+        "loss": "training loss",
+        "test_loss": "test loss",
+        "train_accuracy_flipped": "wrong training labels fitted",
+        "test_accuracy": "test accuracy",
+    }
+    figure, axes = _panels(len(panels))
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        for run in sorted(group, key=lambda run: run.label):
+            known = [(e["epoch"], e[metric]) for e in run.epochs if e[metric] is not None]
+            if known:
+                axis.plot(
+                    *zip(*known, strict=True), color=_COLORS[pair[run.label]], label=run.label
+                )
+        axis.set(title=title, xlabel=f"epoch (noise {group[0].noise:g})")
+    _legend(figure, axes[0])
+    return figure
+
+
+def accuracy_and_gain(summary: pl.DataFrame) -> Figure | None:
+    """Figure 2: test accuracy and gain over noise, the published curves dashed.
+
+    Bars are standard deviations of the accuracy, and confidence intervals of the gain; the latter
+    from 3 seeds on, because those of 2 would fill the figure.
+    """
+    if summary["noise"].n_unique() < 2:
+        return None
+    paper = pl.read_csv(PAPER, comment_prefix="#")
+    figure, (left, right) = _panels(2, width=5.5)
+    for name, label, rows in _defaults(summary):
+        _line(left, rows, "test_accuracy_mean", "test_accuracy_std", name, label)
+        if name != "baseline":
+            narrow = pl.when(pl.col("pairs") > 2).then(pl.col("gain_half_width"))
+            rows = rows.with_columns(narrow.alias("gain_half_width"))
+            _line(right, rows, "gain", "gain_half_width", name, label)
+        if name in _PAPER_COLUMNS:
+            gain = paper[_PAPER_COLUMNS[name]]
+            right.plot(paper["noise_percent"], gain, "--", color=_COLORS[name], alpha=0.5)
+    left.plot(
+        paper["noise_percent"],
+        paper["baseline_accuracy"],
+        "--",
+        color=_COLORS["baseline"],
+        alpha=0.5,
+        label="published (dashed): full CIFAR-10, 200 epochs",
+    )
+    left.set(title="test accuracy, %", xlabel="labels re-drawn, %")
+    right.set(title="gain over the baseline, points", xlabel="labels re-drawn, %")
+    right.axhline(0, color="black", linewidth=0.8)
+    _legend(figure, left)
+    return figure
+
+
+def settings(study: Study, summary: pl.DataFrame) -> Figure | None:
+    """Figure 3: the gain of each setting of quantization, dropout and pruning."""
+    families = {
+        name: sorted(label for label in study.labels if _is_setting_of(label, name))
+        for name in ("quant", "dropout", "prune")
+    }
+    families = {name: labels for name, labels in families.items() if len(labels) > 1}
+    if not families:
+        return None
+    figure, axes = _panels(len(families))
+    low, high = summary["gain"].min(), summary["gain"].max()
+    for axis, (name, labels) in zip(axes, families.items(), strict=True):
+        for row, label in enumerate(labels):
+            of_label = summary.filter(pl.col("label").cast(pl.String) == label)
+            known = of_label.filter(pl.col("gain").is_not_null())
+            points = axis.scatter(
+                _PERCENT * known["gain"],
+                [row] * len(known),
+                c=known["noise"],
+                vmin=0,
+                vmax=1,
+                cmap="viridis",
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_xlim(_PERCENT * low - 2, _PERCENT * high + 2)
+        axis.set(title=name, xlabel="gain over the baseline, points")
+    figure.colorbar(points, ax=axes, label="share of labels re-drawn")
+    return figure
+
+
+def memorisation(summary: pl.DataFrame) -> Figure | None:
+    """How many of the wrong, and of the right, training labels each method fits."""
+    if summary["noise"].n_unique() < 2:
+        return None
+    figure, axes = _panels(2, width=5.5)
+    panels = {
+        "train_accuracy_flipped": "wrong training labels fitted, %",
+        "train_accuracy_clean": "right training labels fitted, %",
+    }
+    for axis, (measure, title) in zip(axes, panels.items(), strict=True):
+        for name, label, rows in _defaults(summary):
+            if f"{measure}_mean" in rows.columns:
+                _line(axis, rows, f"{measure}_mean", f"{measure}_std", name, label)
+        axis.set(title=title, xlabel="labels re-drawn, %")
+    _legend(figure, axes[1])
+    return figure
+
+
+def gain_against_memorisation(
+    studies: list[tuple[str, Study, pl.DataFrame]],
+) -> Figure | None:
+    """What each method gains where the baseline memorises so much; a marker shape a study."""
+    figure, (axis,) = _panels(1, width=7)
+    drawn = False
+    for marker, (title, _, summary) in zip("osv^D*XP<>", studies, strict=False):
+        fitted = "train_accuracy_flipped_mean"
+        if fitted not in summary.columns:
+            continue
+        memorised = dict(
+            summary.filter(pl.col("label").cast(pl.String) == "baseline")
+            .select("noise", fitted)
+            .iter_rows()
+        )
+        for name, label, rows in _defaults(summary):
+            points = [
+                (_PERCENT * memorised[row["noise"]], _PERCENT * row["gain"])
+                for row in rows.iter_rows(named=True)
+                if row["gain"] is not None and memorised.get(row["noise"]) is not None
+            ]
+            if name != "baseline" and points:
+                drawn = True
+                axis.scatter(
+                    *zip(*points, strict=True),
+                    marker=marker,
+                    color=_COLORS[name],
+                    label=f"{label} ({title})",
+                )
+    if not drawn:
+        return None
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(
+        title="what protection is worth, by how much there is to protect against",
+        xlabel="wrong training labels that the baseline fits, %",
+        ylabel="gain over the baseline, points",
+    )
+    _legend(figure, axis)
+    return figure
+
+
+def _panels(count: int, width: float = 4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * count, 4.2), layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def _defaults(summary: pl.DataFrame) -> list[tuple[str, str, pl.DataFrame]]:
+    """The methods at their defaults: name, label and rows."""
+    found = []
+    for name, label in defaults().items():
+        rows = summary.filter(pl.col("label").cast(pl.String) == label).sort("noise")
+        if len(rows):
+            found.append((name, label, rows))
+    return found
+
+
+def _line(axis: Axes, rows: pl.DataFrame, mean: str, spread: str, name: str, label: str) -> None:
+    rows = rows.filter(pl.col(mean).is_not_null())
+    axis.errorbar(
+        _PERCENT * rows["noise"],
+        _PERCENT * rows[mean],
+        yerr=_PERCENT * rows[spread].fill_null(0.0),
+        color=_COLORS[name],
+        marker="o",
+        markersize=4,
+        capsize=2,
+        label=label,
+    )
+
+
+def _is_setting_of(label: str, name: str) -> bool:
+    return "+" not in label and label.startswith(name)
