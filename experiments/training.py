@@ -135,11 +135,9 @@ class Trainer:
         options: dict[str, Any] = {}
         for method in self.methods.values():
             options |= method.optimizer_options()
-        # A GPU's graph reads the rate from memory.
-        rate = torch.tensor(self.config.lr) if self.config.cuda_graph else self.config.lr
         self.optimizer = torch.optim.AdamW(
             [{"params": weights, **options}, {"params": others}],
-            lr=rate,
+            lr=self._rate(self.config.lr),
             weight_decay=0.0,  # so it is Adam, but where a method says otherwise
             fused=True,
             capturable=self.config.cuda_graph,
@@ -156,6 +154,17 @@ class Trainer:
             method.restore(self.model, shapes.get(name, {}), self._example())
         self.model.load_state_dict(state)
         self._prepare_to_train()
+
+    def _rate(self, rate: float) -> float | Tensor:
+        """What the optimizer takes: a graph reads the rate from memory."""
+        return torch.tensor(rate, device=self.device) if self.config.cuda_graph else rate
+
+    def _set_rate(self, rate: float) -> None:
+        for parameters in self.optimizer.param_groups:
+            if self.config.cuda_graph:
+                parameters["lr"].fill_(rate)
+            else:
+                parameters["lr"] = rate
 
     # One step and one epoch.
 
@@ -215,12 +224,7 @@ class Trainer:
         if any(replaced):
             self._prepare_to_train()
         rate = self.config.lr * SCHEDULES[self.config.schedule](epoch, self.config.epochs)
-        for parameters in self.optimizer.param_groups:
-            if self.config.cuda_graph:
-                parameters["lr"].fill_(rate)
-            else:
-                parameters["lr"] = rate
-
+        self._set_rate(rate)
         loss, hits = self._train(epoch, rate, progress)
         flipped = (self.given != self.true)[self.trained]
         validation = self._evaluate(self.train_images, self.given, self.held_out)
@@ -352,6 +356,8 @@ class Trainer:
         self.states = state["methods"]
         self.load_weights(state["model"], self.states)
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self._rate(self.config.lr)  # not where the checkpoint had it
         self.history = [EpochMetrics(**metrics) for metrics in state["history"]]
         self.stopped = state["stopped"]
 

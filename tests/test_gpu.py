@@ -68,6 +68,10 @@ OPERATORS = {
     "evaluation, clipped": lambda x, r, axis: fake_quantize_ema(
         x, r, 4, axis, training=False, ste="clipped"
     ),
+    "delayed": lambda x, r, axis: fake_quantize_ema(x, r, 4, axis, 0.3, delayed=True),
+    "delayed, clipped": lambda x, r, axis: fake_quantize_ema(
+        x, r, 4, axis, 0.3, ste="clipped", delayed=True
+    ),
     "quantize": lambda x, r, axis: quantize(x, 8, axis),
     "dequantize": lambda x, r, axis: dequantize(x.to(torch.int8), r, axis),
 }
@@ -204,7 +208,7 @@ def test_a_replayed_operator_computes_anew(operator, axis):
     x = torch.randn(16, 24, 31, device=DEVICE)
     running = range_for(x, axis)
     graph, outputs = captured(lambda: operator(x, running, axis))
-    if operator is OPERATORS["fake_quantize_ema"]:
+    if operator in (OPERATORS["fake_quantize_ema"], OPERATORS["delayed"]):
         running.fill_(UNSEEN)
     expected_running = running.clone()
     for i in range(3):

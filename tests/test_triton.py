@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from strategies import DTYPES
+from strategies import DTYPES, VALUES
 
 from noisyq_fast.backends import geometry, reference, triton
 from noisyq_fast.backends import select as select_backend
+from noisyq_fast.backends.progress import progress
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 
@@ -58,7 +61,11 @@ def test_results_do_not_depend_on_the_tiles(dtype, shape, machine, monkeypatch):
         x = x.to(memory_format=torch.channels_last)
     for axis in (None, 0, 1)[: x.dim() + 1]:
         expected, actual = (operators(backend, x, axis) for backend in (reference, triton))
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+        assert_same(actual, expected)
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def operators(backend, x, axis, qmax=7):
@@ -72,6 +79,109 @@ def operators(backend, x, axis, qmax=7):
         y, clipped = backend.fake_quantize_delayed(x, start, qmax, axis, 0.3, True)
         results += [y, clipped, start, backend.zero_clipped(x, clipped)]
     return results
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched."""
+    names = []
+    launch = triton._launch
+
+    def recorded(x, kernel, *arguments):
+        names.append(kernel.fn.__name__)
+        launch(x, kernel, *arguments)
+
+    monkeypatch.setattr(triton, "_launch", recorded)
+    return names
+
+
+def model(make):
+    """Weights of a small network: in one tile, in several, and with few or many channels."""
+    shapes = [(9, 3, 2, 2), (9, 40), (1, 7), (20, 3), (0, 5), (5, 0), (), (3, 1), (8, 17)]
+    dtypes = [DTYPES[i % len(DTYPES)] for i in range(len(shapes))]
+    weights = [
+        make(shape).to(dtype).to(DEVICE) for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    weights.append(weights[0].to(memory_format=torch.channels_last))
+    weights.append(weights[1][:, 1::2])
+    qmaxes = [127, *[7, 1, 3] * 3, 127]
+    axes = [None if x.dim() == 0 else 0 for x in weights]
+    return weights, qmaxes, axes
+
+
+@usable
+@pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
+def test_all_weights_of_a_model_take_one_launch(values, launches, monkeypatch):
+    monkeypatch.setattr(triton, "_machine", lambda device: MACHINES[0])
+    rng = np.random.default_rng(0)
+    with np.errstate(over="ignore"):
+        arguments = model(
+            lambda shape: torch.from_numpy(np.asarray(values(rng, shape, 7), np.float32))
+        )
+    actual = triton.fake_quantize_many(*arguments)
+    assert launches == ["quantize_channels"]
+    assert_same(actual, reference.fake_quantize_many(*arguments))
+
+
+@usable
+def test_tensors_whose_channels_programs_share_take_their_own_launches(launches, monkeypatch):
+    monkeypatch.setattr(triton, "_machine", lambda device: MACHINES[0])
+    weights, qmaxes, axes = model(torch.randn)
+    shared = [torch.randn(100, device=DEVICE), torch.randn(20, 30, device=DEVICE)]
+    arguments = [*weights, *shared], [*qmaxes, 7, 127], [*axes, None, 1]
+    actual = triton.fake_quantize_many(*arguments)
+    assert launches == [*["reduce_partially", "quantize_reduced"] * 2, "quantize_channels"]
+    assert_same(actual, reference.fake_quantize_many(*arguments))
+
+
+@usable
+def test_more_tensors_than_one_launch_takes(launches, monkeypatch):
+    monkeypatch.setattr(triton, "_TENSORS_PER_LAUNCH", 4)
+    arguments = model(torch.randn)
+    weights, _, _ = arguments
+    assert sum(x.numel() > 0 for x in weights) == 9
+    actual = triton.fake_quantize_many(*arguments)
+    assert launches == ["quantize_channels"] * 3
+    assert_same(actual, reference.fake_quantize_many(*arguments))
+
+
+@usable
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_delayed_scales_take_one_launch(dtype, machine, launches, monkeypatch):
+    """From the first batch on, with progress that is used again, as on one stream."""
+    counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(triton, "_machine", lambda device: machine)
+    monkeypatch.setattr(triton, "progress", lambda device: counts)
+    ranges = [torch.full((), float("nan"), device=DEVICE) for _ in range(2)]
+    for factor in (float("inf"), 1.0, 2.0, 0.5, float("nan"), 3.0):
+        x = torch.randn(45, device=DEVICE).to(dtype)
+        x[-1] *= factor
+        actual, expected = (
+            backend.fake_quantize_delayed(x, running, 7, None, 0.3, True)
+            for backend, running in zip((triton, reference), ranges, strict=True)
+        )
+        assert launches == ["quantize_delayed"]
+        launches.clear()
+        assert_same(actual, expected)
+        assert_same(*ranges)
+        assert counts.tolist() == [0, 0]
+
+
+def test_progress_belongs_to_a_stream_or_to_a_graph(monkeypatch):
+    device, streams = torch.device("cuda", 0), [SimpleNamespace(cuda_stream=object()) for _ in "ab"]
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: object())
+
+    def counts(stream, is_capturing):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+        return progress(device)
+
+    one, other = (counts(stream, False) for stream in streams)
+    assert one is not other
+    assert counts(streams[0], False) is one
+    captured = counts(streams[0], True)
+    assert captured not in (one, other, counts(streams[0], True))
 
 
 def test_the_package_works_without_triton():

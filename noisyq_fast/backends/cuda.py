@@ -12,6 +12,7 @@ from torch import Tensor
 from noisyq_fast.backends import native, packing, reference
 from noisyq_fast.backends.layout import channel_layout
 from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
+from noisyq_fast.backends.progress import progress
 
 DEVICE_TYPES = ("cuda",)
 
@@ -118,7 +119,7 @@ def fake_quantize_delayed(
             qmax,
             running_absmax.data_ptr(),
             averaging_constant,
-            _progress(x.device).data_ptr(),
+            progress(x.device).data_ptr(),
             _stream(),
         )
     torch.autograd.graph.increment_version(running_absmax)
@@ -306,19 +307,6 @@ def _multiprocessors(device: torch.device) -> int:
 def _resident_bytes_per_block(device: torch.device) -> int:
     # A pack of 16 bytes may be left over for each block.
     return max(0, core.cuda.resident_bytes_per_block(device.index) - 16)
-
-
-def _progress(device: torch.device) -> Tensor:
-    """Zeros that a launch leaves as it finds them, of its own stream. A graph gets new ones: it may
-    be replayed beside that stream."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    return _progress_of_stream(device, _stream())
-
-
-@cache
-def _progress_of_stream(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _stream() -> int:

@@ -6,8 +6,9 @@ without a GPU and very slow, so this backend then has to be asked for by name.
 
 import os
 from functools import cache
+from itertools import accumulate
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from noisyq_fast import checks
 from noisyq_fast.backends import geometry, native, packing, reference
 from noisyq_fast.backends.layout import channel_layout
+from noisyq_fast.backends.progress import progress
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,6 +24,10 @@ DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 AUTOMATIC = not INTERPRETED
 
 FLT_MIN = torch.finfo(torch.float32).tiny
+
+# Their arguments take less than 4 KB, the limit of older drivers, and a kernel for them is compiled
+# in seconds.
+_TENSORS_PER_LAUNCH = 64
 
 
 def unavailable() -> str | None:
@@ -38,15 +44,19 @@ def unavailable() -> str | None:
 
 
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
-    x, y = native.dense(x)
-    _quantize(x, y, qmax, axis)
+    (y,) = fake_quantize_many([x], [qmax], [axis])
     return y
 
 
 def fake_quantize_many(
     tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
 ) -> list[Tensor]:
-    return [fake_quantize(*arguments) for arguments in zip(tensors, qmaxes, axes, strict=True)]
+    rows = [
+        _Row(*native.dense(x), qmax, axis)
+        for x, qmax, axis in zip(tensors, qmaxes, axes, strict=True)
+    ]
+    _quantize(rows)
+    return [row.y for row in rows]
 
 
 def fake_quantize_ema(
@@ -54,7 +64,7 @@ def fake_quantize_ema(
 ) -> Tensor:
     x, y = native.dense(x)
     running = running_absmax.contiguous()
-    _quantize(x, y, qmax, axis, running=running, averaging_constant=averaging_constant)
+    _quantize([_Row(x, y, qmax, axis, running=running)], averaging_constant)
     if running is running_absmax:
         torch.autograd.graph.increment_version(running)
     else:
@@ -93,10 +103,9 @@ def fake_quantize_delayed(
     x, y = native.dense(x)
     clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8) if save_clipped else None
     tiling = geometry.map_tiling(channel_layout(x, None), x.element_size(), _machine(x.device))
-    partial = torch.empty(tiling.splits + 1, dtype=torch.int32, device=x.device)
-    arguments = x, y, clipped, partial, running_absmax, averaging_constant, float(qmax)
-    _launch(_delayed_kernels().quantize_delayed, tiling, *arguments)
-    _launch(_delayed_kernels().finish_delayed, tiling, *arguments)
+    counts = progress(x.device)
+    arguments = y, clipped, counts, running_absmax, averaging_constant, float(qmax)
+    _launch_tiled(_delayed_kernels().quantize_delayed, tiling, x, *arguments)
     torch.autograd.graph.increment_version(running_absmax)
     return y, x.new_empty(0, dtype=torch.uint8) if clipped is None else clipped
 
@@ -112,7 +121,7 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     scale = x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32)
     if x.numel() == 0:
         scale.fill_(FLT_MIN)
-    _quantize(x, codes, qmax, axis, scale=scale)
+    _quantize([_Row(x, codes, qmax, axis, scale=scale)])
     return codes, scale
 
 
@@ -122,30 +131,62 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return y
 
 
-def _quantize(
-    x: Tensor,
-    y: Tensor,
-    qmax: int,
-    axis: int | None,
-    scale: Tensor | None = None,
-    running: Tensor | None = None,
-    averaging_constant: float = 0.0,
+class _Row(NamedTuple):
+    """A tensor to quantize by its own absmax, into ``y``."""
+
+    x: Tensor
+    y: Tensor
+    qmax: int
+    axis: int | None
+    scale: Tensor | None = None
+    running: Tensor | None = None
+
+
+def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
+    """In one launch all tensors whose channels no programs share, in two launches each other."""
+    together = []
+    for row in rows:
+        if row.x.numel() == 0:
+            continue
+        layout = channel_layout(row.x, row.axis)
+        tiling = geometry.absmax_tiling(layout, row.x.element_size(), _machine(row.x.device))
+        if tiling.splits == 1:
+            together.append((row, tiling))
+        else:
+            _quantize_shared(row, tiling, averaging_constant)
+    for start in range(0, len(together), _TENSORS_PER_LAUNCH):
+        _quantize_channels(together[start : start + _TENSORS_PER_LAUNCH], averaging_constant)
+
+
+def _quantize_channels(
+    together: list[tuple[_Row, geometry.Tiling]], averaging_constant: float
 ) -> None:
-    """``y`` = quantized ``x``: in one launch, or in two where programs share a channel."""
-    if x.numel() == 0:
-        return
-    layout = channel_layout(x, axis)
-    tiling = geometry.absmax_tiling(layout, x.element_size(), _machine(x.device))
+    rows, tilings = zip(*together, strict=True)
+    *firsts, programs = accumulate((tiling.channel_tiles for tiling in tilings), initial=0)
+    _launch(
+        rows[0].x,
+        _kernels().quantize_channels,
+        (programs,),
+        max(tiling.warps for tiling in tilings),
+        tuple(row.x for row in rows),
+        tuple(row.y for row in rows),
+        tuple(row.scale for row in rows),
+        tuple(row.running for row in rows),
+        averaging_constant,
+        tuple(float(row.qmax) for row in rows),
+        tuple((*tiling.layout, first) for tiling, first in zip(tilings, firsts, strict=True)),
+        tuple(tiling.tile for tiling in tilings),
+        tuple(tiling.tiles == 1 for tiling in tilings),
+    )
+
+
+def _quantize_shared(row: _Row, tiling: geometry.Tiling, averaging_constant: float) -> None:
+    x, y, qmax, _, scale, running = row
+    _, channels, _ = tiling.layout
+    partial = torch.empty(tiling.splits, channels, dtype=torch.int32, device=x.device)
     outputs = y, scale, running, averaging_constant, float(qmax)
-    if tiling.tiles == 1:
-        _launch(_kernels().quantize_on_chip, tiling, x, *outputs)
-    elif tiling.splits == 1:
-        _launch(_kernels().quantize_looped, tiling, x, *outputs)
-    else:
-        _, channels, _ = tiling.layout
-        partial = torch.empty(tiling.splits, channels, dtype=torch.int32, device=x.device)
-        _launch(_kernels().reduce_partially, tiling, x, partial)
-        _launch(_kernels().quantize_reduced, tiling, x, partial, *outputs)
+    _launch_tiled(_kernels().reduce_partially, tiling, x, partial)
+    _launch_tiled(_kernels().quantize_reduced, tiling, x, partial, *outputs)
 
 
 def _map(kernel: Any, x: Tensor, axis: int | None, *arguments: object) -> None:
@@ -153,19 +194,18 @@ def _map(kernel: Any, x: Tensor, axis: int | None, *arguments: object) -> None:
         return
     layout = channel_layout(x, axis)
     tiling = geometry.map_tiling(layout, x.element_size(), _machine(x.device))
-    _launch(kernel, tiling, x, *arguments)
+    _launch_tiled(kernel, tiling, x, *arguments)
 
 
-def _launch(kernel: Any, tiling: geometry.Tiling, x: Tensor, *arguments: object) -> None:
+def _launch_tiled(kernel: Any, tiling: geometry.Tiling, x: Tensor, *arguments: object) -> None:
+    sizes = (*tiling.layout, None)
+    _launch(x, kernel, tiling.grid, tiling.warps, x, *arguments, sizes, tiling.tile)
+
+
+def _launch(x: Tensor, kernel: Any, grid: tuple[int, ...], warps: int, *arguments: object) -> None:
+    """On the device of ``x``."""
     with torch.cuda.device_of(x):
-        kernel[tiling.grid](
-            x,
-            *arguments,
-            tiling.layout,
-            tiling.tile,
-            num_warps=tiling.warps,
-            enable_fp_fusion=False,
-        )
+        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 @cache

@@ -37,49 +37,44 @@ def _quantize_elements(x, y, clipped, groups, offsets, exists, scale, qmax, elem
 
 @triton.jit
 def quantize_delayed(
-    x, y, clipped, partial, running, averaging_constant, qmax, sizes, TILE: tl.constexpr
+    x, y, clipped, progress, running, averaging_constant, qmax, sizes, TILE: tl.constexpr
 ):
     """Quantizes with the range before the batch, where there is one, and reduces the batch's absmax
-    in the same pass. ``partial`` receives the largest magnitude of each program and that range."""
+    in the same pass. ``progress`` is the largest magnitude so far and how many programs are done:
+    both are 0 before and after."""
     GROUPS: tl.constexpr = (TILE[2] + 7) // 8
     elements = sizes[2]
+    programs = tl.num_programs(1)
     before = tl.load(running)
     scale = scale_of(before, qmax)
+    tiles = tiles_along(elements, GROUPS * 8)
     largest = tl.zeros([GROUPS], tl.int32)
-    for tile in range(tl.program_id(1), tiles_along(elements, GROUPS * 8), tl.num_programs(1)):
+    for tile in range(tl.program_id(1), tiles, programs):
         groups, offsets, exists = _elements(tile, elements, GROUPS)
         values = tl.load(x + offsets, exists, 0.0)
         largest = tl.maximum(largest, tl.max(magnitude(values), 1))
         if before == before:
             _quantize_elements(values, y, clipped, groups, offsets, exists, scale, qmax, elements)
-    tl.store(partial + tl.program_id(1), tl.max(largest, 0))
-    if tl.program_id(1) == 0:
-        tl.store(partial + tl.num_programs(1), before.to(tl.int32, bitcast=True))
 
-
-@triton.jit
-def finish_delayed(
-    x, y, clipped, partial, running, averaging_constant, qmax, sizes, TILE: tl.constexpr
-):
-    """The second launch, on the same grid: records the absmax, and quantizes the first batch."""
-    GROUPS: tl.constexpr = (TILE[2] + 7) // 8
-    elements = sizes[2]
-    programs = tl.num_programs(1)
-    largest = tl.zeros([1024], tl.int32)
-    for first in range(0, programs, 1024):
-        row = first + tl.arange(0, 1024)
-        largest = tl.maximum(largest, tl.load(partial + row, row < programs, 0))
-    absmax = tl.max(largest, 0).to(tl.float32, bitcast=True)
-    # Not from ``running``, which may be updated already.
-    before = tl.load(partial + programs).to(tl.float32, bitcast=True)
-    if tl.program_id(1) == 0:
+    tl.atomic_max(progress, tl.max(largest, 0), sem="relaxed")
+    # Releases the maximum above to the last program, and acquires those of all others.
+    done = tl.atomic_add(progress + 1, 1, sem="acq_rel")
+    if done == programs - 1:
+        # Read again: that frees a register in the loop. And before the barrier of the atomic, which
+        # no warp passes, on to the store below, while another is still here.
+        before = tl.load(running)
+        absmax = tl.atomic_max(progress, 0, sem="relaxed").to(tl.float32, bitcast=True)
+        # The first batch has no range before it: the last program quantizes it all by its own.
+        if before != before:
+            scale = scale_of(absmax, qmax)
+            for tile in range(tiles):
+                groups, offsets, exists = _elements(tile, elements, GROUPS)
+                values = tl.load(x + offsets, exists, 0.0)
+                _quantize_elements(
+                    values, y, clipped, groups, offsets, exists, scale, qmax, elements
+                )
         tl.store(running, averaged(before, absmax, averaging_constant))
-    if before != before:
-        scale = scale_of(absmax, qmax)
-        for tile in range(tl.program_id(1), tiles_along(elements, GROUPS * 8), programs):
-            groups, offsets, exists = _elements(tile, elements, GROUPS)
-            values = tl.load(x + offsets, exists, 0.0)
-            _quantize_elements(values, y, clipped, groups, offsets, exists, scale, qmax, elements)
+        tl.store(progress + tl.arange(0, 2), 0)
 
 
 @triton.jit

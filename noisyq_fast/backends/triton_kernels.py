@@ -1,7 +1,7 @@
 """The Triton kernels: the walk over tiles, then one kernel for each way to walk.
 
-`geometry.Tiling` says which program works on which tiles: its ``layout`` is the argument ``sizes``
-of every kernel, and its ``tile`` is ``TILE``.
+`geometry.Tiling` says which program works on which tiles. ``TILE`` of every kernel is its ``tile``;
+``sizes`` are its ``layout`` and the first of the tensor's programs, None for the only tensor.
 """
 
 import triton
@@ -28,7 +28,10 @@ def tiles_along(size, tile):
 @triton.jit
 def _channels(sizes, TILE: tl.constexpr):
     """The channels of this program, and which of them exist."""
-    channel = tl.program_id(0).to(tl.int64) * TILE[1] + tl.arange(0, TILE[1])
+    channel_tile = tl.program_id(0)
+    if sizes[3] is not None:
+        channel_tile -= sizes[3]
+    channel = channel_tile.to(tl.int64) * TILE[1] + tl.arange(0, TILE[1])
     return channel, channel < sizes[1]
 
 
@@ -41,7 +44,7 @@ def _tiles(sizes, TILE: tl.constexpr):
 @triton.jit
 def _elements(tile, sizes, TILE: tl.constexpr):
     """Offsets of the elements of a tile, and which of them exist."""
-    outer, channels, inner = sizes
+    outer, channels, inner, _ = sizes
     # Triton compiles a size of 1 as a constant. So nothing is left of these divisions where outer
     # or inner is 1, and accesses are wide: that is why the second remainder is taken.
     outer_tiles, inner_tiles = tiles_along(outer, TILE[0]), tiles_along(inner, TILE[2])
@@ -108,21 +111,59 @@ def _quantize_tiles(x, y, clipped, scales, qmax, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def quantize_on_chip(x, y, scale, running, averaging_constant, qmax, sizes, TILE: tl.constexpr):
-    """Channels of one tile each: read once."""
-    offsets, exists = _elements(tl.program_id(1), sizes, TILE)
-    values = tl.load(x + offsets, exists, 0.0)
-    largest = _largest(magnitude(values))
-    scales = _record(largest, scale, running, averaging_constant, qmax, sizes, TILE)
-    _quantize_elements(values, y, None, offsets, exists, scales, qmax)
+def _quantize_channels(
+    x,
+    y,
+    scale,
+    running,
+    averaging_constant,
+    qmax,
+    sizes,
+    TILE: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+):
+    """The channels of this program, if they belong to this tensor."""
+    channel_tile = tl.program_id(0) - sizes[3]
+    if (channel_tile >= 0) & (channel_tile < tiles_along(sizes[1], TILE[1])):
+        if ON_CHIP:
+            offsets, exists = _elements(tl.program_id(1), sizes, TILE)
+            values = tl.load(x + offsets, exists, 0.0)
+            largest = _largest(magnitude(values))
+        else:
+            largest = _largest_in_tiles(x, sizes, TILE)
+        scales = _record(largest, scale, running, averaging_constant, qmax, sizes, TILE)
+        if ON_CHIP:
+            _quantize_elements(values, y, None, offsets, exists, scales, qmax)
+        else:
+            _quantize_tiles(x, y, None, scales, qmax, sizes, TILE)
 
 
 @triton.jit
-def quantize_looped(x, y, scale, running, averaging_constant, qmax, sizes, TILE: tl.constexpr):
-    """Channels of several tiles, and one program for each: read twice."""
-    largest = _largest_in_tiles(x, sizes, TILE)
-    scales = _record(largest, scale, running, averaging_constant, qmax, sizes, TILE)
-    _quantize_tiles(x, y, None, scales, qmax, sizes, TILE)
+def quantize_channels(
+    x,
+    y,
+    scale,
+    running,
+    averaging_constant,
+    qmax,
+    sizes,
+    TILE: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+):
+    """Tuples of one argument for each tensor, of tensors whose channels no programs share. Channels
+    of one tile each are read once (``ON_CHIP``), others twice."""
+    for i in tl.static_range(len(TILE)):
+        _quantize_channels(
+            x[i],
+            y[i],
+            scale[i],
+            running[i],
+            averaging_constant,
+            qmax[i],
+            sizes[i],
+            TILE[i],
+            ON_CHIP[i],
+        )
 
 
 @triton.jit

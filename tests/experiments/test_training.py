@@ -12,11 +12,12 @@ from experiments.training import NonFiniteLoss, Trainer
 EVERY_METHOD = ["baseline", *METHODS]
 
 
-def trainer(arguments="", **options):
+def trainer(arguments="", device=torch.device("cpu"), **options):  # noqa: B008
     options = {"epochs": 2, "train_size": 256, "threads": 1} | options
     config = replace(run.parse(arguments.split()), **options).resolved(epochs=2, threads=1)
     dataset = data.load("digits").with_train_size(config.train_size)
-    return Trainer(config, dataset, symmetric(dataset, config.noise, config.noise_seed))
+    labels = symmetric(dataset, config.noise, config.noise_seed)
+    return Trainer(config, dataset, labels, device)
 
 
 def numbers(trainer):
