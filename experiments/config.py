@@ -173,6 +173,8 @@ class RunConfig:
         on = self.methods  # refuses options that take no effect
         if self.epochs == 0 and self.weights is None:
             raise ValueError("--epochs: got 0 without --weights, which it would evaluate")
+        if self.noise_kind in HUMAN_LABELS and self.dataset != "cifar10":
+            raise ValueError(f"--noise-kind: got {self.noise_kind}, which is for --dataset cifar10")
         if self.noise_kind in HUMAN_LABELS and self.noise is not None:
             raise ValueError(f"--noise: got {self.noise} with human labels, which bring their own")
         if self.validation == 0 and "early_stopping" in on:

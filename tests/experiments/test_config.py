@@ -40,7 +40,11 @@ def test_error_names_the_option_what_it_got_and_what_it_takes(option, value, mes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--noise-kind worst --noise 0.2", "--noise: got 0.2 with human labels"),
+        ("--noise-kind worst", "--noise-kind: got worst, which is for --dataset cifar10"),
+        (
+            "--dataset cifar10 --noise-kind worst --noise 0.2",
+            "--noise: got 0.2 with human labels",
+        ),
         ("--method early_stopping --validation 0", "--validation: got 0"),
         ("--patience 3 --validation 0", "--validation: got 0"),
         ("--cuda-graph --device cpu", "--cuda-graph: got --device cpu"),
@@ -73,7 +77,9 @@ def test_defaults_are_filled_in_only_where_nothing_was_said():
 
 
 def test_human_labels_bring_their_noise():
-    assert RunConfig(noise_kind="worst").resolved(epochs=1, threads=1).noise is None
+    assert (
+        RunConfig(dataset="cifar10", noise_kind="worst").resolved(epochs=1, threads=1).noise is None
+    )
 
 
 def test_early_stopping_holds_samples_out():

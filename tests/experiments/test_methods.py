@@ -94,10 +94,8 @@ def test_early_stopping_goes_back_to_the_best_epoch(accuracies, stopped, restore
     epoch, line = epochs(EarlyStopping(patience=2), model, accuracies)
     assert epoch == stopped
     assert model.weight.unique().tolist() == [restored]
-    assert (
-        line
-        == f"weights of epoch {restored} restored, validation accuracy {max(accuracies[:epoch]):.2%}"
-    )
+    best = max(accuracies[:epoch])
+    assert line == f"weights of epoch {restored} restored, validation accuracy {best:.2%}"
 
 
 def test_early_stopping_forgets_weights_that_no_longer_fit():

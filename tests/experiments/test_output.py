@@ -29,7 +29,9 @@ def test_name_is_readable_and_identifies_the_numbers():
 
 
 def test_human_labels_are_named():
-    assert run_name(RunConfig(noise_kind="worst"), {}).startswith("digits-baseline-worst-seed0-")
+    assert run_name(RunConfig(dataset="cifar10", noise_kind="worst"), {}).startswith(
+        "cifar10-baseline-worst-seed0-"
+    )
 
 
 def test_name_changes_with_whatever_changes_the_numbers():

@@ -1,0 +1,193 @@
+"""Many runs: a grid of options, worked off on this machine or on a cluster."""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Run as a script: import from the project root, not from this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import contextlib
+import functools
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+from tyro.extras import literal_type_from_choices
+
+from experiments import run
+from experiments.checks import require
+from experiments.sweeping.engines import ENGINES, Task
+from experiments.sweeping.grid import Grid, narrowed
+from experiments.sweeping.planning import tasks
+from experiments.sweeping.progress import Progress, is_finished, state
+
+LOG_LINES = 5
+SHIPPED = Path(__file__).with_name("sweeps")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train every run of a grid.
+
+    figure2 is all methods over the share of wrong labels, figure3 is settings of quantization,
+    dropout and pruning. To see what would run, and then run it:
+
+        python experiments/sweep.py figure2 --dry-run
+        python experiments/sweep.py figure2
+
+    Each run is what run.py makes of its options, in a folder of its own, with what it printed in
+    log.txt there. The same command again skips the finished runs, goes on with the interrupted ones
+    after their last epoch and tries the failed ones again; Ctrl-C is safe at any time. What comes
+    after -- goes to every run:
+
+        python experiments/sweep.py figure2 --scale full -- --data-dir DATA --device cuda
+
+    The exit status is 0 if all runs are finished, 1 if some failed, 2 if the grid or an option is
+    wrong, 130 after Ctrl-C.
+    """
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """figure2, figure3, or a TOML file written like experiments/sweeps/figure2.toml."""
+
+    scale: str | None = None
+    """Which scale of the file. smoke: minutes, on digits. small: hours of a CPU, on a part of
+    CIFAR-10. full: as published, for GPUs. If not given: the file's first one, smoke."""
+
+    only: tuple[str, ...] = ()
+    """Only the runs with these options, as in --only method=quant,baseline seed=0."""
+
+    out: Path = Path("runs")
+    """Directory in which the runs make their folders."""
+
+    engine: literal_type_from_choices(ENGINES) = "local"
+    """local: processes on this machine. ray: tasks of Ray (pip install 'noisyq_fast[ray]'), on the
+    cluster that RAY_ADDRESS names or that runs on this machine, or else on a new one of this
+    machine alone. Several machines must share, under the same paths, --out, the data, this project
+    and its Python environment."""
+
+    jobs: int | None = None
+    """local: how many runs at a time. If not given: as many as fit on the CPU cores with their
+    --threads, or 1 with a GPU."""
+
+    gpus_per_run: float | None = None
+    """ray: GPUs of each run, such as 0.25 for four runs on one. If not given: 1 where there are
+    any, 0 with --device cpu."""
+
+    dry_run: bool = False
+    """List the runs and how far they are, and end."""
+
+    def __post_init__(self) -> None:
+        require("jobs", self.jobs, self.jobs is None or self.jobs >= 1, "a whole number from 1")
+        gpus = self.gpus_per_run
+        require("gpus_per_run", gpus, gpus is None or gpus >= 0, "a number from 0")
+        if self.jobs is not None and self.engine != "local":
+            raise ValueError(f"--jobs: takes effect with --engine local only, got {self.engine}")
+        if gpus is not None and self.engine != "ray":
+            raise ValueError(
+                f"--gpus-per-run: takes effect with --engine ray only, got {self.engine}"
+            )
+
+    @property
+    def path(self) -> Path:
+        shipped = {path.stem: path for path in SHIPPED.glob("*.toml")}
+        if self.file not in shipped and not Path(self.file).is_file():
+            raise ValueError(
+                f"{self.file}: no such file; those that come along are {', '.join(sorted(shipped))}"
+            )
+        return shipped.get(self.file, Path(self.file))
+
+
+def sweep(config: SweepConfig, extra: list[str]) -> int:
+    """Gives the exit status."""
+    with contextlib.suppress(ValueError):  # such as of options that need those of the grid
+        run.parse(extra)
+    grid = Grid.read(config.path, config.scale)
+    runs = narrowed(list(grid.runs()), config.only)
+    todo = tasks(config.path, grid, runs, config.out, extra)
+    if config.dry_run:
+        for task in todo:
+            print(f"{state(task):<20}{task.folder.name}")
+        print(f"{len(todo)} runs, {sum(map(is_finished, todo))} finished")
+        return 0
+    before = sum(map(is_finished, todo))
+    failed = carry_out(config, todo)
+    print(f"finished before {before:6}")
+    print(f"finished now    {len(todo) - before - len(failed):6}")
+    print(f"failed          {len(failed):6}")
+    if failed:
+        print(*(f"    {task.folder}" for task in failed), sep="\n")
+        print("next: the same command again, which tries those that failed")
+        return 1
+    report = Path(sys.argv[0]).with_name("report.py")
+    print(f"next: python {report} {shlex.quote(str(config.out))}")
+    return 0
+
+
+def carry_out(config: SweepConfig, todo: list[Task]) -> list[Task]:
+    """Runs what is not finished; gives the tasks that failed."""
+    left = [task for task in todo if not is_finished(task)]
+    if not left:
+        return []
+    failed = []
+    progress = Progress(todo)
+    with contextlib.closing(progress.bar), contextlib.closing(_engine(config, left)) as rounds:
+        for ended in rounds:
+            for task, status in ended:
+                if status == 0 and is_finished(task):
+                    progress.end(task, f"finished {task.folder.name}")
+                else:
+                    failed.append(task)
+                    progress.end(task, _failure(task, status))
+            progress.update()
+    return failed
+
+
+def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task, int]]]:
+    if config.engine == "ray":
+        return ENGINES["ray"](tasks, gpus_per_run=config.gpus_per_run)
+    jobs = config.jobs
+    if jobs is None and torch.cuda.is_available() and any(task.gpu for task in tasks):
+        jobs = 1
+    cores = len(os.sched_getaffinity(0))
+    jobs = jobs or max(1, cores // max(task.threads for task in tasks))
+    return ENGINES["local"](tasks, jobs=jobs)
+
+
+def _failure(task: Task, status: int) -> str:
+    how = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+    lines = task.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return "\n    ".join([f"failed {task.folder} ({how}), its log.txt ends:", *lines])
+
+
+def main() -> int:
+    """Gives the exit status; what a user can mend is told in one line."""
+    own, extra = _split(sys.argv[1:])
+    try:
+        # A partial, because tyro would put a class's own errors into a box.
+        parser = functools.partial(SweepConfig)
+        config = tyro.cli(parser, args=own, config=(tyro.conf.DisallowNone,))
+        return sweep(config, extra)
+    except (ValueError, OSError, RuntimeError) as error:
+        return run.fail(error, status=2)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is for the sweep and, after --, for the runs."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end + 1 :]
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each run at once
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command goes on after the last finished epochs", file=sys.stderr
+        )
+        sys.exit(130)

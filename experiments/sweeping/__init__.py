@@ -1,0 +1,1 @@
+"""From a grid of options to finished runs."""

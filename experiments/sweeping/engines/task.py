@@ -1,0 +1,77 @@
+"""One run of a sweep, as a process of its own."""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PATIENCE = 10  # seconds to stop in order
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command line of run.py, and the folder in which that run writes."""
+
+    arguments: tuple[str, ...]
+    folder: Path
+    epochs: int
+    threads: int
+    gpu: bool
+    """Whether it takes a GPU where there is one."""
+    script: Path
+    directory: Path
+    """Where the process runs: relative paths among the arguments start there."""
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def start(self) -> subprocess.Popen:
+        """Starts the run; what it prints is added to its log.
+
+        It is in a session of its own, so that Ctrl-C in a terminal reaches only who started it, and
+        ends when that one is gone, however it went.
+        """
+        parent = os.getpid()
+        prctl = ctypes.CDLL(None).prctl
+
+        def end_with_parent() -> None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # gone already
+                os._exit(1)
+
+        command = [sys.executable, str(self.script), *self.arguments]
+        log = self.directory / self.log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            output.write(f"$ {shlex.join(command)}\n")
+            output.flush()
+            return subprocess.Popen(
+                command,
+                cwd=self.directory,
+                env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+
+
+def stop(children: list[subprocess.Popen]) -> None:
+    """Interrupts the processes, and kills those that do not end."""
+    for child in children:
+        child.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + _PATIENCE
+    for child in children:
+        try:
+            child.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -1,0 +1,168 @@
+"""A grid of runs, as a TOML file declares it."""
+
+import dataclasses
+import difflib
+import itertools
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import methods
+from experiments.config import RunConfig
+
+Options = dict[str, Any]
+"""Options of a run, named as on the command line, without the dashes in front."""
+
+OWN = {"out", "restart"}
+"""Options of a run that are the sweep's business."""
+
+_RUN_OPTIONS = {
+    option.name.replace("_", "-")
+    for owner in (RunConfig, *methods.METHODS.values())
+    for option in dataclasses.fields(owner)
+} - {"options", *OWN}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a file declares."""
+
+    base: Options = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    variants: list[Options] = field(default_factory=lambda: [{}])
+    follow: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, scale: str | None) -> "Grid":
+        """A ValueError names the file and what is wrong in it."""
+        try:
+            return cls._of(tomllib.loads(path.read_text()), scale)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, tables: dict[str, Any], scale: str | None) -> "Grid":
+        layers = {
+            name: _layer(f"scales.{name}", table, ("base", "grid", "variants"))
+            for name, table in _table("scales", tables.pop("scales", {})).items()
+        }
+        if scale is None:
+            scale = next(iter(layers), None)
+        elif scale not in layers:
+            raise ValueError(f"no scale {scale}, it has {', '.join(layers) or 'none'}")
+        layer = _layer("", tables, ("base", "grid", "variants", "follow"))
+        for name, content in layers.get(scale, {}).items():
+            merge = name != "variants" and name in layer
+            layer[name] = layer[name] | content if merge else content
+        grid = cls(**layer)
+        grid._check()
+        return grid
+
+    def _check(self) -> None:
+        places = {"base": self.base, "variants": set().union(*self.variants), "grid": self.grid}
+        for name, source in self.follow.items():
+            if source not in self.base | self.grid:
+                raise ValueError(f"follow: {name}: got {source!r}, takes an option of base or grid")
+        for name in self.varied:
+            found = [place for place, names in places.items() if name in names]
+            if name in self.follow:
+                found.append("follow")
+            if len(found) > 1 and found != ["base", "variants"]:
+                raise ValueError(f"{name}: is both in {' and in '.join(found)}")
+
+    @property
+    def varied(self) -> set[str]:
+        """The options in which runs can differ."""
+        return {*self.grid, *self.follow}.union(*self.variants)
+
+    def runs(self) -> Iterator[Options]:
+        """In the order in which they are to be done."""
+        for point in _combinations(self.grid):
+            for variant in self.variants:
+                for chosen in _combinations(variant):
+                    options = self.base | chosen | point
+                    yield options | {name: options[other] for name, other in self.follow.items()}
+
+
+def _combinations(options: Options) -> Iterator[Options]:
+    """One value of each list, in all ways; the last list varies fastest."""
+    values = [value if isinstance(value, list) else [value] for value in options.values()]
+    for combination in itertools.product(*values):
+        yield dict(zip(options, combination, strict=True))
+
+
+def _layer(place: str, tables: Any, sections: tuple[str, ...]) -> dict[str, Any]:
+    prefix = f"{place}." if place else ""
+    layer = {}
+    for name, content in _table(place, tables).items():
+        if name not in sections:
+            raise ValueError(_unknown(prefix + name, name, (*sections, "scales")))
+        if name == "variants":
+            if not isinstance(content, list) or not content:
+                raise ValueError(f"{prefix}variants: got {content!r}, takes a list of tables")
+            layer[name] = [_options(f"{prefix}variants", table) for table in content]
+        else:
+            layer[name] = _options(prefix + name, content)
+    return layer
+
+
+def _options(place: str, table: Any) -> Options:
+    """The table, checked, with names as on the command line."""
+    options = {name.replace("_", "-"): value for name, value in _table(place, table).items()}
+    section = place.rpartition(".")[2]
+    for name, value in options.items():
+        if name not in _RUN_OPTIONS:
+            raise ValueError(_unknown(f"{place}: {name}", name, _RUN_OPTIONS))
+        is_list = isinstance(value, list)
+        values = value if is_list else [value]
+        if section == "grid" and not is_list:
+            takes = "a list"
+        elif section in ("base", "follow") and is_list:
+            takes = "one value"
+        elif not values or any(isinstance(v, list | dict) for v in values):
+            takes = "a value or a list of values"
+        else:
+            continue
+        raise ValueError(f"{place}: {name}: got {value!r}, takes {takes}")
+    return options
+
+
+def _table(place: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}: got {content!r}, takes a table")
+    return content
+
+
+def _unknown(where: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{where}: no such name" + (f", did you mean {close[0]}?" if close else "")
+
+
+def narrowed(runs: list[Options], only: tuple[str, ...]) -> list[Options]:
+    """The runs that fit all of `only`, each an OPTION=VALUE or OPTION=VALUE,VALUE."""
+    for text in only:
+        name, _, values = text.partition("=")
+        name = name.replace("_", "-")
+        known = {str(options[name]) for options in runs if name in options}
+        for value in values.split(","):
+            if not any(_equal(value, other) for other in known):
+                has = f"takes {', '.join(sorted(known))}" if known else "no run sets it"
+                raise ValueError(f"--only: got {name}={value}, {has}")
+        runs = [
+            options
+            for options in runs
+            if name in options
+            and any(_equal(value, str(options[name])) for value in values.split(","))
+        ]
+    return runs
+
+
+def _equal(text: str, other: str) -> bool:
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text.lower() == other.lower()

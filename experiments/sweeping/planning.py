@@ -1,0 +1,116 @@
+"""From the options of runs to tasks: checked, and with the folder that each will write."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from experiments import run
+from experiments.config import RunConfig
+from experiments.sweeping.engines import Task
+from experiments.sweeping.grid import OWN, Grid, Options
+
+# tyro takes 60 ms for a command line. These are what grids vary most, and need no other option:
+# they are parsed apart, once a value.
+_APART = ("seed", "noise-seed", "noise")
+
+
+def tasks(file: Path, grid: Grid, runs: list[Options], out: Path, extra: list[str]) -> list[Task]:
+    """The runs, with their options checked and their folders named."""
+    given = _given(extra)
+    for name in sorted(given):
+        if name in grid.varied:
+            raise ValueError(f"--{name} after --: the runs of {file} differ in it; see --only")
+        if name in OWN:
+            raise ValueError(f"--{name} after --: the sweep sets it")
+    tasks = {}
+    for options in runs:
+        options = {name: value for name, value in options.items() if name not in given}
+        try:
+            task = _task(options, ("--out", str(out), *extra))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if task.folder in tasks:
+            raise ValueError(f"{file}: two of its runs are the same, {task.folder.name}")
+        tasks[task.folder] = task
+    return list(tasks.values())
+
+
+def _task(options: Options, extra: tuple[str, ...]) -> Task:
+    try:
+        config = _config(options, extra)
+        with _threads(config.threads):
+            prepared = run.prepare(config)
+    except SystemExit:
+        raise ValueError(_refused(options)) from None
+    config = prepared.config
+    return Task(
+        # With the number of threads, which can depend on the process and changes the name.
+        arguments=(*_arguments(options | {"threads": config.threads}), *extra),
+        folder=prepared.path,
+        epochs=config.epochs,
+        threads=config.threads,
+        gpu=config.device != "cpu",
+        script=Path(run.__file__).resolve(),
+        directory=Path.cwd(),
+    )
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """With the run's own threads: more are slow beside other runs, which keep the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _config(options: Options, extra: tuple[str, ...]) -> RunConfig:
+    together = {name: value for name, value in options.items() if name not in _APART}
+    config = _parse(_arguments(together) + extra)
+    apart = {}
+    for name in options.keys() - together.keys():
+        attribute = name.replace("-", "_")
+        apart[attribute] = getattr(_parse(_arguments({name: options[name]})), attribute)
+    return dataclasses.replace(config, **apart)
+
+
+def _refused(options: Options) -> str:
+    """Names the option whose value tyro does not take."""
+    for name, value in options.items():
+        try:
+            _parse(_arguments({name: value}))
+        except SystemExit:
+            return f"{name}: got {value!r}, which run.py --help does not allow"
+        except ValueError:
+            pass  # it needs another option
+    return f"run.py does not take {shlex.join(_arguments(options))}"
+
+
+@functools.cache
+def _parse(arguments: tuple[str, ...]) -> RunConfig:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return run.parse(list(arguments))
+
+
+def _arguments(options: Options) -> tuple[str, ...]:
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            arguments += [f"--{name}", str(value)]
+    return tuple(arguments)
+
+
+def _given(arguments: list[str]) -> set[str]:
+    """The names of the options in a command line."""
+    names = {text[2:].partition("=")[0].replace("_", "-") for text in arguments if text[:2] == "--"}
+    return names | {name.removeprefix("no-") for name in names}
