@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from noisyq_fast import QuantConv2d, QuantLinear
+from noisyq_fast.layers import QuantLayer
 
 _FLOAT_BITS = 32
 
@@ -23,9 +23,9 @@ def size_in_bits(model: nn.Module) -> int:
     }
     bits = _FLOAT_BITS * sum(tensor.numel() for tensor in tensors.values())
     for layer in model.modules():
-        if isinstance(layer, QuantConv2d | QuantLinear):
+        if isinstance(layer, QuantLayer):
             saved = _FLOAT_BITS - layer.weight_bits
-            bits += _FLOAT_BITS * len(layer.weight) - saved * layer.weight.numel()
+            bits += _FLOAT_BITS * len(layer.weight_by_channel()) - saved * layer.weight.numel()
     return bits
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisyq_fast import QuantConv2d, QuantLinear, sync_ranges_
+from noisyq_fast import sync_ranges_
+from noisyq_fast.layers import QuantLayer
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def synchronize_(model: nn.Module) -> nn.Module:
     """Makes batch norms and activation ranges those of the whole batch; returns the model."""
     if size() == 1:
         return model
-    if any(isinstance(module, QuantConv2d | QuantLinear) for module in model.modules()):
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
         sync_ranges_(model)
     return convert_batch_norm_(model)
 

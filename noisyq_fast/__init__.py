@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from noisyq_fast.backends import current_backend, use_backend
 from noisyq_fast.convert import quantize_model_
 from noisyq_fast.distributed import sync_ranges_
+from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.info import info
 from noisyq_fast.layers import QuantConv2d, QuantLinear
 from noisyq_fast.ops import (
@@ -18,7 +19,9 @@ from noisyq_fast.ops import (
 __version__ = _version("noisyq_fast")
 
 __all__ = [
+    "GroupedLinear",
     "QuantConv2d",
+    "QuantGroupedLinear",
     "QuantLinear",
     "current_backend",
     "dequantize",

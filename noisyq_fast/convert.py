@@ -6,16 +6,22 @@ from typing import Any
 
 from torch import nn
 
+from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.layers import (
     DEFAULT_AVERAGING_CONSTANT,
     DEFAULT_BITS,
+    PER_GROUP,
     QuantConv2d,
     QuantizeWeightsTogether,
     QuantLinear,
     check_quantizer,
 )
 
-QUANTIZED = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+QUANTIZED = {
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+    GroupedLinear: QuantGroupedLinear,
+}
 
 
 def quantize_model_(
@@ -27,8 +33,10 @@ def quantize_model_(
     delayed: bool = False,
     ste: str = "identity",
     overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+    input_ranges: str = PER_GROUP,
 ) -> nn.Module:
-    """Makes every `Conv2d` and `Linear` of a model quantized, for training with any ordinary loop.
+    """Makes the layers of a model quantized, for training with any ordinary loop: every `Conv2d`,
+    `Linear` and `GroupedLinear`.
 
     Modules and parameters stay the same objects, so optimizers, hooks, tied weights and state-dict
     names remain valid; each layer gains one buffer, ``running_absmax``.
@@ -42,8 +50,9 @@ def quantize_model_(
         averaging_constant: weight of a batch in the moving average of an input's absmax, 0..1.
         delayed, ste: as for `fake_quantize_ema`, for the layers' inputs.
         overrides: for layers by name, the options that differ (``weight_bits``,
-            ``activation_bits``, ``averaging_constant``, ``delayed``, ``ste``); ``None`` keeps a
-            layer in float.
+            ``activation_bits``, ``averaging_constant``, ``delayed``, ``ste``, and of a
+            `GroupedLinear` ``input_ranges``); ``None`` keeps a layer in float.
+        input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
 
     Returns:
         ``model``.
@@ -55,8 +64,8 @@ def quantize_model_(
             then as it was.
 
     Warns:
-        UserWarning: for subclasses of ``Conv2d`` and ``Linear``, which stay float: their own
-            forward might not be what a quantized layer would compute.
+        UserWarning: for subclasses of these layers, which stay float: their own forward might not
+            be what a quantized layer would compute.
 
     Example:
         >>> import noisyq_fast
@@ -70,15 +79,18 @@ def quantize_model_(
         )
     """
     layers = _layers_to_quantize(model)
+    options = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "averaging_constant": averaging_constant,
+        "delayed": delayed,
+        "ste": ste,
+    }
+    of_groups = options | {"input_ranges": input_ranges}
+    check_quantizer(**of_groups)
     quantizers = {
-        name: {
-            "weight_bits": weight_bits,
-            "activation_bits": activation_bits,
-            "averaging_constant": averaging_constant,
-            "delayed": delayed,
-            "ste": ste,
-        }
-        for name in layers
+        name: dict(of_groups if type(layer) is GroupedLinear else options)
+        for name, layer in layers.items()
     }
     if first_last_bits is not None:
         for name in (next(iter(layers)), next(reversed(layers))):
@@ -116,7 +128,9 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Module]:
         raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
     layers = {name: module for name, module in modules.items() if type(module) in QUANTIZED}
     if not layers:
-        raise ValueError(f"model: got {type(model).__name__} without Conv2d or Linear layers")
+        raise ValueError(
+            f"model: got {type(model).__name__} without Conv2d, Linear or GroupedLinear layers"
+        )
     for name, module in modules.items():
         if name not in layers and isinstance(module, tuple(QUANTIZED)):
             warnings.warn(

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from noisyq_fast import checks
 from noisyq_fast.backends import reference
-from noisyq_fast.layers import QuantConv2d, QuantLinear
+from noisyq_fast.layers import QuantLayer
 from noisyq_fast.ops import fake_quantize_ema
 
 _INFINITY = float("inf")
@@ -19,13 +20,13 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
 
     Inputs are then quantized, and ``running_absmax`` updated, to the bit as one process would do
     with the whole batch; ranks that start with equal ranges keep them equal. Each layer adds one
-    all-reduce of 4 bytes to a forward in training, and nothing otherwise. Like
+    all-reduce, of 4 bytes for each range, to a forward in training, and nothing otherwise. Like
     `torch.nn.SyncBatchNorm`, layers compute as before where there are no other ranks: in a group
     of one, or while `torch.distributed` is not initialized.
 
     Args:
-        model: a module with `QuantConv2d` or `QuantLinear` layers, such as `quantize_model_`
-            returns. Changed in place; the names in its state dict stay.
+        model: a module with quantized layers, such as `quantize_model_` returns. Changed in place;
+            the names in its state dict stay.
         process_group: the ranks that share a batch; ``None``: all. In training, each must call the
             same layers in the same order. A rank's part may be empty.
 
@@ -52,7 +53,7 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
             f"process_group: got {process_group!r}, takes None or a torch.distributed.ProcessGroup "
             "that this process belongs to"
         )
-    layers = [module for module in model.modules() if isinstance(module, QuantConv2d | QuantLinear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
     if not layers:
         raise ValueError(
             f"model: got {type(model).__name__} without quantized layers, takes what "
@@ -78,6 +79,7 @@ class _FakeQuantizeTogether:
         running_absmax: Tensor,
         bits: int,
         *,
+        axis: int | None,
         averaging_constant: float,
         training: bool,
         ste: str,
@@ -88,16 +90,17 @@ class _FakeQuantizeTogether:
                 x,
                 running_absmax,
                 bits,
+                axis,
                 averaging_constant=averaging_constant,
                 training=training,
                 ste=ste,
                 delayed=delayed,
             )
-        absmax = self._absmax(x)
+        absmax = self._absmax(x, checks.front_axis(axis, x))
         known = torch.where(running_absmax.isnan(), absmax, running_absmax) if delayed else absmax
         # With the batch's own absmax nothing clips.
         ste = ste if delayed else "identity"
-        y = fake_quantize_ema(x, known, bits, training=False, ste=ste)
+        y = fake_quantize_ema(x, known, bits, axis, training=False, ste=ste)
         reference._average_(running_absmax, absmax, averaging_constant)
         return y
 
@@ -107,15 +110,17 @@ class _FakeQuantizeTogether:
         return dist.get_world_size(self.process_group) > 1
 
     @torch.no_grad()
-    def _absmax(self, x: Tensor) -> Tensor:
-        """The largest magnitude on any rank; -inf, which is no observation, without elements.
+    def _absmax(self, x: Tensor, axis: int | None) -> Tensor:
+        """Each group's largest magnitude on any rank; -inf, which is no observation, without
+        elements.
 
         A NaN becomes infinity: as an absmax both mean a NaN batch that is not recorded, but not
         every backend's maximum keeps a NaN.
         """
         if x.numel() == 0:
-            absmax = torch.full((), -_INFINITY, dtype=torch.float32, device=x.device)
+            shape = [] if axis is None else [x.shape[axis]]
+            absmax = torch.full(shape, -_INFINITY, dtype=torch.float32, device=x.device)
         else:
-            absmax = reference._absmax(x, None).nan_to_num(nan=_INFINITY, posinf=_INFINITY)
+            absmax = reference._absmax(x, axis).nan_to_num(nan=_INFINITY, posinf=_INFINITY)
         dist.all_reduce(absmax, dist.ReduceOp.MAX, self.process_group)
         return absmax

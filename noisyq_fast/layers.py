@@ -15,6 +15,8 @@ from noisyq_fast.ops import fake_quantize, fake_quantize_ema, fake_quantize_many
 
 DEFAULT_BITS = 4
 DEFAULT_AVERAGING_CONSTANT = 0.01
+PER_GROUP = "per-group"
+INPUT_RANGES = (PER_GROUP, "shared")
 
 
 def check_quantizer(
@@ -23,23 +25,31 @@ def check_quantizer(
     averaging_constant: float,
     delayed: bool,
     ste: str,
+    input_ranges: str = PER_GROUP,
 ) -> None:
     checks.integers(weight_bits=weight_bits, activation_bits=activation_bits)
     checks.width(weight_bits=weight_bits, activation_bits=activation_bits)
     checks.averaging_constant(averaging_constant)
     checks.boolean(delayed=delayed)
     checks.ste(ste)
+    check_input_ranges(input_ranges)
 
 
-class _QuantLayer(nn.Module):
+def check_input_ranges(name: str) -> None:
+    if name not in INPUT_RANGES:
+        raise ValueError(f"input_ranges: got {name!r}, takes {' or '.join(INPUT_RANGES)}")
+
+
+class QuantLayer(nn.Module):
     """What the layers share: the widths, and the range of the input.
 
     ``running_absmax`` is a float32 buffer, NaN until the first batch in training; `.half()` and
-    the like leave it float32.
+    the like leave it float32. It is one range, or one for each index of ``input_axis``.
     """
 
     weight: Tensor
     running_absmax: Tensor
+    input_axis: int | None = None
     ready_weight: Tensor | None = None
     fake_quantize_input: Callable[..., Tensor] = staticmethod(fake_quantize_ema)
 
@@ -66,22 +76,27 @@ class _QuantLayer(nn.Module):
             x,
             self.running_absmax,
             self.activation_bits,
+            axis=self.input_axis,
             averaging_constant=self.averaging_constant,
             training=self.training,
             ste=self.ste,
             delayed=self.delayed,
         )
 
+    def weight_by_channel(self) -> Tensor:
+        """The weight, with one scale for each index of its first axis."""
+        return self.weight
+
     def quantized_weight(self) -> Tensor:
         """The weight, from `QuantizeWeightsTogether` where that is at work."""
         if self.ready_weight is not None:
             return self.ready_weight
-        return fake_quantize(self.weight, self.weight_bits, axis=0)
+        return fake_quantize(self.weight_by_channel(), self.weight_bits, axis=0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, W{self.weight_bits}/A{self.activation_bits}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_QuantLayer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLayer":
         range_before = self.running_absmax
         super()._apply(fn, recurse)
         if self.running_absmax.dtype != torch.float32:
@@ -89,7 +104,7 @@ class _QuantLayer(nn.Module):
         return self
 
 
-class QuantConv2d(_QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantLayer, nn.Conv2d):
     """`torch.nn.Conv2d` on fake-quantized weights and inputs.
 
     Args:
@@ -123,7 +138,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
-class QuantLinear(_QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """`torch.nn.Linear` on fake-quantized weights and inputs.
 
     Args:
@@ -160,14 +175,14 @@ class QuantizeWeightsTogether:
     """Hooks of a model that quantize the weights of all its layers in one call, and so, on a GPU,
     in one launch, before each forward. A layer that is called by itself quantizes its own."""
 
-    def __init__(self, model: nn.Module, layers: list[_QuantLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: list[QuantLayer]) -> None:
         self.layers = layers
         model.register_forward_pre_hook(self.before)
         model.register_forward_hook(self.after, always_call=True)
 
     def before(self, *_: object) -> None:
         weights = fake_quantize_many(
-            [layer.weight for layer in self.layers],
+            [layer.weight_by_channel() for layer in self.layers],
             [layer.weight_bits for layer in self.layers],
             axis=0,
         )

@@ -207,6 +207,7 @@ def test_subclasses_stay_float_with_a_warning():
         ({"averaging_constant": 2}, ValueError, "averaging_constant: got 2"),
         ({"delayed": 1}, TypeError, "delayed: got 1"),
         ({"ste": "no"}, ValueError, "ste: got 'no'"),
+        ({"input_ranges": "all"}, ValueError, "input_ranges: got 'all', takes per-group or shared"),
         ({"overrides": {"9": None}}, ValueError, "overrides: got '9', takes one of 0, 3, 4, 6"),
         (
             {"overrides": {"3": {"bits": 2}}},
@@ -225,7 +226,7 @@ def test_bad_arguments_leave_the_model_as_it_was(arguments, error, message):
 def test_models_that_cannot_be_converted():
     with pytest.raises(TypeError, match="model: got int"):
         quantize_model_(3)
-    with pytest.raises(ValueError, match="without Conv2d or Linear"):
+    with pytest.raises(ValueError, match="without Conv2d, Linear or GroupedLinear"):
         quantize_model_(nn.Sequential(nn.ReLU()))
     model = quantize_model_(make_model())
     with pytest.raises(ValueError, match="quantized already"):

@@ -11,7 +11,7 @@ from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from noisyq_fast import QuantLinear, quantize_model_, sync_ranges_
+from noisyq_fast import QuantGroupedLinear, QuantLinear, quantize_model_, sync_ranges_
 
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
@@ -33,7 +33,8 @@ def ranks(tmp_path_factory):
 
 def quantize_parts(sync, quantizer, steps):
     """Quantized inputs, their gradients and the range, for this rank's part of each batch."""
-    layer = QuantLinear(6, 3, averaging_constant=0.3, **quantizer)
+    make = QuantLinear if steps[0][0].dim() == 2 else QuantGroupedLinear
+    layer = make(*steps[0][0].shape[1:], 3, averaging_constant=0.3, **quantizer)
     if sync:
         sync_ranges_(layer)
     outputs = []
@@ -92,6 +93,28 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_no_observation(ranks, quantiz
     assert whole[0][0].isnan().all()
     assert whole[0][2].isnan()
     assert torch.equal(whole[1][2], whole[2][2])
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [2, 5], [0, 4], [0, 0]])
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, {"input_ranges": "shared"}])
+def test_a_range_for_each_group(ranks, quantizer, sizes):
+    loudness = torch.tensor([[1.0], [100.0]])
+    steps = [[torch.randn(n, 2, 6) * loudness * step for n in sizes] for step in (2, 1, 3)]
+    check_against_one_process(ranks, quantizer, steps)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_group_that_is_not_finite_on_one_rank_leaves_the_others(ranks, quantizer, bad):
+    steps = [[torch.randn(3, 2, 6) for _ in range(2)] for _ in range(3)]
+    for step in (0, 2):
+        steps[step][1][2, 0, 4] = bad
+    whole = check_against_one_process(ranks, quantizer, steps)
+    assert whole[0][0].isnan().all((0, 2)).tolist() == [True, False]
+    assert whole[0][2].isnan().tolist() == [True, False]
+    first, second = zip(*(running for _, _, running in whole[1:]), strict=True)
+    assert first[0] == first[1]
+    assert second[0] != second[1]
 
 
 def make_model():

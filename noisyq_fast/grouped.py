@@ -1,0 +1,195 @@
+"""A linear layer for each group, all in one batched matrix product: the heads of a network that
+predicts many labels, such as the facial action units of arXiv 2303.11803, section 3.2."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noisyq_fast import checks
+from noisyq_fast.layers import (
+    DEFAULT_AVERAGING_CONSTANT,
+    DEFAULT_BITS,
+    PER_GROUP,
+    QuantLayer,
+    check_input_ranges,
+)
+
+
+class GroupedLinear(nn.Module):
+    """A `torch.nn.Linear` of its own for each group: ``y[t] = weight[t] @ x[t] + bias[t]``.
+
+    Args:
+        groups: how many linear layers, T.
+        in_features: size of a group's input, I.
+        out_features: size of a group's output, U.
+        bias: whether to add a bias.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: ``[T, U, I]``, and ``bias``: ``[T, U]`` or ``None``. Every group is initialised as
+            `torch.nn.Linear` does it, to the bit as T of them made one after the other.
+
+    Takes ``[..., T, I]`` (such as ``[batch, T, I]``), returns ``[..., T, U]``, both of the dtype of
+    the parameters. In memory the groups of the output lie one after the other.
+
+    An input ``[batch, I]`` that all groups share can be passed as
+    ``x.unsqueeze(-2).expand(-1, T, -1)``. ``torch.nn.Linear(I, T * U)`` and then
+    ``.unflatten(-1, (T, U))`` is the same function, quantized too (with the same scales), and
+    faster.
+
+    Raises:
+        TypeError: a size that is no int, an input that is no tensor.
+        ValueError: a size below 1, an input whose last two sizes are not ``T, I``.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> heads = noisyq_fast.GroupedLinear(groups=12, in_features=64, out_features=16)
+        >>> heads
+        GroupedLinear(groups=12, in_features=64, out_features=16, bias=True)
+        >>> heads(torch.randn(8, 12, 64)).shape
+        torch.Size([8, 12, 16])
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(groups=groups, in_features=in_features, out_features=out_features)
+        self.groups = groups
+        self.in_features = in_features
+        self.out_features = out_features
+        weight = torch.empty(groups, out_features, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        self.register_parameter(
+            "bias", nn.Parameter(weight.new_empty(groups, out_features)) if bias else None
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new parameters, group after group, in the order of `torch.nn.Linear`."""
+        bound = 1 / math.sqrt(self.in_features)
+        for group in range(self.groups):
+            nn.init.kaiming_uniform_(self.weight[group], a=math.sqrt(5))
+            if self.bias is not None:
+                nn.init.uniform_(self.bias[group], -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        return _grouped_linear(x, self.weight, self.bias)
+
+    def check_input(self, x: Tensor) -> None:
+        checks.tensors(x=x)
+        if x.shape[-2:] != (self.groups, self.in_features):
+            takes = f"[..., {self.groups}, {self.in_features}]"
+            raise ValueError(f"x: got shape {list(x.shape)}, takes {takes}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"groups={self.groups}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class QuantGroupedLinear(QuantLayer, GroupedLinear):
+    """`GroupedLinear` on fake-quantized weights and inputs.
+
+    Every output of every group has a scale for its weights, every group a range for its input::
+
+        s_w[t, u] = max_i |weight[t, u, i]| / qmax
+        s_x[t]    = max_{b, i} |x[b, t, i]| / qmax
+
+    so that no group loses resolution to the outliers of another, and its numbers are to the bit
+    those of a `QuantLinear` for each group (arXiv 2303.11803, section 3.2: scales per action unit).
+
+    Args:
+        *args, **kwargs: as for `GroupedLinear`.
+        weight_bits: width of the weights, 2..8.
+        activation_bits: width of the input, 2..8.
+        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
+        delayed, ste: as for `fake_quantize_ema`, for the input. With a range per group ``delayed``
+            gives the same numbers as elsewhere but spares a GPU nothing: no kernel fuses it.
+        input_ranges: ``"per-group"``, where ``running_absmax`` is ``[T]``; or ``"shared"``: one
+            range for all groups, ``running_absmax`` is 0-d. The scales of the weights stay.
+
+    Raises:
+        TypeError: wrong type of an argument or of the input.
+        ValueError: an argument out of range, or an input whose last two sizes are not ``T, I``.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> heads = noisyq_fast.QuantGroupedLinear(2, 3, 5, weight_bits=4, activation_bits=8)
+        >>> x = torch.tensor([[[0.1, -0.7, 0.2], [10.0, 5.2, -70.0]]])
+        >>> heads(x).shape, heads.running_absmax
+        (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weight_bits: int = DEFAULT_BITS,
+        activation_bits: int = DEFAULT_BITS,
+        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        delayed: bool = False,
+        ste: str = "identity",
+        input_ranges: str = PER_GROUP,
+        **kwargs: Any,
+    ) -> None:
+        GroupedLinear.__init__(self, *args, **kwargs)
+        self.set_quantizer_(
+            weight_bits,
+            activation_bits,
+            averaging_constant,
+            delayed,
+            ste,
+            input_ranges=input_ranges,
+        )
+
+    def set_quantizer_(
+        self, *quantizer: Any, input_ranges: str = PER_GROUP, **options: Any
+    ) -> None:
+        check_input_ranges(input_ranges)
+        super().set_quantizer_(*quantizer, **options)
+        self.input_ranges = input_ranges
+        self.input_axis = None
+        if input_ranges == PER_GROUP:
+            self.input_axis = -2
+            self.running_absmax = self.running_absmax.repeat(self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        return _grouped_linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+    def weight_by_channel(self) -> Tensor:
+        return self.weight.flatten(0, 1)
+
+    def quantized_weight(self) -> Tensor:
+        return super().quantized_weight().view_as(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, input_ranges={self.input_ranges}"
+
+
+def _check_sizes(**sizes: int) -> None:
+    checks.integers(**sizes)
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, takes 1 or more")
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[..., t, u] = sum_i weight[t, u, i] x[..., t, i] + bias[t, u]``."""
+    by_group = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
+    if bias is None:
+        y = torch.bmm(by_group, weight.mT)
+    else:
+        y = torch.baddbmm(bias.unsqueeze(1), by_group, weight.mT)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[1])
