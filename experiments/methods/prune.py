@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, Literal, get_args
 
@@ -11,14 +12,12 @@ from torch import Tensor, nn
 
 from experiments.checks import require
 from experiments.methods.method import Method
-from noisyq_fast import QuantConv2d, QuantLinear
+from noisyq_fast.layers import QuantLayer
 
 Scope = Literal["layer", "global"]
 Order = Literal["lowest", "highest"]
 Filters = dict[str, list[int]]
 """Filters by the name of their convolution."""
-
-_FLOAT = {QuantConv2d: nn.Conv2d, QuantLinear: nn.Linear}
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Prune(Method):
     prune: float | None = None
     """prune: the share of filters that goes, from 0 to below 1 (0.75)."""
 
-    prune_after: float = 0.5
-    """prune: the share of the epochs before filters go, from 0 to below 1."""
+    prune_after: float = 0.2
+    """prune: the share of the epochs before filters go, from 0 to below 1. By default they go while
+    the learning rate is high, so that what is left can learn anew within the same epochs."""
 
     prune_steps: int = 1
     """prune: removes the filters in so many equal steps, evenly over the first half of the epochs
@@ -69,7 +69,7 @@ class Prune(Method):
     @property
     def label(self) -> str:
         parts = [f"prune{self.prune:g}"]
-        if self.prune_after != 0.5:
+        if self.prune_after != 0.2:
             parts.append(f"after{self.prune_after:g}")
         if self.prune_steps != 1:
             parts.append(f"steps{self.prune_steps}")
@@ -182,14 +182,21 @@ def _dependencies(model: nn.Module, example: Tensor) -> Any:
     """
     import torch_pruning
 
-    before = [(module, type(module), module.training) for module in model.modules()]
-    for module, kind, _ in before:
-        module.__class__ = _FLOAT.get(kind, kind)
+    before = [(module, module.training) for module in model.modules()]
+    quantized = [module for module, _ in before if isinstance(module, QuantLayer)]
+    for layer in quantized:
+        layer.quantized_input = _as_it_is
+        layer.quantized_weight = partial(getattr, layer, "weight")
     try:
-        # In a tuple, or else the library takes the batch itself for the list of inputs.
+        # In a tuple, or else the library tries the images one by one first.
         with torch.enable_grad():
             return torch_pruning.DependencyGraph().build_dependency(model, (example,))
     finally:
-        for module, kind, training in before:
-            module.__class__ = kind
+        for layer in quantized:
+            del layer.quantized_input, layer.quantized_weight
+        for module, training in before:
             module.training = training
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

@@ -6,7 +6,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.methods import METHODS
+from experiments.methods import BASELINE, METHODS
 from experiments.reporting.runs import Study, defaults
 
 PAPER = Path(__file__).with_name("paper_figure2.csv")
@@ -20,6 +20,7 @@ _PAPER_COLUMNS = {
 _COLORS = dict(
     zip(["baseline", *METHODS], [f"C{index}" for index in (7, 0, 1, 2, 3, 4, 5)], strict=True)
 )
+_MARKERS = "osv^D*XP<>"
 _PERCENT = 100
 
 
@@ -170,42 +171,51 @@ def memorisation(summary: pl.DataFrame) -> Figure | None:
 def gain_against_memorisation(
     studies: list[tuple[str, Study, pl.DataFrame]],
 ) -> Figure | None:
-    """What each method gains where the baseline memorises so much; a marker shape a study."""
+    """What each method gains, by how many wrong labels the baseline fits: its share of the wrong
+    ones times their share of all. A colour a method, a marker a study."""
     figure, (axis,) = _panels(1, width=7)
-    drawn = False
-    for marker, (title, _, summary) in zip("osv^D*XP<>", studies, strict=False):
-        fitted = "train_accuracy_flipped_mean"
-        if fitted not in summary.columns:
-            continue
-        memorised = dict(
-            summary.filter(pl.col("label").cast(pl.String) == "baseline")
-            .select("noise", fitted)
-            .iter_rows()
-        )
+    for marker, (title, _, summary) in zip(_MARKERS, studies, strict=False):
+        memorised = _memorised_by_baseline(summary)
+        shown = False
         for name, label, rows in _defaults(summary):
             points = [
                 (_PERCENT * memorised[row["noise"]], _PERCENT * row["gain"])
                 for row in rows.iter_rows(named=True)
-                if row["gain"] is not None and memorised.get(row["noise"]) is not None
+                if row["gain"] is not None and row["noise"] in memorised
             ]
             if name != "baseline" and points:
-                drawn = True
+                shown = True
+                known = axis.get_legend_handles_labels()[1]
                 axis.scatter(
                     *zip(*points, strict=True),
                     marker=marker,
                     color=_COLORS[name],
-                    label=f"{label} ({title})",
+                    label=None if label in known else label,
                 )
-    if not drawn:
+        if shown and len(studies) > 1:
+            axis.scatter([], [], marker=marker, color="black", label=title)
+    if not axis.collections:
         return None
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(
         title="what protection is worth, by how much there is to protect against",
-        xlabel="wrong training labels that the baseline fits, %",
+        xlabel="training images whose wrong label the baseline fits, % of all",
         ylabel="gain over the baseline, points",
     )
     _legend(figure, axis)
     return figure
+
+
+def _memorised_by_baseline(summary: pl.DataFrame) -> dict[float, float]:
+    """The share of all training images, by noise; 0 where nothing is wrong."""
+    fitted = "train_accuracy_flipped_mean"
+    if fitted not in summary.columns:
+        return {}
+    baseline = summary.filter(pl.col("label").cast(pl.String) == BASELINE)
+    return {
+        row["noise"]: (row[fitted] or 0.0) * row["wrong_labels_mean"]
+        for row in baseline.iter_rows(named=True)
+    }
 
 
 def _panels(count: int, width: float = 4) -> tuple[Figure, list[Axes]]:
@@ -217,7 +227,8 @@ def _panels(count: int, width: float = 4) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
 
 
 def _defaults(summary: pl.DataFrame) -> list[tuple[str, str, pl.DataFrame]]:

@@ -8,6 +8,7 @@ from experiments.reporting.runs import Study
 
 CONFIDENCE = 0.95
 MEASURED = (
+    "wrong_labels",
     "test_accuracy",
     "test_loss",
     "test_calibration_error",

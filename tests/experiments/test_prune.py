@@ -209,12 +209,12 @@ def test_restores_what_was_not_pruned_yet():
 @pytest.mark.parametrize(
     ("options", "epochs", "expected"),
     [
-        ({}, 10, {5: 4}),
+        ({}, 10, {2: 4}),
         ({"prune_after": 0}, 10, {0: 4}),
         ({"prune_after": 0.99}, 10, {9: 4}),
         ({}, 1, {0: 4}),
-        ({"prune_steps": 3}, 24, {12: 12, 14: 8, 16: 4}),
-        ({"prune_steps": 3}, 3, {2: 4}),
+        ({"prune_after": 0.5, "prune_steps": 3}, 24, {12: 12, 14: 8, 16: 4}),
+        ({"prune_after": 0.5, "prune_steps": 3}, 3, {2: 4}),
     ],
 )
 def test_filters_go_before_these_epochs(options, epochs, expected):
@@ -227,7 +227,7 @@ def test_filters_go_before_these_epochs(options, epochs, expected):
 
 def test_later_steps_go_by_the_weights_of_their_time():
     model, state = network(), {}
-    method = Prune(prune=0.5, prune_steps=2)
+    method = Prune(prune=0.5, prune_after=0.5, prune_steps=2)
     method.begin_epoch(model, state, 4, 8, EXAMPLE)
     assert model.stage1[0].conv1.out_channels == 12
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_tells_what_is_left():
     [
         ({}, "prune0.75"),
         ({"prune": 0.5, "prune_scope": "global"}, "prune0.5-global"),
-        ({"prune_after": 0.2, "prune_steps": 4}, "prune0.75-after0.2-steps4"),
+        ({"prune_after": 0.3, "prune_steps": 4}, "prune0.75-after0.3-steps4"),
         ({"prune_order": "highest"}, "prune0.75-highest"),
     ],
 )
