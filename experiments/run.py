@@ -95,9 +95,10 @@ def execute(run: Run, device: torch.device) -> str:
         folder.write_labels(run.labels)
     _train(trainer, folder, config.tensorboard)
 
-    for line in trainer.finish():
+    notes = trainer.finish()
+    for line in notes:
         _tell(line)
-    result = _result(run, trainer)
+    result = _result(run, trainer) | {"notes": notes}
     if folder:
         folder.write_model(trainer.model, Weights.metadata(trainer))
         folder.write_result(result)

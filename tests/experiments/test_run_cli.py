@@ -190,6 +190,7 @@ def test_saved_model_is_evaluated_without_training(main, tmp_path):
     before, after = (json.loads((f / "result.json").read_text()) for f in (trained, evaluated))
     for measured in ("test_accuracy", "test_loss", "train_accuracy_flipped", "macs"):
         assert after[measured] == before[measured]
+    assert before["notes"] == [f"168 filters removed, {before['parameters']:,} parameters left"]
 
     status, errors = main(*evaluate, "--out", "other")
     assert status == 1
