@@ -12,7 +12,7 @@ import tyro
 from tyro.extras import literal_type_from_choices
 
 from experiments import methods
-from experiments.checks import require
+from experiments.checks import require, require_choice
 from experiments.data import DATASETS
 from experiments.data.cifar10n import HUMAN_LABELS
 from experiments.data.noise import NOISE_KINDS
@@ -32,7 +32,7 @@ _CHOICES = {
     "backend": (AUTO, *BACKENDS),
 }
 # None of these changes a number in the results; the data are identified by their checksum.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "backend",
     "data_dir",
     "download",
@@ -159,7 +159,7 @@ class RunConfig:
                 require(name, value, value is None or accepted(value), takes)
 
         for name, choices in _CHOICES.items():
-            check((name,), lambda value, choices=choices: value in choices, _one_of(choices))
+            require_choice(name, getattr(self, name), choices)
         check(("noise",), lambda value: 0 <= value <= 1, "a share from 0 to 1")
         check(("validation",), lambda value: 0 <= value < 1, "a share from 0 to less than 1")
         check(
@@ -219,9 +219,5 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The options that can change a number in the results."""
         # The methods that are on say what --method does.
-        identity = {k: v for k, v in self.flat().items() if k not in _WITHOUT_EFFECT | {"method"}}
+        identity = {k: v for k, v in self.flat().items() if k not in WITHOUT_EFFECT | {"method"}}
         return identity | {"methods": list(self.methods)}
-
-
-def _one_of(choices: tuple[str, ...]) -> str:
-    return "one of " + ", ".join(choices)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.checks import require
+from experiments.checks import require, require_choice
 from experiments.methods.method import Method
 
 Where = Literal["classifier", "stages", "weights"]
@@ -42,10 +42,7 @@ class Dropout(Method):
         p = self.dropout
         require("dropout", p, p is None or 0 <= p < 1, "a number from 0 to below 1")
         for name, choices in (("dropout_where", Where), ("dropout_test_factor", TestFactor)):
-            value = getattr(self, name)
-            require(
-                name, value, value in get_args(choices), "one of " + ", ".join(get_args(choices))
-            )
+            require_choice(name, getattr(self, name), get_args(choices))
 
     @property
     def label(self) -> str:

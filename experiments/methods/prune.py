@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from experiments.checks import require
+from experiments import cost
+from experiments.checks import require, require_choice
 from experiments.methods.method import Method
 from noisyq_fast.layers import QuantLayer
 
@@ -61,10 +62,7 @@ class Prune(Method):
         require("prune_after", after, 0 <= after < 1, "a number from 0 to below 1")
         require("prune_steps", steps, steps >= 1, "a whole number from 1")
         for name, choices in (("prune_scope", Scope), ("prune_order", Order)):
-            value = getattr(self, name)
-            require(
-                name, value, value in get_args(choices), "one of " + ", ".join(get_args(choices))
-            )
+            require_choice(name, getattr(self, name), get_args(choices))
 
     @property
     def label(self) -> str:
@@ -121,8 +119,7 @@ class Prune(Method):
     def finish(self, model: nn.Module, state: dict[str, Any]) -> str | None:
         steps = state.get("removed", [])
         removed = sum(len(indices) for step in steps for indices in step.values())
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        return f"{removed} filters removed, {parameters:,} parameters left"
+        return f"{removed} filters removed, {cost.parameters(model):,} parameters left"
 
     def shape(self, state: dict[str, Any]) -> dict[str, Any]:
         return state

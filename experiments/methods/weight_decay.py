@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from experiments.checks import require
+from experiments.checks import require, require_choice
 from experiments.methods.method import Loss, Method
 
 Form = Literal["decoupled", "loss"]
@@ -32,9 +32,7 @@ class WeightDecay(Method):
     def __post_init__(self) -> None:
         factor = self.weight_decay
         require("weight_decay", factor, factor is None or 0 <= factor < 1e6, "a number from 0")
-        takes = "one of " + ", ".join(get_args(Form))
-        form = self.weight_decay_form
-        require("weight_decay_form", form, form in get_args(Form), takes)
+        require_choice("weight_decay_form", self.weight_decay_form, get_args(Form))
 
     @property
     def label(self) -> str:

@@ -9,20 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.methods import METHODS
+from experiments.config import WITHOUT_EFFECT
+from experiments.methods import BASELINE, METHODS
 
 # Where and how a run was made, rather than what it is.
-_CIRCUMSTANCES = {
-    "backend",
-    "data_dir",
-    "device",
-    "download",
-    "evaluate_every",
-    "out",
-    "restart",
-    "tensorboard",
-    "threads",
-}
+_CIRCUMSTANCES = WITHOUT_EFFECT | {"device", "threads"}
 _OF_METHODS = {"method"}.union(*({f.name for f in fields(method)} for method in METHODS.values()))
 _COORDINATES = {"noise", "seed", "noise_seed"}
 
@@ -111,7 +102,7 @@ def _seeds(seed: int, noise_seed: int) -> str:
 def defaults() -> dict[str, str]:
     """Each method's label at its defaults, by its name; the baseline's first."""
     labels = {name: method().with_defaults().label for name, method in METHODS.items()}
-    return {"baseline": "baseline"} | labels
+    return {BASELINE: BASELINE} | labels
 
 
 def _order(label: str) -> tuple[int, str]:
