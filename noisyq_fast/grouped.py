@@ -15,6 +15,10 @@ from noisyq_fast.layers import (
     QuantLayer,
     check_input_ranges,
 )
+from noisyq_fast.ops import fake_quantize
+
+Parameters = tuple[Tensor, Tensor | None]
+"""A weight and a bias."""
 
 
 class GroupedLinear(nn.Module):
@@ -33,6 +37,9 @@ class GroupedLinear(nn.Module):
 
     Takes ``[..., T, I]`` (such as ``[batch, T, I]``), returns ``[..., T, U]``, both of the dtype of
     the parameters. In memory the groups of the output lie one after the other.
+
+    ``layer(x, parameters=(weight, bias))`` computes with these in place of the layer's own, such as
+    its own with a batch norm folded into them.
 
     An input ``[batch, I]`` that all groups share can be passed as
     ``x.unsqueeze(-2).expand(-1, T, -1)``. ``torch.nn.Linear(I, T * U)`` and then
@@ -82,9 +89,9 @@ class GroupedLinear(nn.Module):
             if self.bias is not None:
                 nn.init.uniform_(self.bias[group], -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, parameters: Parameters | None = None) -> Tensor:
         self.check_input(x)
-        return _grouped_linear(x, self.weight, self.bias)
+        return _grouped_linear(x, *(parameters or (self.weight, self.bias)))
 
     def check_input(self, x: Tensor) -> None:
         checks.tensors(x=x)
@@ -164,15 +171,21 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
             self.input_axis = -2
             self.running_absmax = self.running_absmax.repeat(self.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, parameters: Parameters | None = None) -> Tensor:
         self.check_input(x)
-        return _grouped_linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        weight, bias = parameters or (None, self.bias)
+        return _grouped_linear(self.quantized_input(x), self.quantized_weight(weight), bias)
 
     def weight_by_channel(self) -> Tensor:
         return self.weight.flatten(0, 1)
 
-    def quantized_weight(self) -> Tensor:
-        return super().quantized_weight().view_as(self.weight)
+    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The layer's weight, or another of its shape, quantized."""
+        if weight is None:
+            by_channel = super().quantized_weight()
+        else:
+            by_channel = fake_quantize(weight.flatten(0, 1), self.weight_bits, axis=0)
+        return by_channel.view_as(self.weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input_ranges={self.input_ranges}"

@@ -53,6 +53,19 @@ class QuantLayer(nn.Module):
     ready_weight: Tensor | None = None
     fake_quantize_input: Callable[..., Tensor] = staticmethod(fake_quantize_ema)
 
+    def __init__(
+        self,
+        *args: Any,
+        weight_bits: int = DEFAULT_BITS,
+        activation_bits: int = DEFAULT_BITS,
+        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
+        delayed: bool = False,
+        ste: str = "identity",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)  # of the float layer
+        self.set_quantizer_(weight_bits, activation_bits, averaging_constant, delayed, ste)
+
     def set_quantizer_(
         self,
         weight_bits: int = DEFAULT_BITS,
@@ -121,19 +134,6 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         torch.Size([2, 16, 6, 6])
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        weight_bits: int = DEFAULT_BITS,
-        activation_bits: int = DEFAULT_BITS,
-        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-        delayed: bool = False,
-        ste: str = "identity",
-        **kwargs: Any,
-    ) -> None:
-        nn.Conv2d.__init__(self, *args, **kwargs)
-        self.set_quantizer_(weight_bits, activation_bits, averaging_constant, delayed, ste)
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
 
@@ -153,19 +153,6 @@ class QuantLinear(QuantLayer, nn.Linear):
         >>> noisyq_fast.QuantLinear(64, 10, weight_bits=8, activation_bits=8)
         QuantLinear(in_features=64, out_features=10, bias=True, W8/A8)
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        weight_bits: int = DEFAULT_BITS,
-        activation_bits: int = DEFAULT_BITS,
-        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-        delayed: bool = False,
-        ste: str = "identity",
-        **kwargs: Any,
-    ) -> None:
-        nn.Linear.__init__(self, *args, **kwargs)
-        self.set_quantizer_(weight_bits, activation_bits, averaging_constant, delayed, ste)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)

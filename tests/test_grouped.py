@@ -11,6 +11,7 @@ from noisyq_fast import (
     GroupedLinear,
     QuantGroupedLinear,
     QuantLinear,
+    fake_quantize,
     fake_quantize_ema,
     layers,
     quantize_model_,
@@ -154,6 +155,38 @@ def test_the_straight_through_gradient_is_that_of_the_product():
     assert_close(x.grad, of_input)
     assert_close(layer.weight.grad, of_weight)
     assert_close(layer.bias.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_computes_with_other_parameters(quantized, bias):
+    layer = grouped(bias=bias) if quantized else GroupedLinear(*SIZES, bias=bias)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    x = inputs(4)
+    given = {name: parameter.detach().clone() for name, parameter in other.named_parameters()}
+    given = given["weight"].requires_grad_(), given.get("bias")
+    expected = other(x)
+    actual = layer(x, parameters=given)
+    assert_same(actual, expected)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    actual.backward(grad)
+    assert_same(given[0].grad, other.weight.grad)
+    assert layer.weight.grad is None
+    if quantized:
+        assert_same(layer.running_absmax, other.running_absmax)
+
+
+def test_other_parameters_are_not_those_that_were_quantized_together():
+    model = quantize_model_(make_model())
+    layer, seen = model[2], []
+    given = torch.randn_like(layer.weight), None
+    layer.register_forward_hook(lambda *_: seen.append(layer.quantized_weight(given[0])))
+    model(torch.randn(2, 4))
+    assert_same(seen[0], fake_quantize(given[0].flatten(0, 1), 4, axis=0).view_as(layer.weight))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
