@@ -12,20 +12,24 @@ import tyro
 from tyro.extras import literal_type_from_choices
 
 from experiments import methods
+from experiments.au_options import ActionUnitOptions
 from experiments.checks import require, require_choice
 from experiments.data import DATASETS
+from experiments.data.au import AU_DATASETS, SYNTHETIC
 from experiments.data.cifar10n import HUMAN_LABELS
 from experiments.data.noise import NOISE_KINDS
+from experiments.methods.early_stopping import EarlyStopping
+from experiments.recipes import Recipe, recipe
 from experiments.schedule import SCHEDULES
 from noisyq_fast.backends import AUTO, BACKENDS
 
-DEFAULT_NOISE = 0.4
+ANNOTATORS = "annotators"
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
 _CHOICES = {
     "method": (methods.BASELINE, *methods.METHODS),
-    "dataset": tuple(DATASETS),
-    "noise_kind": (*NOISE_KINDS, *HUMAN_LABELS),
+    "dataset": (*DATASETS, *AU_DATASETS),
+    "noise_kind": (*NOISE_KINDS, *HUMAN_LABELS, ANNOTATORS),
     "schedule": tuple(SCHEDULES),
     "device": DEVICES,
     "precision": PRECISIONS,
@@ -34,16 +38,19 @@ _CHOICES = {
 # None of these changes a number in the results; the data are identified by their checksum.
 WITHOUT_EFFECT = {
     "backend",
+    "cache_dir",
     "data_dir",
     "download",
     "evaluate_every",
     "out",
     "restart",
+    "strict",
     "tensorboard",
 }
 
 
-_NOT_GIVEN = methods.Options()
+_NO_METHOD = methods.Options()
+_NO_FACES = ActionUnitOptions()
 
 
 def _choice(option: str) -> Any:
@@ -52,9 +59,10 @@ def _choice(option: str) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Train one ResNet-20 on images whose training labels are partly wrong.
+    """Train one network on labels that are partly wrong: a ResNet-20 to tell what is on an image,
+    or a network that sees the action units (AUs) in a face.
 
-    The test labels are never changed, and nothing is ever selected on them. Every run writes its
+    Test labels are never changed, and nothing is ever selected on them. Every run writes its
     options, its noisy labels, the metrics of each epoch, the final result and the trained weights
     into a folder of its own, and a checkpoint after each epoch: the same command goes on where it
     was interrupted. The default run needs no download and takes about a minute on one CPU core.
@@ -65,35 +73,40 @@ class RunConfig:
     its default in parentheses. Giving them beside another method combines the two, as in
     --method quant --weight-decay 0.01."""
 
-    options: Annotated[methods.Options, tyro.conf.arg(name="")] = _NOT_GIVEN
+    options: Annotated[methods.Options, tyro.conf.arg(name="")] = _NO_METHOD
 
     dataset: _choice("dataset") = "digits"
-    """digits: 1,797 images of 8x8 from scikit-learn. cifar10: 60,000 of 32x32."""
+    """digits: 1,797 images of 8x8 from scikit-learn. cifar10: 60,000 of 32x32. synthetic-au: 10,496
+    drawn faces of 64x64, labelled by annotators who disagree. bp4d, disfa: filmed faces with 12 and
+    8 coded action units, for who has a licence."""
 
     data_dir: Path | None = None
-    """Where CIFAR-10 is: the folder cifar-10-batches-py, the archive cifar-10-python.tar.gz or a
-    directory that holds either, and CIFAR-10_human.pt for human labels. If not given: the user's
-    cache."""
+    """Where the data are. cifar10: the folder cifar-10-batches-py, the archive
+    cifar-10-python.tar.gz or a directory that holds either, and CIFAR-10_human.pt for human labels;
+    if not given, the user's cache. bp4d: the directory with AUCoding and the pictures. disfa: the
+    one with ActionUnit_Labels and Images."""
 
     download: bool = False
     """Fetch what is missing into --data-dir: CIFAR-10 (170 MB), the human labels (2 MB)."""
 
     train_size: int | None = None
-    """Train on so many images only, the same for every seed and method. If not given: all."""
+    """Train on so many images only, the same for every seed and method. If not given: all. Not for
+    faces."""
 
     validation: float | None = None
-    """Share of the training images that is held out, with its noisy labels, to choose an epoch. If
-    not given: 0.1 for early stopping, 0 without."""
+    """Share of the training images that is held out, with its noisy labels, to choose an epoch; of
+    faces, share of the subjects. If not given: 0.1 for early stopping, 0 without; 0.2 for faces."""
 
     noise: float | None = None
-    """Share of the training labels that noise touches, from 0 to 1. If not given: 0.4. Human labels
-    come with their own."""
+    """Share of the training labels that noise touches, from 0 to 1 (0.4). synthetic-au: how far
+    annotators disagree, from 0; 1 is about as people do (1). Human labels come with their own."""
 
-    noise_kind: _choice("noise_kind") = "symmetric"
+    noise_kind: _choice("noise_kind") | None = None
     """symmetric: re-drawn uniformly over all classes, the true one included. symmetric_exclusive:
     the true one excluded. asymmetric: flipped to the class it is most often mistaken for. pair:
     flipped to the next class. instance: flipped by what the image looks like. aggregate, random1,
-    random2, random3, worst: CIFAR-10N, what people answered."""
+    random2, random3, worst: CIFAR-10N, what people answered. annotators: what those who coded the
+    faces saw. If not given: symmetric; annotators for faces."""
 
     noise_seed: int = 0
     """Seed of the noise. Runs that differ in --seed only share their wrong labels."""
@@ -105,18 +118,20 @@ class RunConfig:
     weights: Path | None = None
     """Start from the model.safetensors of another run of the same method."""
 
-    batch_size: int = 128
-    """Images in a step, over all processes."""
+    batch_size: int | None = None
+    """Images in a step, over all processes. If not given: 128; 64 for faces."""
 
-    lr: float = 1e-3
-    """First learning rate."""
+    lr: float | None = None
+    """First learning rate. If not given: 0.001; 0.0001 for inception_v3."""
 
-    schedule: _choice("schedule") = "steps"
+    schedule: _choice("schedule") | None = None
     """steps: the learning rate falls to 0.1, 0.01, 0.001 and 0.0005 of the first after 40, 60, 80
-    and 90 % of the epochs. cosine: it falls to 0 along a half cosine. constant: it stays."""
+    and 90 % of the epochs. cosine: it falls to 0 along a half cosine. exponential: by 1 % an epoch.
+    constant: it stays. If not given: steps; exponential for faces."""
 
     augment: bool = True
-    """Random crops, and flips where a mirror image keeps its class."""
+    """Random crops, and flips where a mirror image keeps its class; of faces, rotation, zoom and
+    flips."""
 
     evaluate_every: int = 1
     """Epochs from one evaluation on the test set to the next; the last epoch always has one."""
@@ -146,6 +161,8 @@ class RunConfig:
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (pip install tensorboard)."""
 
+    faces: Annotated[ActionUnitOptions, tyro.conf.arg(name="")] = _NO_FACES
+
     restart: bool = False
     """Start anew where the run is finished or was interrupted."""
 
@@ -159,8 +176,12 @@ class RunConfig:
                 require(name, value, value is None or accepted(value), takes)
 
         for name, choices in _CHOICES.items():
-            require_choice(name, getattr(self, name), choices)
-        check(("noise",), lambda value: 0 <= value <= 1, "a share from 0 to 1")
+            if getattr(self, name) is not None:
+                require_choice(name, getattr(self, name), choices)
+        if self.detects_action_units:
+            check(("noise",), lambda value: 0 <= value < math.inf, "a finite number from 0")
+        else:
+            check(("noise",), lambda value: 0 <= value <= 1, "a share from 0 to 1")
         check(("validation",), lambda value: 0 <= value < 1, "a share from 0 to less than 1")
         check(
             ("train_size", "batch_size", "threads", "evaluate_every"),
@@ -177,10 +198,42 @@ class RunConfig:
             raise ValueError(f"--noise-kind: got {self.noise_kind}, which is for --dataset cifar10")
         if self.noise_kind in HUMAN_LABELS and self.noise is not None:
             raise ValueError(f"--noise: got {self.noise} with human labels, which bring their own")
-        if self.validation == 0 and "early_stopping" in on:
+        if self.validation == 0 and (self.recipe.selects_epoch or "early_stopping" in on):
             raise ValueError("--validation: got 0, early stopping takes a share above 0")
+        self._check_faces()
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("--cuda-graph: got --device cpu, takes a GPU")
+
+    def _check_faces(self) -> None:
+        if not self.detects_action_units:
+            for name in self.faces.given():
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: takes effect with {', '.join(AU_DATASETS)} only")
+            if self.noise_kind == ANNOTATORS:
+                takes = f"is for --dataset {', '.join(AU_DATASETS)}"
+                raise ValueError(f"--noise-kind: got {ANNOTATORS}, which {takes}")
+            return
+        if self.noise_kind not in (None, ANNOTATORS):
+            raise ValueError(f"--noise-kind: got {self.noise_kind} with faces, takes {ANNOTATORS}")
+        if self.train_size is not None:
+            raise ValueError(f"--train-size: got {self.train_size} with faces, which are all taken")
+        if self.dataset != SYNTHETIC:
+            for name, value in (
+                ("noise", self.noise),
+                ("frames-per-subject", self.faces.frames_per_subject),
+            ):
+                if value is not None:
+                    raise ValueError(f"--{name}: got {value}, takes effect with {SYNTHETIC} only")
+
+    @property
+    def detects_action_units(self) -> bool:
+        """Whether the data are faces."""
+        return self.dataset in AU_DATASETS
+
+    @property
+    def recipe(self) -> Recipe:
+        """What suits the data set and the network."""
+        return recipe(self.dataset, self.faces.encoder)
 
     @property
     def methods(self) -> dict[str, methods.Method]:
@@ -190,31 +243,48 @@ class RunConfig:
     @property
     def label(self) -> str:
         """What is done, short, for names of runs."""
-        return methods.label(self.methods)
+        on = self.methods
+        stopping = on.get("early_stopping")
+        if stopping and self.recipe.selects_epoch and stopping.patience >= (self.epochs or 1):
+            del on["early_stopping"]  # every run does so
+        return methods.label(on)
 
-    def resolved(self, epochs: int, threads: int) -> RunConfig:
-        """These options, with what was left to a default filled in."""
-        noise, validation = self.noise, self.validation
-        if noise is None and self.noise_kind in NOISE_KINDS:
-            noise = DEFAULT_NOISE
-        if validation is None:
-            validation = 0.1 if "early_stopping" in self.methods else 0.0
-        return dataclasses.replace(
-            self,
-            options=dataclasses.replace(self.options, **self.methods),
-            noise=noise,
-            validation=validation,
-            epochs=epochs if self.epochs is None else self.epochs,
-            threads=self.threads or threads,
-        )
+    def resolved(self, gpu: bool, threads: int) -> RunConfig:
+        """These options, with what was left to a default filled in, for a machine with or without a
+        GPU and so many CPU threads."""
+        on, faces = self.methods, self.faces
+        if self.detects_action_units:
+            faces = faces.resolved(self.dataset == SYNTHETIC, gpu)
+        suits = recipe(self.dataset, faces.encoder)
+        epochs = suits.epochs if self.epochs is None else self.epochs
+        if suits.selects_epoch:
+            # If no patience was asked for, trains to the end and goes back to the best epoch.
+            patience = self.options.early_stopping.patience or max(1, epochs)
+            on = on | {"early_stopping": EarlyStopping(patience)}
+        validation = suits.validation or (0.1 if "early_stopping" in on else 0.0)
+        noise_kind = self.noise_kind or (ANNOTATORS if self.detects_action_units else "symmetric")
+        is_made = noise_kind in NOISE_KINDS or self.dataset == SYNTHETIC
+        defaults = {
+            "noise": suits.noise if is_made else None,
+            "noise_kind": noise_kind,
+            "validation": validation,
+            "epochs": epochs,
+            "batch_size": suits.batch_size,
+            "lr": suits.lr,
+            "schedule": suits.schedule,
+            "threads": suits.threads or threads,
+        }
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        options = dataclasses.replace(self.options, **on)
+        return dataclasses.replace(self, options=options, faces=faces, **missing)
 
     def flat(self) -> dict[str, Any]:
-        """All options by name; of methods only those that are on."""
+        """All options by name; of methods and faces only where they are on."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del flat["options"]
-        for method in self.methods.values():
-            flat |= dataclasses.asdict(method)
-        return flat
+        del flat["options"], flat["faces"]
+        for options in self.methods.values():
+            flat |= dataclasses.asdict(options)
+        return flat | (dataclasses.asdict(self.faces) if self.detects_action_units else {})
 
     def identity(self) -> dict[str, Any]:
         """The options that can change a number in the results."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisyq_fast import sync_ranges_
 from noisyq_fast.layers import QuantLayer
@@ -129,7 +129,7 @@ def synchronize_(model: nn.Module) -> nn.Module:
 
 
 def convert_batch_norm_(model: nn.Module) -> nn.Module:
-    """Gives every `BatchNorm2d` the statistics of the ranks' batches together; returns the model.
+    """Gives every batch norm the statistics of the ranks' batches together; returns the model.
 
     Parameters, buffers and their names stay. Call it when the model is on its device.
     """
@@ -138,12 +138,12 @@ def convert_batch_norm_(model: nn.Module) -> nn.Module:
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             module.__class__ = SyncBatchNorm
     return model
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(_BatchNorm):
     """`torch.nn.SyncBatchNorm`, which takes tensors on accelerators only, for the CPU.
 
     A rank's part of the batch may be empty. As in torch, the gradients of weight and bias are the
@@ -151,76 +151,67 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or size() == 1:
+        if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        mean, var, count = _moments(x)
-        if count < 2:
-            raise ValueError(f"x: got {count:.0f} values per channel in training, takes 2 or more")
-        if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            momentum = self.momentum
-            if momentum is None:  # the mean of all batches
-                momentum = 1 / self.num_batches_tracked.item()
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), momentum)
-        return _Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps)
+        mean, var = batch_statistics(self, x)
+        scale = torch.rsqrt(var + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        y = (x - _along_channels(mean, x)) * _along_channels(scale, x)
+        if self.affine:
+            y = y + _along_channels(self.bias, x)
+        return y.to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"x: got shape {list(x.shape)}, takes [B, C, ...]")
 
 
-@torch.no_grad()
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean and biased variance of each channel over all ranks, and how many values those are of."""
-    count = x.numel() // x.shape[1]
+def batch_statistics(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of `x` over all ranks; moves the running ones.
+
+    From `[B, C, ...]` to twice `[C]`, at least float32. Gradients go to the inputs of all ranks.
+    """
+    count = _count(x)
+    # A GPU that waits for the other ranks would make us wait for the number.
+    if (size() == 1 or not x.is_cuda) and count < 2:
+        raise ValueError(f"x: got {count:.0f} values per channel in training, takes 2 or more")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = x.sum((0, 2, 3)) / max(count, 1)
-    squares = (x - _along_channels(mean)).square_().sum((0, 2, 3)).double()
-    # Squares about zero add up across ranks; float64, because then the mean is subtracted again.
-    mean = mean.double()
-    counts = torch.full_like(mean, count)
-    sums = torch.stack([counts, count * mean, squares + count * mean.square()])
-    dist.all_reduce(sums)
-    counts, mean, squares = sums[0], sums[1] / sums[0], sums[2] / sums[0]
-    var = (squares - mean.square()).clamp(min=0)
-    return mean.to(x.dtype), var.to(x.dtype), counts[0].item()
+    others = [dimension for dimension in range(x.ndim) if dimension != 1]
+    # In float64, because a mean far from zero has few digits after the point.
+    mean = (_Sum.apply(x.sum(others, dtype=torch.float64)) / count).to(x.dtype)
+    var = _Sum.apply((x - _along_channels(mean, x)).square().sum(others)) / count
+    if norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.momentum
+        if momentum is None:  # the mean of all batches
+            momentum = 1 / norm.num_batches_tracked.item()
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(var * (count / (count - 1)), momentum)
+    return mean, var
 
 
-class _Normalize(torch.autograd.Function):
-    """Normalizes with statistics that depend on the inputs of all ranks."""
+def _count(x: Tensor) -> int | Tensor:
+    """How many values a channel of `x` has on all ranks."""
+    count = x.numel() // x.shape[1]
+    if size() == 1:
+        return count
+    return sum_(torch.full((), count, dtype=torch.float64, device=x.device))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        count: float,
-        eps: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
-        ctx.count = count
-        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+class _Sum(torch.autograd.Function):
+    """The sum of all ranks' `x`, on which every rank's loss may depend."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd = ctx.saved_tensors
-        normalized = (x - _along_channels(mean)).mul_(_along_channels(invstd))
-        grad_bias = grad.sum((0, 2, 3), dtype=mean.dtype)
-        grad_weight = (grad * normalized).sum((0, 2, 3))
-        # Through mean and variance each value acts on the outputs of all ranks.
-        sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums)
-        along_bias, along_weight = map(_along_channels, sums / ctx.count)
-        scale = invstd if weight is None else weight * invstd
-        grad_x = (grad - along_bias).sub_(normalized.mul_(along_weight))
-        return (
-            grad_x.mul_(_along_channels(scale)).to(x.dtype),
-            grad_weight if ctx.needs_input_grad[1] else None,
-            grad_bias if ctx.needs_input_grad[2] else None,
-            *[None] * 4,
-        )
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_(grad.clone())
 
 
-def _along_channels(per_channel: Tensor) -> Tensor:
-    return per_channel.reshape(-1, 1, 1)
+def _along_channels(per_channel: Tensor, x: Tensor) -> Tensor:
+    return per_channel.view(-1, *[1] * (x.ndim - 2))

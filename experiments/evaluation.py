@@ -14,10 +14,10 @@ _CALIBRATION_BINS = 15
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
-    """The logits `[N, C]`, in float32, of uint8 images, in evaluation mode."""
+def predict(model: nn.Module, samples: Tensor, inputs: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits `[N, C]`, in float32, in evaluation mode, of what `inputs` gives for `samples`."""
     model.eval()
-    return torch.cat([model(normalize(batch)).float() for batch in images.split(_BATCH_SIZE)])
+    return torch.cat([model(inputs(batch)).float() for batch in samples.split(_BATCH_SIZE)])
 
 
 def accuracy(hits: Tensor) -> float | None:

@@ -14,7 +14,6 @@ from safetensors.torch import save
 from torch import nn
 
 from experiments.config import RunConfig
-from experiments.data.noise import NoisyLabels
 
 # The result goes first and comes last: where there is one, everything else belongs to it.
 _FILES = (
@@ -34,7 +33,8 @@ def run_name(config: RunConfig, checksums: dict[str, str]) -> str:
     text = json.dumps(identity, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     noise = config.noise_kind if config.noise is None else f"noise{config.noise:g}"
-    return f"{config.dataset}-{config.label}-{noise}-seed{config.seed}-{digest}"
+    fold = f"-fold{config.faces.fold}" if config.detects_action_units else ""
+    return f"{config.dataset}-{config.label}-{noise}{fold}-seed{config.seed}-{digest}"
 
 
 class RunFolder:
@@ -75,15 +75,10 @@ class RunFolder:
         """The outcome, as result.json."""
         self._write_text("result.json", json.dumps(result, indent=2) + "\n")
 
-    def write_labels(self, labels: NoisyLabels) -> None:
-        """The re-drawn indices, the true and the given labels, as noisy_labels.npz."""
+    def write_labels(self, labels: dict[str, np.ndarray]) -> None:
+        """The given labels and what is known of the true ones, as noisy_labels.npz."""
         with atomic(self.path / "noisy_labels.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                indices=labels.redrawn.numpy(),
-                true=labels.true.numpy(),
-                given=labels.given.numpy(),
-            )
+            np.savez_compressed(file, **labels)
 
     def write_model(self, model: nn.Module, metadata: dict[str, str]) -> None:
         """Parameters and buffers, as model.safetensors."""

@@ -1,6 +1,8 @@
 """Finished runs beside each other: tables, figures, and what is missing."""
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:
@@ -10,12 +12,20 @@ if not __package__:
 import polars as pl
 import tyro
 
-from experiments.reporting import figures, statistics, tables
-from experiments.reporting.runs import find, studies, titles
+from experiments.output import atomic
+from experiments.reporting import figures as classification_figures
+from experiments.reporting import statistics, tables
+from experiments.reporting.action_units import figure as action_unit_figure
+from experiments.reporting.action_units import statistics as action_unit_statistics
+from experiments.reporting.action_units import tables as action_unit_tables
+from experiments.reporting.action_units.runs import ActionUnitRun, ActionUnitStudy
+from experiments.reporting.runs import FinishedRun, Study, find, studies, titles
+
+Runs = tyro.conf.Positional[Path]
 
 
-def report(runs: tyro.conf.Positional[Path] = Path("runs"), out: Path | None = None) -> None:
-    """Compare all finished runs in a directory.
+def figures(runs: Runs = Path("runs"), out: Path | None = None) -> None:
+    """Compare all finished runs on classification in a directory.
 
     Runs are compared only where everything but method, noise and seed is the same; a directory with
     several such setups gives several studies. Writes report.md (accuracy, memorisation,
@@ -29,37 +39,104 @@ def report(runs: tyro.conf.Positional[Path] = Path("runs"), out: Path | None = N
         runs: directory of the runs, as given to run.py or sweep.py with --out; also below it.
         out: directory to write to. If not given: "report" in the directory of the runs.
     """
-    finished, unfinished = find(runs)
+    _report(_CLASSIFICATION, runs, out or runs / "report")
+
+
+def table1(runs: Runs = Path("runs"), out: Path | None = None) -> None:
+    """Compare all finished runs on action units (AUs) in a directory.
+
+    Runs are compared only where everything but method, norm of the head, noise, seed and fold is
+    the same. Writes report.md (table 1 beside the published one, the gain over the baseline with
+    its confidence interval, memorisation, costs, and which runs are missing), runs.csv (one line a
+    run), table1.csv (means over folds and seeds) and table1.png (the gain of each method, and that
+    of quantization for each AU).
+
+    Args:
+        runs: directory of the runs, as given to run.py or sweep.py with --out; also below it.
+        out: directory to write to. If not given: "report-table1" in the directory of the runs.
+    """
+    _report(_ACTION_UNITS, runs, out or runs / "report-table1")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is made of runs that can stand in one report."""
+
+    name: str
+    run: type[FinishedRun]
+    study: type[Study]
+    summary: Callable[[Study], pl.DataFrame]
+    section: Callable[[str, Study, pl.DataFrame], str]
+    draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], list[Path]]
+    csv: str
+    """File of the summaries."""
+    others: str
+    """The command for all other runs."""
+
+
+_CLASSIFICATION = _Kind(
+    "classification",
+    FinishedRun,
+    Study,
+    statistics.summary,
+    tables.study_section,
+    classification_figures.draw_all,
+    csv="summary.csv",
+    others="table1",
+)
+_ACTION_UNITS = _Kind(
+    "action units",
+    ActionUnitRun,
+    ActionUnitStudy,
+    action_unit_statistics.summary,
+    action_unit_tables.study_section,
+    action_unit_figure.draw_all,
+    csv="table1.csv",
+    others="figures",
+)
+
+
+def _report(kind: _Kind, runs: Path, out: Path) -> None:
+    finished, unfinished, others = find(runs, kind.run)
+    left_out = f"Other runs, left out: {others}; report.py {kind.others} is for them."
     if not finished:
-        raise ValueError(f"{runs}: no finished run in it; experiments/run.py makes one")
-    out = out or runs / "report"
-    out.mkdir(parents=True, exist_ok=True)
-    found = studies(finished)
+        hint = left_out if others else "experiments/run.py makes one."
+        raise ValueError(f"{runs}: no finished run on {kind.name} in it. {hint}")
+    found = studies(finished, kind.study)
     names = titles(found)
-    summaries = [statistics.summary(study) for study in found]
-    _write_csv([statistics.by_run(study) for study in found], names, out / "runs.csv")
-    _write_csv(summaries, names, out / "summary.csv")
-    sections = list(map(tables.study_section, names, found, summaries))
+    summaries = list(map(kind.summary, found))
+    sections = list(map(kind.section, names, found, summaries))
     if unfinished:
         sections.append(tables.unfinished_section(unfinished))
+    if others:
+        sections.append(left_out)
     text = "\n\n".join(sections) + "\n"
-    (out / "report.md").write_text(text)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_csv([statistics.by_run(study) for study in found], names, out / "runs.csv")
+    _write_csv(summaries, names, out / kind.csv)
+    with atomic(out / "report.md") as temporary:
+        temporary.write_text(text)
     print(text)
-    for path in figures.draw_all(list(zip(names, found, summaries, strict=True)), out):
+    for path in kind.draw(list(zip(names, found, summaries, strict=True)), out):
         print(f"drawn to {path}")
     print(f"written to {out}")
 
 
 def _write_csv(tables: list[pl.DataFrame], names: list[str], path: Path) -> None:
     named = [
-        table.with_columns(pl.col("label").cast(pl.String), pl.lit(name).alias("study"))
+        table.with_columns(pl.lit(name).alias("study"))
         for name, table in zip(names, tables, strict=True)
     ]
-    pl.concat(named, how="diagonal_relaxed").write_csv(path)
+    with atomic(path) as temporary:
+        pl.concat(named, how="diagonal_relaxed").write_csv(temporary)
 
 
 if __name__ == "__main__":
     try:
-        tyro.cli(report)
+        tyro.extras.subcommand_cli_from_dict(
+            {"figures": figures, "table1": table1},
+            description=__doc__,
+            config=(tyro.conf.DisallowNone,),
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -16,12 +16,10 @@ import torch
 import tyro
 
 import noisyq_fast
-from experiments import data, distributed
+from experiments import distributed, tasks
 from experiments.allocator import keep_freed_memory
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
-from experiments.data import cifar10n
-from experiments.data.noise import NOISE_KINDS, NoisyLabels
 from experiments.output import RunFolder, run_name
 from experiments.tensorboard import open_log
 from experiments.training import EpochMetrics, NonFiniteLoss, Trainer
@@ -34,40 +32,21 @@ class Run:
     """All that a run needs, checked."""
 
     config: RunConfig
-    dataset: data.Dataset
-    labels: NoisyLabels
+    data: tasks.Data
     weights: Weights | None
     path: Path
 
 
 def prepare(config: RunConfig) -> Run:
-    """Chooses the backend, reads the data, makes the noise and names the run."""
+    """Chooses the backend, reads the data and names the run."""
     if config.backend != AUTO:
         noisyq_fast.use_backend(config.backend)
-    dataset = _dataset(config.dataset, config.data_dir, config.download, config.train_size)
-    config = config.resolved(
-        dataset.default_epochs, dataset.default_threads or torch.get_num_threads()
-    )
+    gpu = _device_type(config.device) == "cuda"
+    config = config.resolved(gpu, threads=torch.get_num_threads())
+    data = tasks.read(config)
     weights = Weights.read(config.weights) if config.weights else None
-    checksums = {"data": dataset.checksum} | ({"weights": weights.checksum} if weights else {})
-    path = config.out / run_name(config, checksums)
-    return Run(config, dataset, noisy_labels(config, dataset), weights, path)
-
-
-@functools.lru_cache(maxsize=4)
-def _dataset(
-    name: str, data_dir: Path | None, download: bool, train_size: int | None
-) -> data.Dataset:
-    """Read once by a process that prepares many runs."""
-    return data.load(name, data_dir, download).with_train_size(train_size)
-
-
-def noisy_labels(config: RunConfig, dataset: data.Dataset) -> NoisyLabels:
-    """The training labels of the run."""
-    if config.noise_kind in NOISE_KINDS:
-        return NOISE_KINDS[config.noise_kind](dataset, config.noise, config.noise_seed)
-    path = cifar10n.find(config.data_dir, config.download)
-    return cifar10n.human(config.noise_kind, path, dataset)
+    checksums = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
+    return Run(config, data, weights, path=config.out / run_name(config, checksums))
 
 
 def execute(run: Run, device: torch.device) -> str:
@@ -82,9 +61,9 @@ def execute(run: Run, device: torch.device) -> str:
     earlier = _earlier(folder, config.restart) if folder else None
     result, state = distributed.from_main(earlier)
     if result:
-        return f"finished already, {_summary(result, run.path)}; --restart runs it again"
+        return f"finished already, {_summary(run, result)}; --restart runs it again"
 
-    trainer = Trainer(config, run.dataset, run.labels, device)
+    trainer = Trainer(config, tasks.make(config, run.data, device), device)
     if state:
         trainer.load_state_dict(state)
         _tell(f"goes on after epoch {len(trainer.history)}")
@@ -92,7 +71,7 @@ def execute(run: Run, device: torch.device) -> str:
         run.weights.load_into(trainer)
     if folder:
         folder.write_config(config.flat())
-        folder.write_labels(run.labels)
+        folder.write_labels(trainer.task.label_arrays())
     _train(trainer, folder, config.tensorboard)
 
     notes = trainer.finish()
@@ -103,7 +82,7 @@ def execute(run: Run, device: torch.device) -> str:
         folder.write_model(trainer.model, Weights.metadata(trainer))
         folder.write_result(result)
         Checkpoints(folder.path).remove()
-    return _summary(result, run.path)
+    return _summary(run, result)
 
 
 def _earlier(
@@ -123,38 +102,39 @@ def _train(trainer: Trainer, folder: RunFolder | None, tensorboard: bool) -> Non
     with open_log(folder.path, len(trainer.history), tensorboard) as log:
         for metrics in trainer.epochs():
             checkpoints.save(trainer.state_dict())
-            folder.write_metrics(map(dataclasses.asdict, trainer.history))
+            folder.write_metrics(epoch.flat() for epoch in trainer.history)
             log(metrics)
 
 
 def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
-    config, history = run.config, trainer.history
+    config, history, score = run.config, trainer.history, trainer.task.SCORE
     return {
         "method": "+".join(config.methods) or config.method,
         "label": config.label,
         "dataset": config.dataset,
         "noise": config.noise,
         "noise_kind": config.noise_kind,
-        "wrong_labels": run.labels.flipped.double().mean().item(),
         "seed": config.seed,
         "epochs": config.epochs,
         **trainer.result(),
-        "test_accuracy_at_best_validation": _at_best_validation(history),
+        "epoch_chosen": trainer.states.get("early_stopping", {}).get("epoch", len(history)),
+        f"test_{score}_at_best_validation": _at_best_validation(history, score),
         "seconds": sum(metrics.seconds for metrics in history),
         "device": _device_name(trainer.device),
         "backend": noisyq_fast.current_backend(trainer.device.type),
         "threads": config.threads,
         "processes": distributed.size(),
-        "data_sha256": run.dataset.checksum,
+        "data_sha256": run.data.checksum,
         "versions": noisyq_fast.info().versions,
     }
 
 
-def _at_best_validation(history: list[EpochMetrics]) -> float | None:
-    """Of the epochs with both evaluations, the test accuracy of the best on held-out samples."""
-    known = [m for m in history if None not in (m.test_accuracy, m.validation_accuracy)]
-    best = max(known, key=lambda metrics: metrics.validation_accuracy, default=None)
-    return best and best.test_accuracy
+def _at_best_validation(history: list[EpochMetrics], score: str) -> float | None:
+    """Of the epochs with both evaluations, the test score of the best on held-out samples."""
+    test = f"test_{score}"
+    known = [m for m in history if None not in (m.scores[test], m.validation_score)]
+    best = max(known, key=lambda metrics: metrics.validation_score, default=None)
+    return best and best.scores[test]
 
 
 def _device_type(wanted: str) -> str:
@@ -168,11 +148,9 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _summary(result: dict[str, Any], path: Path) -> str:
-    return (
-        f"test accuracy {result['test_accuracy']:.2%} in {result['seconds']:.1f} s, "
-        f"written to {path}"
-    )
+def _summary(run: Run, result: dict[str, Any]) -> str:
+    score = tasks.kind(run.config).summary(result)
+    return f"{score} in {result['seconds']:.1f} s, written to {run.path}"
 
 
 def parse(arguments: list[str] | None = None) -> RunConfig:

@@ -20,6 +20,11 @@ def cosine(epoch: int, epochs: int) -> float:
     return (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def exponential(epoch: int, epochs: int) -> float:
+    """Falls by 1 % an epoch."""
+    return 0.99**epoch
+
+
 def constant(epoch: int, epochs: int) -> float:
     """Stays as it is."""
     return 1.0
@@ -28,6 +33,7 @@ def constant(epoch: int, epochs: int) -> float:
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "steps": steps,
     "cosine": cosine,
+    "exponential": exponential,
     "constant": constant,
 }
 """The factor of the first learning rate in `epoch`, counted from 0, out of `epochs`."""

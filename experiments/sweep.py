@@ -9,6 +9,7 @@ if not __package__:
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tyro.extras import literal_type_from_choices
 
 from experiments import run
 from experiments.checks import require
+from experiments.data.au import AU_DATASETS
 from experiments.sweeping.engines import ENGINES, Task
 from experiments.sweeping.grid import Grid, narrowed
 from experiments.sweeping.planning import tasks
@@ -123,9 +125,16 @@ def sweep(config: SweepConfig, extra: list[str]) -> int:
         print(*(f"    {task.folder}" for task in failed), sep="\n")
         print("next: the same command again, which tries those that failed")
         return 1
-    report = Path(sys.argv[0]).with_name("report.py")
-    print(f"next: python {report} {shlex.quote(str(config.out))}")
+    script = Path(sys.argv[0]).with_name("report.py")
+    for report in sorted({report_of(task) for task in todo}):
+        print(f"next: python {script} {report} {shlex.quote(str(config.out))}")
     return 0
+
+
+def report_of(task: Task) -> str:
+    """The command of report.py that compares such runs as this finished one."""
+    options = json.loads((task.folder / "config.json").read_text())
+    return "table1" if options["dataset"] in AU_DATASETS else "figures"
 
 
 def carry_out(config: SweepConfig, todo: list[Task]) -> list[Task]:

@@ -1,6 +1,5 @@
 """Metrics for TensorBoard."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ def open_log(
     writer = SummaryWriter(folder / "tensorboard", purge_step=epochs_done + 1)
 
     def log(metrics: EpochMetrics) -> None:
-        for name, value in dataclasses.asdict(metrics).items():
+        for name, value in metrics.flat().items():
             if name != "epoch" and value is not None:
                 writer.add_scalar(name, value, metrics.epoch)
         writer.flush()

@@ -1,34 +1,26 @@
 """The training loop."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments import cost, distributed
 from experiments.config import RunConfig
 from experiments.cuda_graph import GraphedStep
-from experiments.data import Dataset
-from experiments.data.augment import Normalize, RandomCropFlip
-from experiments.data.noise import NoisyLabels
-from experiments.evaluation import Evaluation, accuracy, predict
+from experiments.evaluation import predict
 from experiments.methods.weight_decay import decayed
-from experiments.models import ResNet20
 from experiments.schedule import SCHEDULES
+from experiments.seeds import ORDER, STEPS, mixed
+from experiments.tasks import Part, Task
 
-_CPU = torch.device("cpu")
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
-_CHECKPOINT_FORMAT = 1
-# Streams of random numbers that must not be the same, nor those of the noise.
-_SPLIT, _ORDER, _STEPS = 1, 2, 3
+_CHECKPOINT_FORMAT = 2
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,89 +31,57 @@ class NonFiniteLoss(RuntimeError):
 class EpochMetrics:
     """One epoch.
 
-    Training accuracies are against the given labels, on the batches as they were trained, apart for
-    samples whose label is right (clean) and wrong (flipped: memorised). The test set is evaluated
-    in some epochs only.
+    Scores on trained samples are of the batches as they were trained. The test set is evaluated in
+    some epochs only; what was not measured is None.
     """
 
     epoch: int
     loss: float
-    train_accuracy_clean: float | None
-    train_accuracy_flipped: float | None
-    validation_accuracy: float | None
-    validation_loss: float | None
-    test_accuracy: float | None
-    test_loss: float | None
-    test_calibration_error: float | None
+    scores: dict[str, float | None]
+    validation_score: float | None
+    """The one of `scores` by which epochs are compared."""
     learning_rate: float
     seconds: float
 
+    def flat(self) -> dict[str, float | None]:
+        """All numbers by name."""
+        flat = asdict(self)
+        del flat["scores"], flat["validation_score"]
+        return {"epoch": self.epoch, "loss": self.loss} | self.scores | flat
+
 
 class Trainer:
-    """Trains a network on noisy labels.
+    """Trains a network for a task.
 
     For one seed, every method starts from the same weights, holds out the same samples and sees the
     same batches. Random numbers of an epoch come from the seed and the epoch alone.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        dataset: Dataset,
-        labels: NoisyLabels,
-        device: torch.device = _CPU,
-    ) -> None:
+    def __init__(self, config: RunConfig, task: Task, device: torch.device) -> None:
         self.config = config
-        self.dataset = dataset
+        self.task = task
         self.device = device
         self.methods = config.methods
         self.states: dict[str, dict[str, Any]] = {name: {} for name in self.methods}
         self.history: list[EpochMetrics] = []
         self.stopped = False
 
-        self.normalize = Normalize.of(dataset.train_images).to(self.device)
-        self.train_images = dataset.train_images.to(self.device)
-        self.test_images = dataset.test_images.to(self.device)
-        self.test_labels = dataset.test_labels.to(self.device)
-        self.given = labels.given.to(self.device)
-        self.true = labels.true.to(self.device)
-        self.trained, self.held_out = self._split(len(labels.given))
-        self.images = RandomCropFlip(
-            self.train_images,
-            padding=dataset.crop_padding if config.augment else 0,
-            flip=dataset.flip and config.augment,
-        )
-        smallest = min(len(self.trained), (len(self.trained) - 1) % config.batch_size + 1)
+        count = task.count("trained")
+        smallest = min(count, (count - 1) % config.batch_size + 1)
         if smallest < distributed.size():
             raise ValueError(
                 f"--batch-size: got {config.batch_size}, which leaves {smallest} of "
-                f"{len(self.trained)} images to the last batch of an epoch; takes a size that "
+                f"{count} images to the last batch of an epoch; takes a size that "
                 f"leaves one for each of {distributed.size()} processes"
             )
-
         self.model = self._network()
         self._prepare_to_train()
 
     # What is trained.
 
-    def _split(self, count: int) -> tuple[Tensor, Tensor]:
-        """The samples that are trained on and those that are held out."""
-        generator = torch.Generator().manual_seed(_mixed(self.config.seed, _SPLIT))
-        order = torch.randperm(count, generator=generator)
-        held_out = round(self.config.validation * count)
-        if held_out == count or (held_out == 0 and self.config.validation > 0):
-            raise ValueError(
-                f"--validation: got {self.config.validation}, which holds out {held_out} of "
-                f"{count} images; takes a share that leaves some on both sides"
-            )
-        return order[held_out:].to(self.device), order[:held_out].to(self.device)
-
     def _network(self) -> nn.Module:
         torch.manual_seed(self.config.seed)
-        model: nn.Module = ResNet20(
-            in_channels=self.dataset.train_images.shape[-1],
-            num_classes=len(self.dataset.class_names),
-        )
+        model = self.task.network()
         for method in self.methods.values():
             model = method.network(model)
         model = model.to(self.device, memory_format=torch.channels_last)
@@ -138,14 +98,19 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": weights, **options}, {"params": others}],
             lr=self._rate(self.config.lr),
-            weight_decay=0.0,  # so it is Adam, but where a method says otherwise
+            weight_decay=0.0,  # without one it is Adam
             fused=True,
             capturable=self.config.cuda_graph,
         )
-        self.loss = F.cross_entropy
+        # One that no method has set falls with the rate.
+        self.decay = 0.0 if options else self.config.recipe.weight_decay
+        self.loss = self.task.loss
         for method in self.methods.values():
             self.loss = method.loss(self.loss, self.model)
         self.forward = torch.compile(self.model) if self.config.compile else self.model
+        self._record_step()
+
+    def _record_step(self) -> None:
         self.step = GraphedStep(self._step) if self.config.cuda_graph else self._step
 
     def load_weights(self, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]) -> None:
@@ -159,26 +124,30 @@ class Trainer:
         """What the optimizer takes: a graph reads the rate from memory."""
         return torch.tensor(rate, device=self.device) if self.config.cuda_graph else rate
 
-    def _set_rate(self, rate: float) -> None:
+    def _set_rate(self, factor: float) -> None:
         for parameters in self.optimizer.param_groups:
             if self.config.cuda_graph:
-                parameters["lr"].fill_(rate)
+                parameters["lr"].fill_(self.config.lr * factor)
             else:
-                parameters["lr"] = rate
+                parameters["lr"] = self.config.lr * factor
+        if self.decay:
+            self.optimizer.param_groups[0]["weight_decay"] = self.decay * factor
+            self._record_step()  # which has the old one in it
 
     # One step and one epoch.
 
-    def _step(self, indices: Tensor, views: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """The loss and the hits of a batch, which may be this process's share of a larger one."""
-        labels = self.given[indices]
+    def _step(self, *batch: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """The loss and the predictions of a batch, which may be this process's share of a larger
+        one."""
         with self._autocast():
-            logits = self.forward(self.normalize(self.images(indices, views))).float()
+            inputs, labels = self.task.pair(*batch)
+            logits = self.forward(inputs).float()
             loss = self.loss(logits, labels)
         self.optimizer.zero_grad()
         (loss * share).backward()
         distributed.sum_gradients_(self.model)
         self.optimizer.step()
-        return loss.detach(), logits.argmax(1) == labels
+        return loss.detach(), self.task.predicted(logits.detach())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -191,7 +160,7 @@ class Trainer:
     def epochs(self) -> Iterator[EpochMetrics]:
         """Trains on, and gives the metrics of each epoch as soon as it is over."""
         epochs = self.config.epochs
-        images = len(self.trained)
+        images = self.task.count("trained")
         with tqdm(
             total=epochs * images,
             initial=len(self.history) * images,
@@ -209,7 +178,7 @@ class Trainer:
                     ]
                 )
                 if distributed.is_main():
-                    progress.write(_line(metrics, epochs))
+                    progress.write(self._line(metrics))
                 yield metrics
 
     def _epoch(self, epoch: int, progress: tqdm) -> EpochMetrics:
@@ -223,55 +192,51 @@ class Trainer:
         ]
         if any(replaced):
             self._prepare_to_train()
-        rate = self.config.lr * SCHEDULES[self.config.schedule](epoch, self.config.epochs)
-        self._set_rate(rate)
-        loss, hits = self._train(epoch, rate, progress)
-        flipped = (self.given != self.true)[self.trained]
-        validation = self._evaluate(self.train_images, self.given, self.held_out)
+        factor = SCHEDULES[self.config.schedule](epoch, self.config.epochs)
+        self._set_rate(factor)
+        rate = self.config.lr * factor
+        loss, predicted = self._train(epoch, rate, progress)
         is_last = epoch + 1 == self.config.epochs
-        test = None
-        if is_last or (epoch + 1) % self.config.evaluate_every == 0:
-            test = self._evaluate(self.test_images, self.test_labels)
+        tests = is_last or (epoch + 1) % self.config.evaluate_every == 0
+        scores = self.task.epoch_scores(
+            predicted, self._predict("held_out"), self._predict("test") if tests else None
+        )
         return EpochMetrics(
             epoch=epoch + 1,
             loss=loss,
-            train_accuracy_clean=accuracy(hits[~flipped]),
-            train_accuracy_flipped=accuracy(hits[flipped]),
-            validation_accuracy=validation and validation.accuracy,
-            validation_loss=validation and validation.loss,
-            test_accuracy=test and test.accuracy,
-            test_loss=test and test.loss,
-            test_calibration_error=test and test.calibration_error,
+            scores=scores,
+            validation_score=scores[f"validation_{self.task.SCORE}"],
             learning_rate=rate,
             seconds=time.perf_counter() - started,
         )
 
     def _train(self, epoch: int, rate: float, progress: tqdm) -> tuple[float, Tensor]:
-        """The mean loss, and whether each sample that is trained on was predicted as labelled."""
-        count, size = len(self.trained), self.config.batch_size
-        generator = torch.Generator().manual_seed(_mixed(self.config.seed, _ORDER, epoch))
-        order = torch.randperm(count, generator=generator).to(self.device)
-        views = self.images.draw(count, generator).to(self.device)
-        hits = torch.zeros(count, dtype=torch.bool, device=self.device)
-        losses = torch.zeros(math.ceil(count / size), device=self.device)
+        """The mean loss, and what was predicted of each sample that is trained on."""
+        count, size = self.task.count("trained"), self.config.batch_size
+        generator = torch.Generator().manual_seed(mixed(self.config.seed, ORDER, epoch))
+        order = torch.randperm(count, generator=generator)
+        views = self.task.draw(count, generator)
+        sizes = torch.tensor([len(batch) for batch in order.split(size)])
+        losses = torch.zeros(len(sizes), device=self.device)
+        predicted = None
         self.model.train()
-        for step, (batch, batch_views) in enumerate(
-            zip(order.split(size), views.split(size), strict=True)
-        ):
-            mine, mine_views = distributed.shard(batch), distributed.shard(batch_views)
-            share = len(mine) / len(batch)
-            loss, hits[mine] = self.step(self.trained[mine], mine_views, share=share)
+        for step, (samples, batch) in enumerate(self.task.batches(order, views, size)):
+            whole = int(sizes[step])
+            share = len(samples) / whole
+            loss, answers = self.step(*batch, share=share)
             losses[step] = loss * share
-            progress.update(len(batch))
+            if predicted is None:
+                predicted = answers.new_zeros(count, *answers.shape[1:])
+            predicted[samples] = answers
+            progress.update(whole)
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(losses):
                 first = step // _CHECK_EVERY * _CHECK_EVERY
                 checked = losses[first : step + 1]
                 distributed.sum_(checked)
                 self._check(checked.tolist(), epoch, first, rate)
                 progress.set_postfix_str(f"loss {checked[-1]:.3f}", refresh=False)
-        sizes = torch.tensor([len(batch) for batch in order.split(size)], device=self.device)
-        hits = distributed.sum_(hits.to(torch.uint8))  # each is one process's
-        return (losses @ sizes.float()).item() / count, hits.bool()
+        mean = (losses @ sizes.to(losses)).item() / count
+        return mean, distributed.sum_(predicted)  # each is one process's
 
     def _check(self, losses: list[float], epoch: int, first: int, rate: float) -> None:
         for step, loss in enumerate(losses, first):
@@ -283,24 +248,22 @@ class Trainer:
                 )
 
     def _seed(self, epoch: int) -> None:
-        torch.manual_seed(_mixed(self.config.seed, _STEPS, epoch, distributed.rank()))
+        torch.manual_seed(mixed(self.config.seed, STEPS, epoch, distributed.rank()))
 
     def _example(self) -> Tensor:
-        return self.normalize(self.test_images[:1])
+        return self.task.inputs("test", torch.tensor([0]))
 
     # What came of it.
 
-    def _predict(self, images: Tensor) -> Tensor:
+    def _predict(self, part: Part) -> Tensor | None:
+        """The logits of all samples of a part; None if there are none."""
+        count = self.task.count(part)
+        if count == 0:
+            return None
+        samples = distributed.shard(torch.arange(count))
         with self._autocast():
-            logits = predict(self.model, distributed.shard(images), self.normalize)
+            logits = predict(self.model, samples, lambda batch: self.task.inputs(part, batch))
         return distributed.gather(logits)
-
-    def _evaluate(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None = None
-    ) -> Evaluation | None:
-        if indices is not None:
-            images, labels = images[indices], labels[indices]
-        return Evaluation.of(self._predict(images), labels) if len(labels) else None
 
     def finish(self) -> list[str]:
         """Lets the methods end their work; gives what they tell the user."""
@@ -309,29 +272,23 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """The network as it is now, on the samples trained on, held out and of the test set."""
-        logits = self._predict(self.train_images[self.trained])
-        given, true = self.given[self.trained], self.true[self.trained]
-        predicted, flipped = logits.argmax(1), given != true
-        train = Evaluation.of(logits, given)
-        test = self._evaluate(self.test_images, self.test_labels)
-        validation = self._evaluate(self.train_images, self.given, self.held_out)
-        return {
-            "test_accuracy": test.accuracy,
-            "test_loss": test.loss,
-            "test_calibration_error": test.calibration_error,
-            "validation_accuracy": validation and validation.accuracy,
-            "train_accuracy": train.accuracy,
-            "train_loss": train.loss,
-            "train_accuracy_clean": accuracy((predicted == given)[~flipped]),
-            "train_accuracy_flipped": accuracy((predicted == given)[flipped]),
-            "flipped_predicted_true": accuracy((predicted == true)[flipped]),
-            "accuracy_gap": train.accuracy - test.accuracy,
-            "loss_gap": test.loss - train.loss,
+        scores = self.task.result(
+            self._predict("trained"), self._predict("held_out"), self._predict("test")
+        )
+        return scores | {
             "epochs_trained": len(self.history),
             "parameters": cost.parameters(self.model),
             "size_in_bits": cost.size_in_bits(self.model),
             "macs": cost.macs(self.model, self._example()),
         }
+
+    def _line(self, metrics: EpochMetrics) -> str:
+        epochs = self.config.epochs
+        return (
+            f"epoch {metrics.epoch:{len(str(epochs))}}/{epochs}  loss {metrics.loss:.4f}  "
+            f"{self.task.line(metrics.scores)}  "
+            f"lr {metrics.learning_rate:g}  {metrics.seconds:.1f} s"
+        )
 
     # Checkpoints.
 
@@ -342,7 +299,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "methods": self.states,
-            "history": [dataclasses.asdict(metrics) for metrics in self.history],
+            "history": [asdict(metrics) for metrics in self.history],
             "stopped": self.stopped,
         }
 
@@ -360,21 +317,3 @@ class Trainer:
             parameters["lr"] = self._rate(self.config.lr)  # not where the checkpoint had it
         self.history = [EpochMetrics(**metrics) for metrics in state["history"]]
         self.stopped = state["stopped"]
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed of its own for every sequence of numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _line(metrics: EpochMetrics, epochs: int) -> str:
-    def percent(share: float | None) -> str:
-        return "   -   " if share is None else f"{share:7.2%}"
-
-    return (
-        f"epoch {metrics.epoch:{len(str(epochs))}}/{epochs}  loss {metrics.loss:.4f}  "
-        f"train clean {percent(metrics.train_accuracy_clean)} "
-        f"flipped {percent(metrics.train_accuracy_flipped)}  "
-        f"test {percent(metrics.test_accuracy)}  "
-        f"lr {metrics.learning_rate:g}  {metrics.seconds:.1f} s"
-    )

@@ -84,8 +84,6 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
         },
         crop_padding=4,
         flip=True,
-        default_epochs=200,
-        default_threads=None,
     )
 
 

@@ -29,9 +29,6 @@ class Dataset:
     """The class that each easily mistaken class is mistaken for; may be empty."""
     crop_padding: int
     flip: bool
-    default_epochs: int
-    default_threads: int | None
-    """None stands for PyTorch's choice."""
 
     def with_train_size(self, size: int | None) -> Dataset:
         """The same data set with `size` training images, a larger subset holding the smaller."""

@@ -28,6 +28,4 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
         asymmetric_flips={2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
         crop_padding=1,
         flip=False,
-        default_epochs=200,
-        default_threads=1,  # the images are too small to gain much, and busy cores cost a lot
     )

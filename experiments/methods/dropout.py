@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.checks import require, require_choice
-from experiments.methods.method import Method
+from experiments.methods.method import LAYERS, Method
+from noisyq_fast import GroupedLinear
 
 Where = Literal["classifier", "stages", "weights"]
 TestFactor = Literal["keep", "drop"]
@@ -86,12 +87,12 @@ def _put_weights_back(model: nn.Module, *_: object) -> None:
 
 def layers(model: nn.Module) -> list[nn.Module]:
     """The convolutions and linear layers."""
-    return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [module for module in model.modules() if isinstance(module, LAYERS)]
 
 
 def classifier(model: nn.Module) -> nn.Module:
     """The last linear layer."""
-    linear = [layer for layer in layers(model) if isinstance(layer, nn.Linear)]
+    linear = [layer for layer in layers(model) if isinstance(layer, nn.Linear | GroupedLinear)]
     if not linear:
         raise ValueError(f"dropout: {type(model).__name__} has no linear layer")
     return linear[-1]
@@ -99,7 +100,8 @@ def classifier(model: nn.Module) -> nn.Module:
 
 def stages(model: nn.Module) -> list[nn.Module]:
     """The modules that a network calls stage1, stage2 and so on."""
-    found = [module for name, module in model.named_children() if re.fullmatch(r"stage\d+", name)]
+    stage = re.compile(r"(.*\.)?stage\d+")
+    found = [module for name, module in model.named_modules() if stage.fullmatch(name)]
     if not found:
         raise ValueError(
             f"--dropout-where: got stages, but {type(model).__name__} has no stage1, stage2 ..."

@@ -13,14 +13,14 @@ from experiments.methods.method import Method
 
 @dataclass(frozen=True)
 class EarlyStopping(Method):
-    """Stops when the validation accuracy has not risen for some epochs, and goes back to the
-    weights of the best one (the first, among equals)."""
+    """Stops when the score on held-out samples (accuracy, or F1 of action units) has not risen for
+    some epochs, and goes back to the weights of the best one (the first, among equals)."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"patience": 10}
 
     patience: int | None = None
-    """early_stopping: epochs without a better validation accuracy after which training stops
-    (10). Needs --validation, which is then 0.1 unless given."""
+    """early_stopping: epochs without a better score on held-out samples after which training stops
+    (10). Needs --validation, which is then 0.1 unless given. Always on for faces."""
 
     def __post_init__(self) -> None:
         patience = self.patience
@@ -35,10 +35,10 @@ class EarlyStopping(Method):
         weights = model.state_dict()
         if (
             not state
-            or metrics.validation_accuracy > state["accuracy"]
+            or metrics.validation_score > state["score"]
             or _shapes(weights) != _shapes(state["weights"])  # pruned: older weights do not fit
         ):
-            state["accuracy"] = metrics.validation_accuracy
+            state["score"] = metrics.validation_score
             state["epoch"] = metrics.epoch
             state["weights"] = {name: tensor.clone() for name, tensor in weights.items()}
         return metrics.epoch - state["epoch"] >= self.patience
@@ -47,10 +47,7 @@ class EarlyStopping(Method):
         if not state:
             return None
         model.load_state_dict(state["weights"])
-        return (
-            f"weights of epoch {state['epoch']} restored, "
-            f"validation accuracy {state['accuracy']:.2%}"
-        )
+        return f"weights of epoch {state['epoch']} restored, validation score {state['score']:.2%}"
 
 
 def _shapes(weights: dict[str, Tensor]) -> list[torch.Size]:

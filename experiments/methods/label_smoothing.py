@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.checks import require
@@ -14,8 +15,7 @@ from experiments.methods.method import Loss, Method
 class LabelSmoothing(Method):
     """Trains on `(1 - a) y + a / C` for the one-hot label `y` of `C` classes.
 
-    Cross-entropy is linear in the target, so this is `(1 - a)` times the loss on the label plus `a`
-    times the mean of the losses on all classes.
+    Labels that answer several questions by yes or no are smoothed one by one, with `C = 2`.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"label_smoothing": 0.1}
@@ -34,8 +34,10 @@ class LabelSmoothing(Method):
 
     def loss(self, loss: Loss, model: nn.Module) -> Loss:
         def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
-            on_all_classes = -logits.log_softmax(1).mean()
-            share = self.label_smoothing
-            return (1 - share) * loss(logits, labels) + share * on_all_classes
+            y, classes = labels, 2
+            if not labels.is_floating_point():
+                classes = logits.shape[1]
+                y = F.one_hot(labels, classes).to(logits.dtype)
+            return loss(logits, (1 - self.label_smoothing) * y + self.label_smoothing / classes)
 
         return smoothed

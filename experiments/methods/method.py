@@ -6,8 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from noisyq_fast import GroupedLinear
+
+LAYERS = nn.Conv2d | nn.Linear | GroupedLinear
+"""Modules whose weights are trained as weights: the others are norms."""
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""From logits `[B, C]` and labels `[B]` to the mean loss of the batch."""
+"""From logits to the mean loss of the batch: `[B, C]` with classes `[B]`, or probabilities of
+them `[B, C]`; or `[B, T]` with the probability of each of `T` answers, NaN where it is unknown."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments import cost
 from experiments.checks import require, require_choice
 from experiments.methods.method import Method
+from noisyq_fast import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.layers import QuantLayer
 
 Scope = Literal["layer", "global"]
@@ -132,7 +133,7 @@ class Prune(Method):
 
 def prunable(model: nn.Module, example: Tensor) -> dict[str, nn.Conv2d]:
     """The convolutions, by name, whose filters can go: each feeds other layers, and its output
-    channels are tied to those of no other convolution or linear layer."""
+    channels are tied to those of no other convolution or linear layer, nor to a `GroupedLinear`."""
     import torch_pruning
 
     graph = _dependencies(model, example)
@@ -145,7 +146,7 @@ def prunable(model: nn.Module, example: Tensor) -> dict[str, nn.Conv2d]:
         tied = [
             (dependency.layer, graph.is_out_channel_pruning_fn(dependency.handler))
             for dependency, _ in group
-            if isinstance(dependency.layer, nn.Conv2d | nn.Linear)
+            if isinstance(dependency.layer, nn.Conv2d | nn.Linear | GroupedLinear)
         ]
         if [other for other, by_output in tied if by_output] == [layer] and len(tied) > 1:
             found[name] = layer
@@ -175,19 +176,23 @@ def _dependencies(model: nn.Module, example: Tensor) -> Any:
     """torch-pruning's graph of the network, which is as it was before.
 
     The library runs the example in evaluation mode and follows autograd. Only the shapes count, so
-    quantized layers run as float ones, which need no range of their input.
+    quantized layers run as float ones, which need no range of their input. Layers that it does not
+    know stay as they are, and tie what they are connected with.
     """
     import torch_pruning
 
+    unknown = dict.fromkeys((GroupedLinear, QuantGroupedLinear), torch_pruning.ops.DummyPruner())
     before = [(module, module.training) for module in model.modules()]
     quantized = [module for module, _ in before if isinstance(module, QuantLayer)]
     for layer in quantized:
         layer.quantized_input = _as_it_is
-        layer.quantized_weight = partial(getattr, layer, "weight")
+        layer.quantized_weight = partial(_own_weight, layer)
     try:
         # In a tuple, or else the library tries the images one by one first.
         with torch.enable_grad():
-            return torch_pruning.DependencyGraph().build_dependency(model, (example,))
+            return torch_pruning.DependencyGraph().build_dependency(
+                model, (example,), customized_pruners=unknown
+            )
     finally:
         for layer in quantized:
             del layer.quantized_input, layer.quantized_weight
@@ -197,3 +202,7 @@ def _dependencies(model: nn.Module, example: Tensor) -> Any:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+def _own_weight(layer: QuantLayer, *_: object) -> Tensor:
+    return layer.weight

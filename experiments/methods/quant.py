@@ -9,6 +9,7 @@ from torch import nn
 import noisyq_fast
 from experiments.checks import require
 from experiments.methods.method import Method
+from noisyq_fast.layers import PER_GROUP
 
 
 @dataclass(frozen=True)
@@ -43,4 +44,5 @@ class Quant(Method):
             weight_bits=self.weight_bits,
             activation_bits=self.activation_bits,
             averaging_constant=self.averaging_constant,
+            input_ranges=getattr(model, "input_ranges", PER_GROUP),
         )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from experiments.checks import require, require_choice
-from experiments.methods.method import Loss, Method
+from experiments.methods.method import LAYERS, Loss, Method
 
 Form = Literal["decoupled", "loss"]
 
@@ -54,5 +54,5 @@ class WeightDecay(Method):
 
 
 def decayed(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of convolutions and linear layers: all parameters but vectors and scalars."""
-    return [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    """The weights of convolutions and linear layers: no biases and no norms."""
+    return [layer.weight for layer in model.modules() if isinstance(layer, LAYERS)]

@@ -6,7 +6,8 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.methods import BASELINE, METHODS
+from experiments.methods import BASELINE
+from experiments.reporting.drawing import COLORS, PERCENT, drawn_half_width, legend, panels, save
 from experiments.reporting.runs import Study, defaults
 
 PAPER = Path(__file__).with_name("paper_figure2.csv")
@@ -17,11 +18,7 @@ _PAPER_COLUMNS = {
     "early_stopping": "gain_early_stopping",
     "weight_decay": "gain_weight_decay",
 }
-_COLORS = dict(
-    zip(["baseline", *METHODS], [f"C{index}" for index in (7, 0, 1, 2, 3, 4, 5)], strict=True)
-)
 _MARKERS = "osv^D*XP<>"
-_PERCENT = 100
 
 
 def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> list[Path]:
@@ -38,15 +35,10 @@ def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> li
         for name, figure in figures.items():
             if figure is not None:
                 figure.suptitle(title, fontsize="medium")
-                drawn.append(_save(figure, folder / f"{name}{suffix}.png"))
+                drawn.append(save(figure, folder / f"{name}{suffix}.png"))
     if (figure := gain_against_memorisation(studies)) is not None:
-        drawn.append(_save(figure, folder / "gain-against-memorisation.png"))
+        drawn.append(save(figure, folder / "gain-against-memorisation.png"))
     return drawn
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path
 
 
 def curves(study: Study) -> Figure | None:
@@ -66,22 +58,21 @@ def curves(study: Study) -> Figure | None:
         return count, group[0].noise
 
     group = max(complete, key=evaluations)
-    panels = {
+    shown = {
         "loss": "training loss",
         "test_loss": "test loss",
         "train_accuracy_flipped": "wrong training labels fitted",
         "test_accuracy": "test accuracy",
     }
-    figure, axes = _panels(len(panels))
-    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+    figure, (axes,) = panels(len(shown))
+    for axis, (metric, title) in zip(axes, shown.items(), strict=True):
         for run in sorted(group, key=lambda run: run.label):
             known = [(e["epoch"], e[metric]) for e in run.epochs if e[metric] is not None]
             if known:
-                axis.plot(
-                    *zip(*known, strict=True), color=_COLORS[pair[run.label]], label=run.label
-                )
+                values = zip(*known, strict=True)
+                axis.plot(*values, color=COLORS[pair[run.label]], label=run.label)
         axis.set(title=title, xlabel=f"epoch (noise {group[0].noise:g})")
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
@@ -94,28 +85,27 @@ def accuracy_and_gain(summary: pl.DataFrame) -> Figure | None:
     if summary["noise"].n_unique() < 2:
         return None
     paper = pl.read_csv(PAPER, comment_prefix="#")
-    figure, (left, right) = _panels(2, width=5.5)
+    figure, ((left, right),) = panels(2, width=5.5)
     for name, label, rows in _defaults(summary):
         _line(left, rows, "test_accuracy_mean", "test_accuracy_std", name, label)
         if name != "baseline":
-            narrow = pl.when(pl.col("pairs") > 2).then(pl.col("gain_half_width"))
-            rows = rows.with_columns(narrow.alias("gain_half_width"))
+            rows = rows.with_columns(drawn_half_width())
             _line(right, rows, "gain", "gain_half_width", name, label)
         if name in _PAPER_COLUMNS:
             gain = paper[_PAPER_COLUMNS[name]]
-            right.plot(paper["noise_percent"], gain, "--", color=_COLORS[name], alpha=0.5)
+            right.plot(paper["noise_percent"], gain, "--", color=COLORS[name], alpha=0.5)
     left.plot(
         paper["noise_percent"],
         paper["baseline_accuracy"],
         "--",
-        color=_COLORS["baseline"],
+        color=COLORS["baseline"],
         alpha=0.5,
         label="published (dashed): full CIFAR-10, 200 epochs",
     )
     left.set(title="test accuracy, %", xlabel="labels re-drawn, %")
     right.set(title="gain over the baseline, points", xlabel="labels re-drawn, %")
     right.axhline(0, color="black", linewidth=0.8)
-    _legend(figure, left)
+    legend(figure, left)
     return figure
 
 
@@ -128,14 +118,13 @@ def settings(study: Study, summary: pl.DataFrame) -> Figure | None:
     families = {name: labels for name, labels in families.items() if len(labels) > 1}
     if not families:
         return None
-    figure, axes = _panels(len(families))
+    figure, (axes,) = panels(len(families))
     low, high = summary["gain"].min(), summary["gain"].max()
     for axis, (name, labels) in zip(axes, families.items(), strict=True):
         for row, label in enumerate(labels):
-            of_label = summary.filter(pl.col("label").cast(pl.String) == label)
-            known = of_label.filter(pl.col("gain").is_not_null())
+            known = summary.filter(pl.col("gain").is_not_null(), label=label)
             points = axis.scatter(
-                _PERCENT * known["gain"],
+                PERCENT * known["gain"],
                 [row] * len(known),
                 c=known["noise"],
                 vmin=0,
@@ -144,7 +133,7 @@ def settings(study: Study, summary: pl.DataFrame) -> Figure | None:
             )
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(labels)), labels)
-        axis.set_xlim(_PERCENT * low - 2, _PERCENT * high + 2)
+        axis.set_xlim(PERCENT * low - 2, PERCENT * high + 2)
         axis.set(title=name, xlabel="gain over the baseline, points")
     figure.colorbar(points, ax=axes, label="share of labels re-drawn")
     return figure
@@ -154,17 +143,17 @@ def memorisation(summary: pl.DataFrame) -> Figure | None:
     """How many of the wrong, and of the right, training labels each method fits."""
     if summary["noise"].n_unique() < 2:
         return None
-    figure, axes = _panels(2, width=5.5)
-    panels = {
+    figure, (axes,) = panels(2, width=5.5)
+    shown = {
         "train_accuracy_flipped": "wrong training labels fitted, %",
         "train_accuracy_clean": "right training labels fitted, %",
     }
-    for axis, (measure, title) in zip(axes, panels.items(), strict=True):
+    for axis, (measure, title) in zip(axes, shown.items(), strict=True):
         for name, label, rows in _defaults(summary):
             if f"{measure}_mean" in rows.columns:
                 _line(axis, rows, f"{measure}_mean", f"{measure}_std", name, label)
         axis.set(title=title, xlabel="labels re-drawn, %")
-    _legend(figure, axes[1])
+    legend(figure, axes[1])
     return figure
 
 
@@ -173,13 +162,13 @@ def gain_against_memorisation(
 ) -> Figure | None:
     """What each method gains, by how many wrong labels the baseline fits: its share of the wrong
     ones times their share of all. A colour a method, a marker a study."""
-    figure, (axis,) = _panels(1, width=7)
+    figure, ((axis,),) = panels(1, width=7)
     for marker, (title, _, summary) in zip(_MARKERS, studies, strict=False):
         memorised = _memorised_by_baseline(summary)
         shown = False
         for name, label, rows in _defaults(summary):
             points = [
-                (_PERCENT * memorised[row["noise"]], _PERCENT * row["gain"])
+                (PERCENT * memorised[row["noise"]], PERCENT * row["gain"])
                 for row in rows.iter_rows(named=True)
                 if row["gain"] is not None and row["noise"] in memorised
             ]
@@ -189,7 +178,7 @@ def gain_against_memorisation(
                 axis.scatter(
                     *zip(*points, strict=True),
                     marker=marker,
-                    color=_COLORS[name],
+                    color=COLORS[name],
                     label=None if label in known else label,
                 )
         if shown and len(studies) > 1:
@@ -202,7 +191,7 @@ def gain_against_memorisation(
         xlabel="training images whose wrong label the baseline fits, % of all",
         ylabel="gain over the baseline, points",
     )
-    _legend(figure, axis)
+    legend(figure, axis)
     return figure
 
 
@@ -211,31 +200,18 @@ def _memorised_by_baseline(summary: pl.DataFrame) -> dict[float, float]:
     fitted = "train_accuracy_flipped_mean"
     if fitted not in summary.columns:
         return {}
-    baseline = summary.filter(pl.col("label").cast(pl.String) == BASELINE)
+    baseline = summary.filter(label=BASELINE)
     return {
         row["noise"]: (row[fitted] or 0.0) * row["wrong_labels_mean"]
         for row in baseline.iter_rows(named=True)
     }
 
 
-def _panels(count: int, width: float = 4) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * count, 4.2), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return figure, axes
-
-
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-
-
 def _defaults(summary: pl.DataFrame) -> list[tuple[str, str, pl.DataFrame]]:
     """The methods at their defaults: name, label and rows."""
     found = []
     for name, label in defaults().items():
-        rows = summary.filter(pl.col("label").cast(pl.String) == label).sort("noise")
+        rows = summary.filter(label=label).sort("noise")
         if len(rows):
             found.append((name, label, rows))
     return found
@@ -244,10 +220,10 @@ def _defaults(summary: pl.DataFrame) -> list[tuple[str, str, pl.DataFrame]]:
 def _line(axis: Axes, rows: pl.DataFrame, mean: str, spread: str, name: str, label: str) -> None:
     rows = rows.filter(pl.col(mean).is_not_null())
     axis.errorbar(
-        _PERCENT * rows["noise"],
-        _PERCENT * rows[mean],
-        yerr=_PERCENT * rows[spread].fill_null(0.0),
-        color=_COLORS[name],
+        PERCENT * rows["noise"],
+        PERCENT * rows[mean],
+        yerr=PERCENT * rows[spread].fill_null(0.0),
+        color=COLORS[name],
         marker="o",
         markersize=4,
         capsize=2,

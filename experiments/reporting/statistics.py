@@ -1,5 +1,7 @@
 """Means over seeds, and differences to the baseline."""
 
+from collections.abc import Sequence
+
 import polars as pl
 from scipy.stats import t as student_t
 
@@ -7,79 +9,81 @@ from experiments.methods import BASELINE
 from experiments.reporting.runs import Study
 
 CONFIDENCE = 0.95
-MEASURED = (
-    "wrong_labels",
-    "test_accuracy",
-    "test_loss",
-    "test_calibration_error",
-    "test_accuracy_at_best_validation",
-    "train_accuracy_clean",
-    "train_accuracy_flipped",
-    "flipped_predicted_true",
-    "accuracy_gap",
-    "loss_gap",
-    "epochs_trained",
-    "parameters",
-    "size_in_bits",
-    "macs",
-)
 _POINT = ["label", "noise"]
+_PAIR = ["noise", "seed", "noise_seed"]
 
 
 def by_run(study: Study) -> pl.DataFrame:
-    """One row a run: its label, noise and seeds, and all that was measured."""
+    """One row a run: its coordinates, all that was measured, and where it comes from."""
     rows = [
-        {
-            "label": run.label,
-            "noise": float(run.noise),
-            "seed": run.seeds[0],
-            "noise_seed": run.seeds[1],
-            **{name: run.result[name] for name in MEASURED},
-            "folder": run.folder.name,
-        }
+        {**run.coordinates, **run.measured(), "data": run.data, "folder": run.folder.name}
         for run in study.runs
     ]
-    order = pl.Enum(study.labels)
     table = pl.DataFrame(rows, infer_schema_length=None)
-    return table.with_columns(pl.col("label").cast(order)).sort("label", "noise", "seed")
+    return in_order(table, study, *study.runs[0].coordinates)
 
 
 def summary(study: Study) -> pl.DataFrame:
     """One row for each label and noise.
 
-    `NAME_mean` and `NAME_std` (over `seeds` seeds, with n - 1; null for one) of all that was
-    measured. `gain` is the mean difference of test accuracy to the baseline with the same seeds, of
-    which there are `pairs`; `gain_half_width` is half of its 95 % confidence interval, by Student's
-    t, null for a single pair.
+    The `means` of all that was measured. `gain` is the gain of test accuracy over the baseline, as
+    in `gains`, with its `pairs` and `gain_half_width`.
     """
     runs = by_run(study)
-    numbers = [name for name in MEASURED if runs[name].dtype.is_numeric()]
-    means = runs.group_by(_POINT).agg(
+    gained = gains(runs, ["test_accuracy"]).rename(lambda name: name.removeprefix("test_accuracy_"))
+    table = means(runs, numbers(runs, study)).join(gained, on=_POINT, how="left")
+    return in_order(table, study, *_POINT)
+
+
+def numbers(runs: pl.DataFrame, study: Study) -> list[str]:
+    """What was measured in any of the runs."""
+    return [name for name in study.runs[0].measured() if runs[name].dtype.is_numeric()]
+
+
+def in_order(table: pl.DataFrame, study: Study, *by: str) -> pl.DataFrame:
+    """Sorted by columns, labels as in the study."""
+    position = pl.col("label").cast(pl.Enum(study.labels))
+    return table.sort(position if name == "label" else name for name in by)
+
+
+def means(runs: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    """One row for each label and noise: `NAME_mean` and `NAME_std` (over `seeds` seeds, with n - 1;
+    null for one)."""
+    return runs.group_by(_POINT).agg(
         pl.len().alias("seeds"),
-        *(pl.col(name).mean().alias(f"{name}_mean") for name in numbers),
-        *(pl.col(name).std().alias(f"{name}_std") for name in numbers),
+        *(pl.col(name).mean().alias(f"{name}_mean") for name in names),
+        *(pl.col(name).std().alias(f"{name}_std") for name in names),
     )
-    return means.join(_gains(runs), on=_POINT, how="left").sort(_POINT)
 
 
-def _gains(runs: pl.DataFrame) -> pl.DataFrame:
-    pair = ["noise", "seed", "noise_seed"]
-    baseline = runs.filter(pl.col("label").cast(pl.String) == BASELINE)
-    pairs = runs.join(baseline.select(*pair, pl.col("test_accuracy").alias("of_baseline")), on=pair)
-    gain = pl.col("test_accuracy") - pl.col("of_baseline")
+def gains(runs: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    """One row for each label and noise.
+
+    `NAME_gain` is the mean difference to the baseline with the same seeds, of which there are
+    `pairs`; `NAME_gain_half_width` is half of its 95 % confidence interval, by Student's t, null
+    for a single pair.
+    """
+    pairs = pl.col("pairs")
     # Of one pair the standard deviation is null, and so is all that comes of it.
+    to_half_width = pairs.map_elements(_quantile, return_dtype=pl.Float64) / pairs.sqrt()
     return (
-        pairs.group_by(_POINT)
-        .agg(pl.len().alias("pairs"), gain.mean().alias("gain"), gain.std().alias("deviation"))
-        .with_columns(
-            (
-                pl.col("deviation")
-                / pl.col("pairs").sqrt()
-                * pl.col("pairs").map_elements(_quantile, return_dtype=pl.Float64)
-            ).alias("gain_half_width")
+        differences(runs, names, _PAIR)
+        .group_by(_POINT)
+        .agg(
+            pl.len().alias("pairs"),
+            *(pl.col(name).mean().alias(f"{name}_gain") for name in names),
+            *(pl.col(name).std().alias(f"{name}_gain_half_width") for name in names),
         )
-        .drop("deviation")
+        .with_columns(pl.col(f"{name}_gain_half_width") * to_half_width for name in names)
     )
+
+
+def differences(runs: pl.DataFrame, names: Sequence[str], pair: Sequence[str]) -> pl.DataFrame:
+    """Label, noise, and by how much each run differs from the baseline's with the same `pair`, of
+    those that have one."""
+    baseline = runs.filter(label=BASELINE).select(*pair, *names)
+    both = runs.join(baseline, on=pair, suffix="_of_baseline", nulls_equal=True)
+    return both.select(*_POINT, *(pl.col(name) - pl.col(f"{name}_of_baseline") for name in names))
 
 
 def _quantile(pairs: int) -> float | None:

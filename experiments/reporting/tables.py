@@ -9,8 +9,8 @@ import polars as pl
 
 from experiments.reporting.runs import Study
 
-_Row = dict[str, Any]
-_CELLS = {
+Row = dict[str, Any]
+_MEASURES = {
     "test accuracy, %": ("test_accuracy", 100),
     "wrong training labels fitted, %": ("train_accuracy_flipped", 100),
     "right training labels fitted, %": ("train_accuracy_clean", 100),
@@ -21,35 +21,43 @@ _CELLS = {
         100,
     ),
 }
+COSTS = {
+    "parameters": ("parameters", 1, ",.0f"),
+    "kB": ("size_in_bits", 1 / 8e3, ",.1f"),
+    "million MACs": ("macs", 1e-6, ".2f"),
+    "epochs trained": ("epochs_trained", 1, "g"),
+}
+INTERVAL = "± half a 95 % confidence interval of the paired difference"
 
 
 def study_section(title: str, study: Study, summary: pl.DataFrame) -> str:
     """All tables of a study, with what it is and what it lacks."""
-    setup = ", ".join(f"{name} {value}" for name, value in study.setup.items())
-    seeds = sorted({run.seeds[0] for run in study.runs})
     parts = [
-        f"## {title}",
-        f"{len(study.runs)} runs, seeds {', '.join(map(str, seeds))}: {setup}.",
+        *introduction(title, study),
         "Mean ± standard deviation over seeds (n of them where methods differ in it).",
     ]
-    for name, (measure, factor) in _CELLS.items():
+    for name, (measure, factor) in _MEASURES.items():
         if f"{measure}_mean" in summary.columns:
-            cell = functools.partial(_mean, measure=measure, factor=factor)
-            parts.append(_grid(name, study, summary, cell))
-    parts.append(
-        _grid(
-            "gain over the baseline, points of test accuracy, ± half a 95 % confidence interval of "
-            "the paired difference",
-            study,
-            summary,
-            _gain,
-        )
-    )
-    parts.append(_costs(study, summary))
-    if missing := study.missing():
-        parts.append("Missing, for every method to have every noise and seed:")
-        parts.append("\n".join(f"- {line}" for line in missing))
+            mean = functools.partial(mean_cell, measure=measure, factor=factor)
+            parts.append(grid(name, study, summary, mean))
+    name = f"gain over the baseline, points of test accuracy, {INTERVAL}"
+    parts.append(grid(name, study, summary, gain_cell))
+    parts.append(costs(study, summary))
+    parts += missing(study, "every noise and seed")
     return "\n\n".join(parts)
+
+
+def introduction(title: str, study: Study) -> list[str]:
+    """The title, and all that the runs of the study have in common."""
+    setup = ", ".join(f"{name} {value}" for name, value in study.setup.items())
+    seeds = ", ".join(map(str, sorted({seed for seed, _ in study.seeds})))
+    return [f"## {title}", f"{len(study.runs)} runs, seeds {seeds}: {setup}."]
+
+
+def missing(study: Study, what: str) -> list[str]:
+    """The runs that the study lacks for every method to have `what`."""
+    lines = [f"- {line}" for line in study.missing()]
+    return [f"Missing, for every method to have {what}:", "\n".join(lines)] if lines else []
 
 
 def unfinished_section(folders: list[Path]) -> str:
@@ -57,52 +65,65 @@ def unfinished_section(folders: list[Path]) -> str:
     return "\n\n".join(["## Unfinished runs, left out", *(f"- {f.name}" for f in folders)])
 
 
-def _grid(
-    name: str, study: Study, summary: pl.DataFrame, cell: Callable[[_Row | None], str]
+def grid(
+    name: str, study: Study, summary: pl.DataFrame, cell_of: Callable[[Row | None], str]
 ) -> str:
+    """A cell for each label, downwards, and noise, across."""
     rows = {(row["label"], row["noise"]): row for row in summary.iter_rows(named=True)}
     header = [name, *(f"noise {noise:g}" for noise in study.noises)]
     body = [
-        [label, *(cell(rows.get((label, noise))) for noise in study.noises)]
+        [label, *(cell_of(rows.get((label, noise))) for noise in study.noises)]
         for label in study.labels
     ]
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
-def _mean(row: _Row | None, measure: str, factor: float) -> str:
-    if row is None or row[f"{measure}_mean"] is None:
-        return "-"
-    deviation = row[f"{measure}_std"]
-    spread = "" if deviation is None else f" ± {factor * deviation:.2f}"
-    return f"{factor * row[f'{measure}_mean']:.2f}{spread}{_count(row['seeds'])}"
-
-
-def _gain(row: _Row | None) -> str:
-    if row is None or row["gain"] is None:
-        return "-"
-    half = row["gain_half_width"]
-    spread = "" if half is None else f" ± {100 * half:.1f}"
-    return f"{100 * row['gain']:+.1f}{spread}{_count(row['pairs'])}"
-
-
-def _count(seeds: int) -> str:
-    return f" (n {seeds})" if seeds > 1 else ""
-
-
-def _costs(study: Study, summary: pl.DataFrame) -> str:
-    names = ("parameters", "size_in_bits", "macs", "epochs_trained")
+def costs(
+    study: Study, summary: pl.DataFrame, columns: dict[str, tuple[str, float, str]] = COSTS
+) -> str:
+    """What each label takes: by the column's title a measure, its factor and its format."""
     body = []
     for label in study.labels:
-        means = summary.filter(pl.col("label").cast(pl.String) == label).select(
-            pl.col(f"{name}_mean").mean() for name in names
-        )
-        parameters, bits, macs, epochs = means.row(0)
-        body.append(
-            [label, f"{parameters:,.0f}", f"{bits / 8e3:,.1f}", f"{macs / 1e6:.2f}", f"{epochs:g}"]
-        )
-    return _markdown(["cost", "parameters", "kB", "million MACs", "epochs trained"], body)
+        rows = summary.filter(label=label)
+        values = [
+            cell(rows[f"{measure}_mean"].mean(), form, factor)
+            for measure, factor, form in columns.values()
+        ]
+        body.append([label, *values])
+    return markdown(["cost", *columns], body)
 
 
-def _markdown(header: list[str], body: list[list[str]]) -> str:
+def mean_cell(row: Row | None, measure: str, form: str = ".2f", factor: float = 100) -> str:
+    """A mean over seeds and its standard deviation."""
+    if row is None:
+        return cell(None, form)
+    mean, deviation = row[f"{measure}_mean"], row[f"{measure}_std"]
+    return cell(mean, form, factor, deviation, row["seeds"])
+
+
+def gain_cell(row: Row | None, name: str = "gain", form: str = "+.1f") -> str:
+    """A gain in points, and half of its confidence interval."""
+    if row is None:
+        return cell(None, form)
+    return cell(row[name], form, 100, row[f"{name}_half_width"], row["pairs"])
+
+
+def cell(
+    value: float | None,
+    form: str,
+    factor: float = 1,
+    spread: float | None = None,
+    count: int | None = None,
+) -> str:
+    """The value, formatted as `form` says, with its spread and, above 1, of how many it is."""
+    if value is None:
+        return "-"
+    around = "" if spread is None else f" ± {factor * spread:{form.removeprefix('+')}}"
+    of = f" (n {count})" if count and count > 1 else ""
+    return f"{factor * value:{form}}{around}{of}"
+
+
+def markdown(header: list[str], body: list[list[str]]) -> str:
+    """A table, its first column left-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

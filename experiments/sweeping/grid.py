@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import methods
+from experiments.au_options import ActionUnitOptions
 from experiments.config import RunConfig
 
 Options = dict[str, Any]
@@ -20,9 +21,9 @@ OWN = {"out", "restart"}
 
 _RUN_OPTIONS = {
     option.name.replace("_", "-")
-    for owner in (RunConfig, *methods.METHODS.values())
+    for owner in (RunConfig, ActionUnitOptions, *methods.METHODS.values())
     for option in dataclasses.fields(owner)
-} - {"options", *OWN}
+} - {"options", "faces", *OWN}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,19 @@ from torch import nn
 
 import noisyq_fast
 from experiments.methods.dropout import Dropout
-from experiments.models import ResNet20
+from experiments.models import AU_NORMS, ActionUnitNetwork, PerAUHead, ResNet20, SmallEncoder
+from noisyq_fast import GroupedLinear
 
 WHERE = ["classifier", "stages", "weights"]
+NETWORKS = ["resnet20", *AU_NORMS]
+
+
+def network(name: str, quantized: bool) -> nn.Module:
+    if name == "resnet20":
+        model = ResNet20()
+    else:
+        model = ActionUnitNetwork(SmallEncoder(), PerAUHead(SmallEncoder.features, 3, name))
+    return noisyq_fast.quantize_model_(model) if quantized else model
 
 
 def ones_through(model: nn.Module, size: int) -> torch.Tensor:
@@ -39,14 +49,13 @@ def test_every_forward_draws_anew_from_torchs_generator():
     assert torch.equal(ones_through(model, 64), first)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("quantized", [False, True])
-def test_evaluation_is_as_without_dropout(where, quantized):
+def test_evaluation_is_as_without_dropout(name, where, quantized):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
-    plain = ResNet20()
-    if quantized:
-        noisyq_fast.quantize_model_(plain)
+    plain = network(name, quantized)
     plain(x)
     model = Dropout(dropout=0.5, dropout_where=where).network(copy.deepcopy(plain))
     assert torch.equal(model.eval()(x), plain.eval()(x))
@@ -94,6 +103,56 @@ def test_the_classifier_is_the_last_linear_layer():
     assert torch.equal(seen[0], torch.ones(1, 64))
 
 
+def test_the_classifier_may_be_a_layer_for_each_action_unit():
+    model = network("per-au", quantized=False)
+    Dropout(dropout=0.25).network(model)
+    seen = []
+    for norm, linear in (block.children() for block in (model.head.hidden2, model.head.logits)):
+        norm.register_forward_hook(lambda _module, _args, out: seen.append(out.view(16, 3, 64)))
+        linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(torch.randn(16, 3, 8, 8))
+    normalized, hidden, last_normalized, dropped = seen
+    assert torch.equal(hidden, normalized)
+    expected = last_normalized.where(dropped != 0, 0) / 0.75
+    torch.testing.assert_close(dropped, expected)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_enters_a_layer_with_a_folded_norm_is_dropped(quantized):
+    model = network("folded", quantized)
+    Dropout(dropout=0.25).network(model)
+    inputs, seen = {}, []
+    model.head.logits.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model.head.logits.linear.register_forward_pre_hook(
+        lambda _module, args, options: inputs.update(x=args[0], **options), with_kwargs=True
+    )
+    model(torch.randn(16, 3, 8, 8))
+    dropped, (weight, bias) = inputs["x"], inputs["parameters"]
+    torch.testing.assert_close(dropped, seen[0].where(dropped != 0, 0) / 0.75)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    # The statistics are of what was not dropped.
+    own = model.head.logits.linear
+    scale = torch.rsqrt(seen[0].var(0, correction=0) + 1e-5)
+    torch.testing.assert_close(weight, own.weight * scale.unsqueeze(1))
+    shift = (own.weight.squeeze(1) * scale * seen[0].mean(0)).sum(1, keepdim=True)
+    torch.testing.assert_close(bias, own.bias - shift)
+
+
+def test_stages_may_be_those_of_an_encoder():
+    model, shares = network("per-au", quantized=False), []
+    for stage in model.encoder.children():
+        for norm in (stage[1], stage[4]):  # so that ReLU leaves no zeros
+            nn.init.constant_(norm.bias, 100)
+    Dropout(dropout=0.25, dropout_where="stages").network(model)
+    for module in model.encoder.children():
+        module.register_forward_hook(
+            lambda _module, _args, out: shares.append((out == 0).float().mean().item())
+        )
+    model(torch.randn(16, 3, 32, 32))
+    assert shares == pytest.approx([0.25] * 4, abs=0.01)
+
+
 @pytest.mark.parametrize("quantize_first", [True, False])
 def test_weights_are_zeroed_before_they_are_quantized(quantize_first):
     torch.manual_seed(0)
@@ -109,25 +168,46 @@ def test_weights_are_zeroed_before_they_are_quantized(quantize_first):
     assert torch.equal(model.eval()(torch.eye(256)), torch.ones(256, 256))
 
 
-def test_every_convolution_and_linear_layer_loses_weights():
-    model = Dropout(dropout=0.5, dropout_where="weights").network(ResNet20())
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 20), ("per-au", 11)])
+def test_every_convolution_and_linear_layer_loses_weights(name, count):
+    model = network(name, quantized=False)
+    Dropout(dropout=0.5, dropout_where="weights").network(model)
     zeros = []
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear | GroupedLinear):
             module.register_forward_hook(
                 lambda layer, *_: zeros.append((layer.weight == 0).float().mean().item())
             )
     model(torch.randn(2, 3, 8, 8))
-    assert len(zeros) == 20
-    assert zeros == pytest.approx([0.5] * 20, abs=0.12)
+    assert zeros == pytest.approx([0.5] * count, abs=0.12)
     assert all(
         isinstance(p, nn.Parameter) and (p != 0).any() for p in model.parameters() if p.ndim > 1
     )
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_that_a_norm_is_folded_into_are_zeroed_before(quantized):
+    model = network("folded", quantized)
+    Dropout(dropout=0.25, dropout_where="weights").network(model)
+    block, seen = model.head.hidden2, []
+    block.linear.register_forward_pre_hook(
+        lambda layer, _args, options: seen.append((layer.weight, *options["parameters"])),
+        with_kwargs=True,
+    )
+    model(torch.randn(16, 3, 8, 8))
+    weight, folded, bias = seen[0]
+    assert (weight == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(folded == 0, weight == 0)
+    kept = weight != 0
+    torch.testing.assert_close(weight[kept], block.linear.weight[kept] / 0.75)
+    assert not torch.equal(bias, block.linear.bias)
+    assert isinstance(block.linear.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "shared", "folded"])
 @pytest.mark.parametrize("where", WHERE)
-def test_names_and_parameters_stay_and_all_are_trained(where):
-    model = ResNet20()
+def test_names_and_parameters_stay_and_all_are_trained(name, where):
+    model = network(name, quantized=False)
     before = dict(model.named_parameters())
     names = list(model.state_dict())
     Dropout(dropout=0.3, dropout_where=where).network(model)

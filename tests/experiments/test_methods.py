@@ -8,6 +8,7 @@ from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.weight_decay import WeightDecay, decayed
 from experiments.models import ResNet20
+from noisyq_fast import GroupedLinear
 
 LOGITS = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6)
@@ -46,6 +47,15 @@ def test_label_smoothing_is_its_formula(share):
     torch.testing.assert_close(loss(LOGITS, LABELS), expected)
 
 
+def test_answers_by_yes_or_no_are_smoothed_one_by_one():
+    def squares(logits, labels):
+        return (logits - labels).square().nansum()
+
+    labels = torch.tensor([[0.0, 1.0, torch.nan]])
+    smoothed = LabelSmoothing(0.2).loss(squares, nn.Identity())
+    assert smoothed(torch.zeros(1, 3), labels) == pytest.approx(0.1**2 + 0.9**2)
+
+
 def test_weight_decay_spares_biases_and_norms():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     assert [id(p) for p in decayed(model)] == [id(model[0].weight), id(model[2].weight)]
@@ -66,9 +76,9 @@ def test_decoupled_weight_decay_leaves_the_loss():
 
 
 class Metrics:
-    def __init__(self, epoch, validation_accuracy):
+    def __init__(self, epoch, validation_score):
         self.epoch = epoch
-        self.validation_accuracy = validation_accuracy
+        self.validation_score = validation_score
 
 
 def epochs(method, model, accuracies):
@@ -95,7 +105,7 @@ def test_early_stopping_goes_back_to_the_best_epoch(accuracies, stopped, restore
     assert epoch == stopped
     assert model.weight.unique().tolist() == [restored]
     best = max(accuracies[:epoch])
-    assert line == f"weights of epoch {restored} restored, validation accuracy {best:.2%}"
+    assert line == f"weights of epoch {restored} restored, validation score {best:.2%}"
 
 
 def test_early_stopping_forgets_weights_that_no_longer_fit():
@@ -105,3 +115,8 @@ def test_early_stopping_forgets_weights_that_no_longer_fit():
     assert not method.end_epoch(model, state, Metrics(2, 0.5))
     method.finish(model, state)
     assert state["epoch"] == 2
+
+
+def test_weight_decay_spares_biases_of_many_heads():
+    heads = GroupedLinear(3, 4, 2)
+    assert [id(parameter) for parameter in decayed(heads)] == [id(heads.weight)]

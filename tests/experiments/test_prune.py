@@ -9,7 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import noisyq_fast
 from experiments.methods.dropout import Dropout
 from experiments.methods.prune import Prune, prunable, remove_filters
-from experiments.models import ResNet20
+from experiments.models import (
+    AU_NORMS,
+    ActionUnitNetwork,
+    PerAUHead,
+    ResNet20,
+    SharedHead,
+    SmallEncoder,
+)
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 IN_BLOCKS = [f"stage{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)]
@@ -119,6 +126,66 @@ def test_computes_what_the_network_with_silent_filters_computed(quantized, dropo
     # A rounded sum may fall on the other side of a quantizer's boundary.
     tolerance = 0.03 if quantized else 1e-4
     torch.testing.assert_close(model.eval()(x), silent.eval()(x), rtol=0, atol=tolerance)
+
+
+ENCODER = [f"encoder.stage{stage}.{layer}" for stage in (1, 2, 3, 4) for layer in (0, 3)]
+
+
+def action_units(kind: str, quantized: bool) -> nn.Module:
+    torch.manual_seed(0)
+    head = SharedHead(128, 3) if kind == "shared head" else PerAUHead(128, 3, kind)
+    model = ActionUnitNetwork(SmallEncoder(), head)
+    if quantized:
+        noisyq_fast.quantize_model_(model, input_ranges=model.input_ranges)
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["shared head", *AU_NORMS])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_all_filters_of_an_encoder_can_go(quantized, kind):
+    model = action_units(kind, quantized)
+    for _ in range(2):
+        model(torch.randn(8, 3, 32, 32))
+    head = shapes(model.head)
+    silent = copy.deepcopy(model)
+    (removed,) = pruned(model, prune=0.5)["removed"]
+    assert list(removed) == ENCODER
+    assert filters(model, ENCODER) == [8, 8, 16, 16, 32, 32, 64, 64]
+    # Of the head only the first layer's inputs go.
+    first = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear))
+    assert first.weight.shape[1] == first.in_features == 64
+    changed = [name for name, shape in shapes(model.head).items() if shape != head[name]]
+    assert len(changed) == 1
+
+    layers = [m for m in silent.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    following = dict(zip(ENCODER, layers[1:], strict=False))
+    for name, indices in removed.items():
+        stage, layer = name.rsplit(".", 1)
+        norm = silent.get_submodule(stage)[int(layer) + 1]
+        with torch.no_grad():
+            norm.weight[indices] = 0
+            norm.bias[indices] = 0
+            following[name].weight[:, indices] = 0
+    x = torch.randn(4, 3, 32, 32)
+    tolerance = 0.03 if quantized else 1e-4
+    expected = silent.eval()(x)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=tolerance)
+    model.train()(x).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["shared head", *AU_NORMS])
+def test_a_fresh_network_for_action_units_takes_the_shape_and_the_weights(kind):
+    model = action_units(kind, quantized=True)
+    model(torch.randn(4, 3, 32, 32))
+    state = pruned(model, prune=0.75, prune_scope="global")
+    model(torch.randn(4, 3, 32, 32))
+    fresh = action_units(kind, quantized=True)
+    Prune().restore(fresh, state, EXAMPLE)
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
 @pytest.mark.parametrize("seen", [False, True])
@@ -248,6 +315,11 @@ def test_only_layers_that_stand_alone_can_lose_filters():
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 5)
     )
     assert list(prunable(chain, EXAMPLE)) == ["0", "2"]
+    # A layer for each group loses no inputs.
+    groups = nn.Sequential(
+        *chain[:4], nn.Unflatten(1, (8, 12)), noisyq_fast.GroupedLinear(8, 12, 1)
+    )
+    assert list(prunable(groups, EXAMPLE)) == ["0"]
     remove_filters(chain, {"0": [1], "2": [0, 5]}, EXAMPLE)
     assert (chain[2].in_channels, chain[2].out_channels, chain[4].in_features) == (7, 4, 64)
     assert chain(EXAMPLE).shape == (1, 5)

@@ -28,7 +28,7 @@ def write_run(directory, label="baseline", accuracy=0.5, noise=0.4, seed=0, flip
         }
         for epoch in (1, 2, 3)
     ]
-    result = dict.fromkeys(statistics.MEASURED, 1.0) | {
+    result = dict.fromkeys(FinishedRun.MEASURED, 1.0) | {
         "label": label,
         "test_accuracy": accuracy,
         "train_accuracy_flipped": flipped if noise else None,
@@ -43,14 +43,12 @@ def write_run(directory, label="baseline", accuracy=0.5, noise=0.4, seed=0, flip
 
 
 def only_study(directory):
-    (study,) = studies(find(directory)[0])
+    (study,) = studies(find(directory).finished)
     return study
 
 
 def row(table, label, noise):
-    return table.filter(
-        (pl.col("label").cast(pl.String) == label) & (pl.col("noise") == noise)
-    ).row(0, named=True)
+    return table.filter(label=label, noise=noise).row(0, named=True)
 
 
 def test_means_deviations_and_paired_gains(tmp_path):
@@ -83,7 +81,7 @@ def test_runs_of_different_setup_are_never_mixed(tmp_path):
     write_run(tmp_path, seed=0)
     write_run(tmp_path, seed=1, threads=2, out="elsewhere")  # a circumstance
     write_run(tmp_path, seed=0, augment=False)
-    found = studies(find(tmp_path)[0])
+    found = studies(find(tmp_path).finished)
     assert [len(study.runs) for study in found] == [2, 1]
     assert titles(found) == ["digits, augment True", "digits, augment False"]
 
@@ -110,7 +108,7 @@ def test_two_results_of_one_run_are_refused(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
     with pytest.raises(ValueError, match="are the same run; keep one"):
-        studies(find(tmp_path)[0])
+        studies(find(tmp_path).finished)
 
 
 def test_human_labels_stand_at_the_noise_they_have(tmp_path):
@@ -149,7 +147,7 @@ def test_command_writes_tables_and_figures(whole_tree, monkeypatch, capsys):
     unfinished = whole_tree / "killed"
     unfinished.mkdir()
     (unfinished / "config.json").write_text("{}")
-    report.report(whole_tree)
+    report.figures(whole_tree)
     out = whole_tree / "report"
     assert {path.name for path in out.iterdir()} == {
         "report.md",
@@ -186,7 +184,7 @@ def test_published_curves_are_those_of_the_paper():
 
 def test_figures_that_runs_are_not_enough_for_are_left_out(tmp_path):
     write_run(tmp_path)
-    report.report(tmp_path, tmp_path / "out")
+    report.figures(tmp_path, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.png"))
 
 
@@ -194,16 +192,16 @@ def test_figures_that_runs_are_not_enough_for_are_left_out(tmp_path):
     ("damage", "message"),
     [
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
-        (lambda folder: (folder / "result.json").write_text("{"), "a file of the run is malformed"),
+        (lambda folder: (folder / "result.json").write_text("{"), "result.json: malformed"),
     ],
 )
 def test_damaged_run_is_named(tmp_path, damage, message):
     folder = write_run(tmp_path)
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        report.report(tmp_path)
+        report.figures(tmp_path)
 
 
 def test_directory_without_runs_is_told(tmp_path):
-    with pytest.raises(ValueError, match="no finished run in it"):
-        report.report(tmp_path)
+    with pytest.raises(ValueError, match="no finished run on classification in it"):
+        report.figures(tmp_path)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import data, run
+from experiments.au_options import ActionUnitOptions
 from experiments.data import cifar10
 from experiments.methods import METHODS
 
@@ -76,8 +77,9 @@ def test_help_explains_every_option(tmp_path):
     process = start("--help", cwd=tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    options = {field.name for field in fields(run.RunConfig)} - {"options"}
-    options |= {field.name for method in METHODS.values() for field in fields(method)}
+    options = {field.name for field in fields(run.RunConfig)} - {"options", "faces"}
+    for owner in (ActionUnitOptions, *METHODS.values()):
+        options |= {field.name for field in fields(owner)}
     for option in options:
         assert "--" + option.replace("_", "-") in output
     assert "re-drawn" in output

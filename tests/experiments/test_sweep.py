@@ -198,7 +198,7 @@ def test_missing_file_names_what_there_is(main):
     assert main("figure4") == (
         2,
         "",
-        "error: figure4: no such file; those that come along are figure2, figure3\n",
+        "error: figure4: no such file; those that come along are figure2, figure3, table1\n",
     )
 
 
@@ -343,7 +343,7 @@ def test_rerun_skips_the_finished_and_tries_the_failed_again(swept, file, main):
 
     status, output, _ = main(file, "--out", out, *GOOD)
     assert status == 0
-    assert f"next: python report.py {out}\n" in output
+    assert f"next: python report.py figures {out}\n" in output
 
 
 @pytest.fixture

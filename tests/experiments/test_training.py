@@ -4,8 +4,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from experiments import data, run
-from experiments.data.noise import symmetric
+from experiments import run, tasks
 from experiments.methods import METHODS
 from experiments.training import NonFiniteLoss, Trainer
 
@@ -14,10 +13,8 @@ EVERY_METHOD = ["baseline", *METHODS]
 
 def trainer(arguments="", device=torch.device("cpu"), **options):  # noqa: B008
     options = {"epochs": 2, "train_size": 256, "threads": 1} | options
-    config = replace(run.parse(arguments.split()), **options).resolved(epochs=2, threads=1)
-    dataset = data.load("digits").with_train_size(config.train_size)
-    labels = symmetric(dataset, config.noise, config.noise_seed)
-    return Trainer(config, dataset, labels, device)
+    config = replace(run.parse(arguments.split()), **options).resolved(gpu=False, threads=1)
+    return Trainer(config, tasks.make(config, tasks.read(config), device), device)
 
 
 def numbers(trainer):
@@ -30,8 +27,8 @@ def test_learns_the_digits_despite_wrong_labels(method):
     run = trainer(method=method, epochs=8, batch_size=32, lr=2e-3, train_size=None, noise=0.2)
     metrics = list(run.epochs())
     run.finish()
-    assert metrics[-1].test_accuracy > 0.85
-    assert metrics[-1].test_loss < metrics[0].test_loss
+    assert metrics[-1].scores["test_accuracy"] > 0.85
+    assert metrics[-1].scores["test_loss"] < metrics[0].scores["test_loss"]
     result = run.result()
     assert result["train_accuracy_clean"] > 0.85
     assert result["train_accuracy_flipped"] < 0.2
@@ -58,8 +55,8 @@ def test_methods_start_from_the_same_weights():
 def test_memorised_labels_are_counted_apart():
     run = trainer(augment=False, epochs=40, train_size=64, batch_size=16)
     last = list(run.epochs())[-1]
-    assert last.train_accuracy_clean > 0.95
-    assert last.train_accuracy_flipped > 0.95
+    assert last.scores["train_accuracy_clean"] > 0.95
+    assert last.scores["train_accuracy_flipped"] > 0.95
     result = run.result()
     assert result["train_accuracy_clean"] > 0.95
     assert result["train_accuracy_flipped"] > 0.95
@@ -71,8 +68,8 @@ def test_memorised_labels_are_counted_apart():
 def test_accuracy_on_wrong_labels_is_none_without_any():
     run = trainer(noise=0.0, epochs=1)
     (metrics,) = run.epochs()
-    assert metrics.train_accuracy_flipped is None
-    assert metrics.train_accuracy_clean is not None
+    assert metrics.scores["train_accuracy_flipped"] is None
+    assert metrics.scores["train_accuracy_clean"] is not None
     result = run.result()
     assert result["train_accuracy_flipped"] is None
     assert result["train_accuracy_clean"] == result["train_accuracy"]
@@ -124,17 +121,17 @@ def test_loss_that_is_not_finite_names_step_and_checkpoint():
 
 def test_held_out_samples_are_not_trained_on_and_are_the_same_for_every_method():
     baseline, quant = (trainer(method=method, validation=0.25) for method in ("baseline", "quant"))
-    assert len(baseline.held_out) == 64
-    assert len(baseline.trained) == 192
-    assert set(baseline.held_out.tolist()).isdisjoint(baseline.trained.tolist())
-    assert torch.equal(baseline.held_out, quant.held_out)
-    assert not torch.equal(baseline.held_out, trainer(validation=0.25, seed=1).held_out)
+    assert len(baseline.task.held_out) == 64
+    assert len(baseline.task.trained) == 192
+    assert set(baseline.task.held_out.tolist()).isdisjoint(baseline.task.trained.tolist())
+    assert torch.equal(baseline.task.held_out, quant.task.held_out)
+    assert not torch.equal(baseline.task.held_out, trainer(validation=0.25, seed=1).task.held_out)
 
 
 def test_held_out_samples_are_as_noisy_as_the_others():
     run = trainer(validation=0.5, train_size=None, noise=0.4)
-    wrong = (run.given != run.true).double()
-    assert wrong[run.held_out].mean() == pytest.approx(0.36, abs=0.05)
+    wrong = (run.task.given != run.task.true).double()
+    assert wrong[run.task.held_out].mean() == pytest.approx(0.36, abs=0.05)
 
 
 def test_share_that_holds_out_nothing_or_everything_is_refused():
@@ -145,7 +142,7 @@ def test_share_that_holds_out_nothing_or_everything_is_refused():
 
 def test_test_set_is_evaluated_now_and_then_and_at_the_end():
     run = trainer(epochs=5, evaluate_every=2, train_size=32)
-    evaluated = [metrics.test_accuracy is not None for metrics in run.epochs()]
+    evaluated = [metrics.scores["test_accuracy"] is not None for metrics in run.epochs()]
     assert evaluated == [False, True, False, True, True]
 
 
@@ -182,7 +179,7 @@ def test_resumed_run_ends_bit_identical(arguments, stopped_after):
 
 def test_checkpoint_of_another_format_is_refused():
     run = trainer()
-    with pytest.raises(ValueError, match="the checkpoint has format 0, this version takes 1"):
+    with pytest.raises(ValueError, match="the checkpoint has format 0, this version takes 2"):
         run.load_state_dict(run.state_dict() | {"format": 0})
 
 
@@ -224,7 +221,7 @@ def weight_before_and_after_a_step(run):
     weight = run.model.stage1[0].conv1.weight
     before = weight.detach().clone()
     run.model.train()
-    run.step(run.trained[:8], torch.zeros(8, 3, dtype=torch.int64), share=1.0)
+    run.step(run.task.trained[:8], torch.zeros(8, 3, dtype=torch.int64), share=1.0)
     return before, weight.detach()
 
 

@@ -13,6 +13,7 @@ from experiments.data.faces.expressions import THRESHOLD, intensities
 from experiments.data.faces.renderer import Parameters, render
 from experiments.data.faces.sequences import drift
 from experiments.data.faces.traits import Identity, Pose, Scene
+from experiments.seeds import ANNOTATORS, mixed
 
 _PARTS = 3
 
@@ -50,8 +51,9 @@ class Faces:
         size: int = 64,
         sequence_frames: int = 32,
         annotators: int = 4,
+        annotators_seed: int = 0,
     ) -> Faces:
-        """Draws a data set; one seed shows the same pictures at every `disagreement`."""
+        """Draws a data set; one seed shows the same pictures, whatever the annotators do."""
         sequences, rest = divmod(frames_per_subject, sequence_frames)
         if rest or not sequences:
             raise ValueError(
@@ -76,7 +78,13 @@ class Faces:
             images=render(Parameters(identity[subject], pose, scene, drawn), size),
             intensity=intensity,
             truth=(intensity > THRESHOLD).to(torch.int8),
-            given=annotate(intensity, annotator, sequence, disagreement, generator),
+            given=annotate(
+                intensity,
+                annotator,
+                sequence,
+                disagreement,
+                torch.Generator().manual_seed(mixed(seed, ANNOTATORS, annotators_seed)),
+            ),
             lips_part=drawn[:, -1],
             subject=subject,
             sequence=sequence,

@@ -1,0 +1,94 @@
+"""The options of runs on facial action units (AUs)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.extras import literal_type_from_choices
+
+from experiments.checks import require, require_choice
+from experiments.models import AU_NORMS
+
+_CHOICES = {
+    "encoder": ("small", "inception_v3"),
+    "au_head": ("per-au", "shared"),
+    "au_norm": AU_NORMS,
+}
+
+
+def _choice(option: str) -> Any:
+    return literal_type_from_choices(_CHOICES[option])
+
+
+@dataclass(frozen=True)
+class ActionUnitOptions:
+    """What takes effect with a data set of faces only. None stands for the default."""
+
+    fold: int | None = None
+    """faces: test on this third of the subjects, 1 to 3, and train on the others (1)."""
+
+    encoder: _choice("encoder") | None = None
+    """faces: what sees the face. small: eight convolutions. inception_v3: as in the paper (pip
+    install 'noisyq_fast[vision]'). If not given: inception_v3 for bp4d and disfa on a GPU, else
+    small."""
+
+    pretrained: bool = False
+    """faces: start inception_v3 from ImageNet weights (fetched by torchvision, 104 MB)."""
+
+    au_head: _choice("au_head") | None = None
+    """faces: layers of its own for each action unit, or shared by all (per-au)."""
+
+    au_norm: _choice("au_norm") | None = None
+    """faces: batch norm in the head per-au: for each action unit and feature; shared: for each
+    feature, and one activation range for all; folded: per-au, but multiplied into the weights
+    before they are quantized (per-au)."""
+
+    image_size: int | None = None
+    """faces: height and width in pixels (64 for small, 299 for inception_v3)."""
+
+    frames_per_subject: int | None = None
+    """synthetic-au: pictures of each of the 41 subjects, a multiple of 32 (256)."""
+
+    strict: bool = False
+    """bp4d, disfa: stop at the first faults in the files, rather than leave those frames out."""
+
+    cache_dir: Path | None = None
+    """bp4d, disfa: where the decoded pictures are kept; bp4d at 299 pixels takes 39 GB. If not
+    given: noisyq_fast in --data-dir."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None:
+                require_choice(name, value, choices)
+        fold, size, frames = self.fold, self.image_size, self.frames_per_subject
+        require("fold", fold, fold in (None, 1, 2, 3), "1, 2 or 3")
+        require("image_size", size, size is None or size >= 32, "a whole number from 32")
+        accepted = frames is None or (frames > 0 and frames % 32 == 0)
+        require("frames_per_subject", frames, accepted, "a multiple of 32")
+        if self.pretrained and self.encoder == "small":
+            raise ValueError("--pretrained: got --encoder small, takes inception_v3")
+        if self.au_head == "shared" and self.au_norm is not None:
+            raise ValueError(f"--au-norm: got {self.au_norm} with --au-head shared, takes per-au")
+
+    def given(self) -> list[str]:
+        """The options that differ from their defaults."""
+        fields = dataclasses.fields(self)
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
+
+    def resolved(self, synthetic: bool, gpu: bool) -> ActionUnitOptions:
+        """These options, with what was left to a default filled in."""
+        encoder = self.encoder or ("inception_v3" if gpu and not synthetic else "small")
+        head = self.au_head or "per-au"
+        return dataclasses.replace(
+            self,
+            fold=self.fold or 1,
+            encoder=encoder,
+            au_head=head,
+            au_norm=self.au_norm or ("per-au" if head == "per-au" else None),
+            image_size=self.image_size or (64 if encoder == "small" else 299),
+            frames_per_subject=self.frames_per_subject or (256 if synthetic else None),
+        )

@@ -1,0 +1,44 @@
+"""Pictures on their way to the device that trains on them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_RESIDENT_BYTES = 4 << 30
+_WORKERS = 4
+
+
+class FramePool:
+    """Gathers pictures, uint8 `[N, S, S, 3]`, on a device: those that fit are moved there once,
+    others, which may lie in a file, are read by threads ahead of their use."""
+
+    def __init__(self, images: Tensor, device: torch.device) -> None:
+        self.device = device
+        self.streams = device.type != "cpu" and images.numel() > _RESIDENT_BYTES
+        self.images = images if self.streams else images.to(device)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """The pictures at `indices`, on the device."""
+        pictures = self.images[indices.to(self.images.device)]
+        if pictures.device == self.device:
+            return pictures
+        return pictures.pin_memory().to(self.device, non_blocking=True)
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The pictures of each of `indices`, in order."""
+        if not self.streams:
+            yield from map(self, indices)
+            return
+        with ThreadPoolExecutor(_WORKERS) as workers:
+            ahead = deque()
+            for batch in indices:
+                ahead.append(workers.submit(self, batch))
+                if len(ahead) > _WORKERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()

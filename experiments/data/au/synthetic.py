@@ -1,0 +1,35 @@
+"""Faces drawn by formula, as a data set of action units: nothing to download, the truth known."""
+
+import hashlib
+
+from experiments.data.au.frames import Frames
+from experiments.data.faces import AUS, Faces
+
+
+def draw(image_size: int, frames_per_subject: int, disagreement: float, seed: int) -> Frames:
+    """Draws 41 subjects; labels are those of annotators who disagree as `seed` says.
+
+    The pictures are the same at every `disagreement` (1 is about what people show, 0 gives the
+    truth) and every `seed`.
+    """
+    faces = Faces.generate(
+        frames_per_subject=frames_per_subject,
+        size=image_size,
+        disagreement=disagreement,
+        annotators_seed=seed,
+    )
+    digest = hashlib.sha256()
+    for tensor in (faces.images, faces.given, faces.truth):
+        digest.update(tensor.numpy())
+    subjects = int(faces.subject[-1]) + 1
+    return Frames(
+        name="synthetic-au",
+        aus=AUS,
+        images=faces.images,
+        given=faces.given,
+        truth=faces.truth,
+        subject=faces.subject,
+        subjects=tuple(f"S{number:02}" for number in range(1, subjects + 1)),
+        part=faces.part,
+        checksum=digest.hexdigest(),
+    )

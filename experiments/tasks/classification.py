@@ -1,0 +1,161 @@
+"""One class an image, by a ResNet-20, from training labels of which some are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.config import RunConfig
+from experiments.data import Dataset, cifar10n
+from experiments.data.augment import Normalize, RandomCropFlip
+from experiments.data.noise import NOISE_KINDS, NoisyLabels
+from experiments.evaluation import Evaluation, accuracy
+from experiments.models import ResNet20
+from experiments.seeds import SPLIT, mixed
+from experiments.tasks.task import Part, Scores, Task, percent, shards
+
+
+class Classification(Task):
+    """Held-out samples are of the training set, with its noisy labels."""
+
+    SCORE = "accuracy"
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+        self.dataset = dataset
+        self.device = device
+        self.labels = noisy_labels(config, dataset)
+        self.given = self.labels.given.to(device)
+        self.true = self.labels.true.to(device)
+        self.normalize = Normalize.of(dataset.train_images).to(device)
+        self.train_images = dataset.train_images.to(device)
+        self.test_images = dataset.test_images.to(device)
+        self.test_labels = dataset.test_labels.to(device)
+        self.trained, self.held_out = self._split(config)
+        self.images = RandomCropFlip(
+            self.train_images,
+            padding=dataset.crop_padding if config.augment else 0,
+            flip=dataset.flip and config.augment,
+        )
+
+    def _split(self, config: RunConfig) -> tuple[Tensor, Tensor]:
+        count = len(self.given)
+        generator = torch.Generator().manual_seed(mixed(config.seed, SPLIT))
+        order = torch.randperm(count, generator=generator)
+        held_out = round(config.validation * count)
+        if held_out == count or (held_out == 0 and config.validation > 0):
+            raise ValueError(
+                f"--validation: got {config.validation}, which holds out {held_out} of "
+                f"{count} images; takes a share that leaves some on both sides"
+            )
+        return order[held_out:].to(self.device), order[:held_out].to(self.device)
+
+    def count(self, part: Part) -> int:
+        return len(self._part(part)[1])
+
+    def network(self) -> nn.Module:
+        return ResNet20(
+            in_channels=self.dataset.train_images.shape[-1],
+            num_classes=len(self.dataset.class_names),
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.images.draw(count, generator)
+
+    def batches(
+        self, order: Tensor, views: Tensor, size: int
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        for samples, seen in shards(order.to(self.device), views.to(self.device), size):
+            yield samples, (self.trained[samples], seen)
+
+    def pair(self, indices: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+        return self.normalize(self.images(indices, views)), self.given[indices]
+
+    def inputs(self, part: Part, samples: Tensor) -> Tensor:
+        images, _, indices = self._part(part)
+        samples = samples.to(self.device)
+        return self.normalize(images[samples if indices is None else indices[samples]])
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        return logits.argmax(1)
+
+    def epoch_scores(
+        self, predicted: Tensor, held_out: Tensor | None, test: Tensor | None
+    ) -> Scores:
+        given, true = self.given[self.trained], self.true[self.trained]
+        hits, flipped = predicted == given, given != true
+        validation = self._evaluation("held_out", held_out)
+        tested = self._evaluation("test", test)
+        return {
+            "train_accuracy_clean": accuracy(hits[~flipped]),
+            "train_accuracy_flipped": accuracy(hits[flipped]),
+            "validation_accuracy": validation and validation.accuracy,
+            "validation_loss": validation and validation.loss,
+            "test_accuracy": tested and tested.accuracy,
+            "test_loss": tested and tested.loss,
+            "test_calibration_error": tested and tested.calibration_error,
+        }
+
+    def result(self, trained: Tensor, held_out: Tensor | None, test: Tensor) -> dict[str, Any]:
+        given, true = self.given[self.trained], self.true[self.trained]
+        predicted, flipped = trained.argmax(1), given != true
+        train = self._evaluation("trained", trained)
+        tested = self._evaluation("test", test)
+        validation = self._evaluation("held_out", held_out)
+        return {
+            "wrong_labels": self.labels.flipped.double().mean().item(),
+            "test_accuracy": tested.accuracy,
+            "test_loss": tested.loss,
+            "test_calibration_error": tested.calibration_error,
+            "validation_accuracy": validation and validation.accuracy,
+            "train_accuracy": train.accuracy,
+            "train_loss": train.loss,
+            "train_accuracy_clean": accuracy((predicted == given)[~flipped]),
+            "train_accuracy_flipped": accuracy((predicted == given)[flipped]),
+            "flipped_predicted_true": accuracy((predicted == true)[flipped]),
+            "accuracy_gap": train.accuracy - tested.accuracy,
+            "loss_gap": tested.loss - train.loss,
+        }
+
+    def line(self, scores: Scores) -> str:
+        return (
+            f"train clean {percent(scores['train_accuracy_clean'])} "
+            f"flipped {percent(scores['train_accuracy_flipped'])}  "
+            f"test {percent(scores['test_accuracy'])}"
+        )
+
+    @staticmethod
+    def summary(result: dict[str, Any]) -> str:
+        return f"test accuracy {result['test_accuracy']:.2%}"
+
+    def label_arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "indices": self.labels.redrawn.numpy(),
+            "true": self.labels.true.numpy(),
+            "given": self.labels.given.numpy(),
+        }
+
+    def _part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images and labels, and where the part's samples are among the images if not all are."""
+        if part == "test":
+            return self.test_images, self.test_labels, None
+        indices = self.trained if part == "trained" else self.held_out
+        return self.train_images, self.given[indices], indices
+
+    def _evaluation(self, part: Part, logits: Tensor | None) -> Evaluation | None:
+        return None if logits is None else Evaluation.of(logits, self._part(part)[1])
+
+
+def noisy_labels(config: RunConfig, dataset: Dataset) -> NoisyLabels:
+    """The training labels of the run."""
+    if config.noise_kind in NOISE_KINDS:
+        return NOISE_KINDS[config.noise_kind](dataset, config.noise, config.noise_seed)
+    path = cifar10n.find(config.data_dir, config.download)
+    return cifar10n.human(config.noise_kind, path, dataset)
