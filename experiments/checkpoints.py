@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from experiments.output import atomic
+from experiments.files import atomic
 
 _DIGEST = hashlib.sha256
 _DIGEST_SIZE = _DIGEST().digest_size

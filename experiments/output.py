@@ -3,9 +3,7 @@
 import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from experiments.config import RunConfig
+from experiments.files import atomic
 
 # The result goes first and comes last: where there is one, everything else belongs to it.
 _FILES = (
@@ -89,14 +88,3 @@ class RunFolder:
     def _write_text(self, name: str, text: str) -> None:
         with atomic(self.path / name) as temporary:
             temporary.write_text(text)
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path beside `path` that takes its place if the block succeeds and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

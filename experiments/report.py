@@ -12,7 +12,7 @@ if not __package__:
 import polars as pl
 import tyro
 
-from experiments.output import atomic
+from experiments.files import atomic
 from experiments.reporting import figures as classification_figures
 from experiments.reporting import statistics, tables
 from experiments.reporting.action_units import figure as action_unit_figure

@@ -7,8 +7,8 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.files import atomic
 from experiments.methods import BASELINE, METHODS
-from experiments.output import atomic
 
 PERCENT = 100
 COLORS = dict(

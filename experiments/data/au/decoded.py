@@ -1,0 +1,119 @@
+"""Decoded pictures, in a file that is mapped into memory."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.data.au.alignment import Crop
+from experiments.data.au.decoding import Job, decode
+from experiments.files import atomic
+
+_TO_DO, _DONE = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    images: Tensor
+    """uint8 `[M, S, S, 3]`, mapped; writing to it is not allowed."""
+    order: np.ndarray
+    """Which picture each image is, int64 `[M]`."""
+    unreadable: dict[int, str]
+    """What is wrong with the other pictures."""
+
+
+def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> Decoded:
+    """Decodes the pictures that `path` has not got yet, and maps them.
+
+    `path` has a row for each picture, and a file beside it a byte that says whether the row is
+    done. That is written after the row, so that a process that is killed loses little. Pictures
+    that cannot be read are tried again at every start, as they may have been replaced; their rows
+    take the last of the others, as a mapped file cannot have gaps.
+    """
+    count, stride = len(pictures), size * size * 3
+    state = _open(path, count, stride)
+    todo = [
+        Job(row, picture, crop)
+        for row, (picture, crop) in enumerate(pictures)
+        if state[row] == _TO_DO
+    ]
+    _require_space(path, len(todo) * stride)
+    unreadable = {}
+    try:
+        with tqdm(total=count, initial=count - len(todo), unit="picture", disable=not todo) as bar:
+            for outcomes in decode(todo, size, path):
+                unreadable |= {row: why for row, why in outcomes.items() if why is not None}
+                state[[row for row, why in outcomes.items() if why is None]] = _DONE
+                state.flush()
+                bar.update(len(outcomes))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _no_space(path, len(todo) * stride) from error
+        raise
+    order = _close_gaps(path, state == _DONE, stride)
+    return Decoded(_mapped(path, (count, size, size, 3))[: len(order)], order, unreadable)
+
+
+def _open(path: Path, count: int, stride: int) -> np.memmap:
+    """The state, uint8 `[count]`, of the file at `path`, which is begun unless it is there."""
+    state = path.with_suffix(".state")
+    if not _is_whole(path, state, count, stride):
+        if state.exists():
+            print(f"{path}: damaged, so the pictures are decoded anew")
+        state.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            file.truncate(count * stride)
+        with atomic(state) as temporary:
+            temporary.write_bytes(bytes([_TO_DO]) * count)
+    return np.memmap(state, np.uint8, "r+", shape=count)
+
+
+def _is_whole(path: Path, state: Path, count: int, stride: int) -> bool:
+    if not (path.is_file() and state.is_file() and path.stat().st_size == count * stride):
+        return False
+    rows = state.read_bytes()
+    return len(rows) == count and set(rows) <= {_TO_DO, _DONE}
+
+
+def _require_space(path: Path, needed: int) -> None:
+    if needed > shutil.disk_usage(path.parent).free:
+        raise _no_space(path, needed)
+
+
+def _no_space(path: Path, needed: int) -> OSError:
+    free = shutil.disk_usage(path.parent).free
+    return OSError(
+        f"{path.parent}: {free:,} bytes are free, and the decoded pictures take {needed:,}; "
+        "say with --cache-dir where there are"
+    )
+
+
+def _close_gaps(path: Path, done: np.ndarray, stride: int) -> np.ndarray:
+    """Copies the last rows over those that are not done, and gives the order that this makes."""
+    rows = np.flatnonzero(done)
+    order = np.arange(len(rows))
+    gaps = np.flatnonzero(~done[: len(rows)])
+    order[gaps] = rows[len(rows) - len(gaps) :]
+    if len(gaps):
+        with path.open("r+b") as file:
+            for gap in gaps:
+                file.seek(order[gap] * stride)
+                row = file.read(stride)
+                file.seek(gap * stride)
+                file.write(row)
+    return order
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    pixels = np.memmap(path, np.uint8, "r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(pixels)

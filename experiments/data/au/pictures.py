@@ -1,0 +1,43 @@
+"""Folders of pictures that are numbered by their names."""
+
+import os
+import re
+from pathlib import Path
+
+import polars as pl
+
+from experiments.data.au.faults import Faults
+
+REPEATED = "repeated picture"
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_DIGITS = re.compile("[0-9]+")
+
+
+def numbered(folder: Path, faults: Faults) -> pl.DataFrame:
+    """`frame` Int64 and `picture`, the file's name, of the pictures in a folder.
+
+    The number is the last one in the name, with any zeros before it. Of several pictures with one
+    number, which are a fault, `picture` is null.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if _is_picture(entry))
+    pictures: dict[int, str | None] = {}
+    for name in names:
+        digits = _DIGITS.findall(Path(name).stem)
+        if not digits:
+            continue
+        number = int(digits[-1])
+        if number in pictures:
+            faults.add(REPEATED, folder / name, f"not the only picture of frame {number}")
+            pictures[number] = None
+        else:
+            pictures[number] = name
+    return pl.DataFrame(
+        {"frame": list(pictures), "picture": list(pictures.values())},
+        schema={"frame": pl.Int64, "picture": pl.String},
+    )
+
+
+def _is_picture(entry: os.DirEntry) -> bool:
+    hidden = entry.name.startswith(".")
+    return entry.name.lower().endswith(_SUFFIXES) and not hidden and entry.is_file()
