@@ -83,12 +83,15 @@ class ActionUnitOptions:
         """These options, with what was left to a default filled in."""
         encoder = self.encoder or ("inception_v3" if gpu and not synthetic else "small")
         head = self.au_head or "per-au"
+        size = self.image_size or (64 if encoder == "small" else 299)
+        takes = "a whole number from 75 with inception_v3"
+        require("image_size", size, encoder == "small" or size >= 75, takes)
         return dataclasses.replace(
             self,
             fold=self.fold or 1,
             encoder=encoder,
             au_head=head,
             au_norm=self.au_norm or ("per-au" if head == "per-au" else None),
-            image_size=self.image_size or (64 if encoder == "small" else 299),
+            image_size=size,
             frames_per_subject=self.frames_per_subject or (256 if synthetic else None),
         )

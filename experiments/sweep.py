@@ -37,7 +37,8 @@ class SweepConfig:
     """Train every run of a grid.
 
     figure2 is all methods over the share of wrong labels, figure3 is settings of quantization,
-    dropout and pruning. To see what would run, and then run it:
+    dropout and pruning, table1 is all methods on action units of the face, au_norm is where batch
+    norm stands there. To see what would run, and then run it:
 
         python experiments/sweep.py figure2 --dry-run
         python experiments/sweep.py figure2
@@ -54,11 +55,13 @@ class SweepConfig:
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """figure2, figure3, or a TOML file written like experiments/sweeps/figure2.toml."""
+    """figure2, figure3, table1, au_norm, or a TOML file written like those, which are in
+    experiments/sweeps."""
 
     scale: str | None = None
-    """Which scale of the file. smoke: minutes, on digits. small: hours of a CPU, on a part of
-    CIFAR-10. full: as published, for GPUs. If not given: the file's first one, smoke."""
+    """Which scale of the file. smoke: minutes, on digits or a few drawn faces. small: hours of a
+    CPU, on a part of CIFAR-10 or drawn faces. full: as published, for GPUs. If not given: the
+    file's first one, smoke."""
 
     only: tuple[str, ...] = ()
     """Only the runs with these options, as in --only method=quant,baseline seed=0."""

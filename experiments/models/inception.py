@@ -1,8 +1,22 @@
 """InceptionV3 (Szegedy et al. 2015, arXiv 1512.00567) as an encoder."""
 
+from types import ModuleType
+
 from torch import Tensor, nn
 
 _NOT_OF_THE_ENCODER = ("AuxLogits", "avgpool", "dropout", "fc")
+
+
+def torchvision_models() -> ModuleType:
+    """The module torchvision.models; a ValueError where it is missing or of another torch."""
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise ValueError(
+            "--encoder: got inception_v3, which needs torchvision; "
+            "pip install 'noisyq_fast[vision]'"
+        ) from error
+    return models
 
 
 class InceptionV3Encoder(nn.Module):
@@ -15,23 +29,17 @@ class InceptionV3Encoder(nn.Module):
             in torch's cache. They were trained on pictures scaled from -1 to 1.
 
     Raises:
-        ValueError: torchvision is missing, or was built for another torch.
+        ValueError: as `torchvision_models`.
     """
 
     features = 2048
 
     def __init__(self, pretrained: bool) -> None:
         super().__init__()
-        try:
-            from torchvision.models import Inception_V3_Weights, inception_v3
-        except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-            raise ValueError(
-                "--encoder: got inception_v3, which needs torchvision; "
-                "pip install 'noisyq_fast[vision]'"
-            ) from error
-        network = inception_v3(init_weights=not pretrained)
+        models = torchvision_models()
+        network = models.inception_v3(init_weights=not pretrained)
         if pretrained:
-            weights = Inception_V3_Weights.IMAGENET1K_V1
+            weights = models.Inception_V3_Weights.IMAGENET1K_V1
             state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
             network.load_state_dict(state)
         for name, layer in network.named_children():  # in the order of the forward

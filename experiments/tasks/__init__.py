@@ -10,6 +10,7 @@ import torch
 from experiments import data
 from experiments.config import RunConfig
 from experiments.data import Dataset, au
+from experiments.models.inception import torchvision_models
 from experiments.tasks.action_units import ActionUnits
 from experiments.tasks.classification import Classification
 from experiments.tasks.task import Part, Task
@@ -27,6 +28,8 @@ def kind(config: RunConfig) -> type[Task]:
 def read(config: RunConfig) -> Data:
     """The data of a run."""
     faces = config.faces
+    if faces.encoder == "inception_v3":
+        torchvision_models()  # which may be missing, told before pictures are decoded for hours
     if config.dataset == au.SYNTHETIC:
         return au.draw(faces.image_size, faces.frames_per_subject, config.noise, config.noise_seed)
     if config.detects_action_units:

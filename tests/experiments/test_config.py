@@ -134,6 +134,11 @@ def test_encoder_suits_the_faces_and_the_machine(dataset, gpu, encoder, size):
     assert (faces.au_head, faces.au_norm) == ("per-au", "per-au")
 
 
+def test_pictures_too_small_for_the_encoder_are_refused():
+    with pytest.raises(ValueError, match="--image-size: got 64, takes a whole number from 75"):
+        resolved("--dataset synthetic-au --encoder inception_v3 --image-size 64")
+
+
 def test_best_epoch_on_held_out_subjects_is_kept_whatever_the_method():
     baseline = resolved("--dataset synthetic-au --epochs 7")
     assert baseline.options.early_stopping.patience == 7

@@ -48,7 +48,8 @@ def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> 
     _require_space(path, len(todo) * stride)
     unreadable = {}
     try:
-        with tqdm(total=count, initial=count - len(todo), unit="picture", disable=not todo) as bar:
+        hidden = None if todo else True  # None: where nobody looks
+        with tqdm(total=count, initial=count - len(todo), unit="picture", disable=hidden) as bar:
             for outcomes in decode(todo, size, path):
                 unreadable |= {row: why for row, why in outcomes.items() if why is not None}
                 state[[row for row, why in outcomes.items() if why is None]] = _DONE
