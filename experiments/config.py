@@ -99,7 +99,8 @@ class RunConfig:
 
     noise: float | None = None
     """Share of the training labels that noise touches, from 0 to 1 (0.4). synthetic-au: how far
-    annotators disagree, from 0; 1 is about as people do (1). Human labels come with their own."""
+    annotators disagree, from 0; at 1 a ninth of their labels are wrong (1). Human labels come with
+    their own."""
 
     noise_kind: _choice("noise_kind") | None = None
     """symmetric: re-drawn uniformly over all classes, the true one included. symmetric_exclusive:

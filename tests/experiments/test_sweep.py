@@ -198,7 +198,8 @@ def test_missing_file_names_what_there_is(main):
     assert main("figure4") == (
         2,
         "",
-        "error: figure4: no such file; those that come along are au_norm, figure2, figure3, table1\n",
+        "error: figure4: no such file; those that come along are "
+        "au_norm, figure2, figure3, table1\n",
     )
 
 

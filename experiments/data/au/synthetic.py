@@ -9,8 +9,7 @@ from experiments.data.faces import AUS, Faces
 def draw(image_size: int, frames_per_subject: int, disagreement: float, seed: int) -> Frames:
     """Draws 41 subjects; labels are those of annotators who disagree as `seed` says.
 
-    The pictures are the same at every `disagreement` (1 is about what people show, 0 gives the
-    truth) and every `seed`.
+    The pictures are the same at every `disagreement` (0 gives the truth) and every `seed`.
     """
     faces = Faces.generate(
         frames_per_subject=frames_per_subject,

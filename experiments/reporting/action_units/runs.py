@@ -45,7 +45,7 @@ class ActionUnitRun(FinishedRun):
 
     @property
     def noise(self) -> float | None:
-        """How far annotators disagree, 1 as people do; None where people were the annotators."""
+        """How far drawn faces' annotators disagree; None where people were the annotators."""
         return self.option("noise")
 
     @property
