@@ -10,6 +10,7 @@ import torch
 
 from experiments.files import atomic
 
+LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 _DIGEST = hashlib.sha256
 _DIGEST_SIZE = _DIGEST().digest_size
 
@@ -21,8 +22,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.last = folder / "checkpoint.pt"
-        self.before = folder / "checkpoint-before.pt"
+        self.last = folder / LAST
+        self.before = folder / BEFORE
 
     def save(self, state: dict[str, Any]) -> None:
         """Writes a checkpoint; a process that is killed meanwhile leaves one that can be read."""

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import nn
 
+from experiments import checkpoints
 from experiments.config import RunConfig
 from experiments.files import atomic
 
@@ -18,8 +19,8 @@ from experiments.files import atomic
 _FILES = (
     "result.json",
     "model.safetensors",
-    "checkpoint.pt",
-    "checkpoint-before.pt",
+    checkpoints.LAST,
+    checkpoints.BEFORE,
     "metrics.jsonl",
     "noisy_labels.npz",
     "config.json",

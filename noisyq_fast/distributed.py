@@ -101,7 +101,7 @@ class _FakeQuantizeTogether:
         # With the batch's own absmax nothing clips.
         ste = ste if delayed else "identity"
         y = fake_quantize_ema(x, known, bits, axis, training=False, ste=ste)
-        reference._average_(running_absmax, absmax, averaging_constant)
+        reference.average_(running_absmax, absmax, averaging_constant)
         return y
 
     def _has_other_ranks(self) -> bool:
@@ -121,6 +121,6 @@ class _FakeQuantizeTogether:
             shape = [] if axis is None else [x.shape[axis]]
             absmax = torch.full(shape, -_INFINITY, dtype=torch.float32, device=x.device)
         else:
-            absmax = reference._absmax(x, axis).nan_to_num(nan=_INFINITY, posinf=_INFINITY)
+            absmax = reference.absmax_of(x, axis).nan_to_num(nan=_INFINITY, posinf=_INFINITY)
         dist.all_reduce(absmax, dist.ReduceOp.MAX, self.process_group)
         return absmax

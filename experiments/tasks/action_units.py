@@ -81,7 +81,8 @@ class ActionUnits(Task):
         indices = [self.parts["trained"][samples] for samples, _ in parts]
         pictures = self.pool.batches(indices)
         for (samples, seen), frames, images in zip(parts, indices, pictures, strict=True):
-            yield samples, (images, seen.to(self.device), self.given[frames.to(self.device)])
+            given = self.given[frames.to(self.device)]
+            yield samples.to(self.device), (images, seen.to(self.device), given)
 
     def pair(self, images: Tensor, views: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self.normalize(images)

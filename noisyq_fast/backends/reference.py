@@ -18,7 +18,7 @@ def unavailable() -> str | None:
 
 
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize(x, _absmax(x, axis), qmax, axis)
+    return _fake_quantize(x, absmax_of(x, axis), qmax, axis)
 
 
 def fake_quantize_many(
@@ -30,9 +30,9 @@ def fake_quantize_many(
 def fake_quantize_ema(
     x: Tensor, running_absmax: Tensor, qmax: int, axis: int | None, averaging_constant: float
 ) -> Tensor:
-    absmax = _absmax(x, axis)
+    absmax = absmax_of(x, axis)
     if x.numel() > 0:
-        _average_(running_absmax, absmax, averaging_constant)
+        average_(running_absmax, absmax, averaging_constant)
     return _fake_quantize(x, absmax, qmax, axis)
 
 
@@ -44,14 +44,14 @@ def fake_quantize_delayed(
     averaging_constant: float,
     save_clipped: bool,
 ) -> tuple[Tensor, Tensor]:
-    absmax = _absmax(x, axis)
+    absmax = absmax_of(x, axis)
     known = torch.where(running_absmax.isnan(), absmax, running_absmax)
     if save_clipped:
         y, clipped = fake_quantize_clipped(x, known, qmax, axis)
     else:
         y, clipped = _fake_quantize(x, known, qmax, axis), x.new_empty(0, dtype=torch.uint8)
     if x.numel() > 0:
-        _average_(running_absmax, absmax, averaging_constant)
+        average_(running_absmax, absmax, averaging_constant)
     return y, clipped
 
 
@@ -72,7 +72,7 @@ def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    scale = _scale(_absmax(x, axis), qmax)
+    scale = _scale(absmax_of(x, axis), qmax)
     codes = _rounded(x, scale, axis).clamp(-qmax, qmax).nan_to_num(nan=0.0)
     return torch.empty_like(x, dtype=torch.int8).copy_(codes), scale
 
@@ -82,7 +82,7 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32).copy_(values)
 
 
-def _absmax(x: Tensor, axis: int | None) -> Tensor:
+def absmax_of(x: Tensor, axis: int | None) -> Tensor:
     """lambda: the largest magnitude of each group, in float32; 0 for a group without elements."""
     shape = [] if axis is None else [x.shape[axis]]
     if x.numel() == 0:
@@ -92,7 +92,9 @@ def _absmax(x: Tensor, axis: int | None) -> Tensor:
     return (magnitudes.amax(others) if others else magnitudes).float().reshape(shape)
 
 
-def _average_(running_absmax: Tensor, absmax: Tensor, averaging_constant: float) -> None:
+def average_(running_absmax: Tensor, absmax: Tensor, averaging_constant: float) -> None:
+    """Moves the average towards the batch's absmax; one that is NaN begins with it, and one that
+    is not finite changes nothing."""
     averaged = running_absmax + averaging_constant * (absmax - running_absmax)
     averaged = torch.where(running_absmax.isnan(), absmax, averaged)
     running_absmax.copy_(torch.where(absmax.isfinite(), averaged, running_absmax))
