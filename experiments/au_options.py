@@ -32,8 +32,8 @@ class ActionUnitOptions:
 
     encoder: _choice("encoder") | None = None
     """faces: what sees the face. small: eight convolutions. inception_v3: as in the paper (pip
-    install 'noisyq_fast[vision]'). If not given: inception_v3 for bp4d and disfa on a GPU, else
-    small."""
+    install 'noisyq_fast[vision]'). If not given: inception_v3 for bp4d and disfa on a GPU and with
+    --pretrained, else small."""
 
     pretrained: bool = False
     """faces: start inception_v3 from ImageNet weights (fetched by torchvision, 104 MB)."""
@@ -81,7 +81,8 @@ class ActionUnitOptions:
 
     def resolved(self, synthetic: bool, gpu: bool) -> ActionUnitOptions:
         """These options, with what was left to a default filled in."""
-        encoder = self.encoder or ("inception_v3" if gpu and not synthetic else "small")
+        large = self.pretrained or (gpu and not synthetic)
+        encoder = self.encoder or ("inception_v3" if large else "small")
         head = self.au_head or "per-au"
         size = self.image_size or (64 if encoder == "small" else 299)
         takes = "a whole number from 75 with inception_v3"

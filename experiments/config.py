@@ -128,7 +128,8 @@ class RunConfig:
     schedule: _choice("schedule") | None = None
     """steps: the learning rate falls to 0.1, 0.01, 0.001 and 0.0005 of the first after 40, 60, 80
     and 90 % of the epochs. cosine: it falls to 0 along a half cosine. exponential: by 1 % an epoch.
-    constant: it stays. If not given: steps; exponential for faces."""
+    constant: it stays. If not given: steps; of faces cosine for small, exponential for
+    inception_v3."""
 
     augment: bool = True
     """Random crops, and flips where a mirror image keeps its class; of faces, rotation, zoom and
@@ -218,13 +219,19 @@ class RunConfig:
             raise ValueError(f"--noise-kind: got {self.noise_kind} with faces, takes {ANNOTATORS}")
         if self.train_size is not None:
             raise ValueError(f"--train-size: got {self.train_size} with faces, which are all taken")
-        if self.dataset != SYNTHETIC:
-            for name, value in (
-                ("noise", self.noise),
-                ("frames-per-subject", self.faces.frames_per_subject),
-            ):
-                if value is not None:
-                    raise ValueError(f"--{name}: got {value}, takes effect with {SYNTHETIC} only")
+        if self.faces.au_norm == "folded" and "dropout" in self.methods:
+            raise ValueError("--au-norm: got folded with dropout, whose zeros it would move")
+        made = {
+            "noise": self.noise,
+            "noise-seed": self.noise_seed or None,
+            "frames-per-subject": self.faces.frames_per_subject,
+        }
+        filmed = {"strict": self.faces.strict or None, "cache-dir": self.faces.cache_dir}
+        without_effect = filmed if self.dataset == SYNTHETIC else made
+        for name, value in without_effect.items():
+            if value is not None:
+                takes = f"takes no effect with {self.dataset}"
+                raise ValueError(f"--{name}: got {value}, {takes}")
 
     @property
     def detects_action_units(self) -> bool:
@@ -253,15 +260,18 @@ class RunConfig:
     def resolved(self, gpu: bool, threads: int) -> RunConfig:
         """These options, with what was left to a default filled in, for a machine with or without a
         GPU and so many CPU threads."""
+        if self.cuda_graph and not gpu:
+            raise ValueError("--cuda-graph: got a machine without a GPU, takes one with")
         on, faces = self.methods, self.faces
         if self.detects_action_units:
             faces = faces.resolved(self.dataset == SYNTHETIC, gpu)
         suits = recipe(self.dataset, faces.encoder)
         epochs = suits.epochs if self.epochs is None else self.epochs
         if suits.selects_epoch:
-            # If no patience was asked for, trains to the end and goes back to the best epoch.
-            patience = self.options.early_stopping.patience or max(1, epochs)
-            on = on | {"early_stopping": EarlyStopping(patience)}
+            # Trains to the end, unless told otherwise, and goes back to the best epoch.
+            whole = max(1, epochs)
+            asked = on["early_stopping"].patience if "early_stopping" in on else whole
+            on = on | {"early_stopping": EarlyStopping(min(asked, whole))}
         validation = suits.validation or (0.1 if "early_stopping" in on else 0.0)
         noise_kind = self.noise_kind or (ANNOTATORS if self.detects_action_units else "symmetric")
         is_made = noise_kind in NOISE_KINDS or self.dataset == SYNTHETIC

@@ -49,5 +49,6 @@ class GraphedStep:
 
     def _record(self, constants: dict[str, Any]) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Threads that fetch the next pictures go on meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = self.step(*self.inputs, **constants)

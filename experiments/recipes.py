@@ -25,7 +25,7 @@ class Recipe:
 
 
 _CLASSIFICATION = Recipe(epochs=200, batch_size=128, lr=1e-3, schedule="steps", noise=0.4)
-# Tallec et al. 2023, arXiv 2303.11803, section 4.2, for the pretrained InceptionV3.
+# Tallec et al. 2023, arXiv 2303.11803, section 4.2, for InceptionV3.
 _ACTION_UNITS = Recipe(
     epochs=10,
     batch_size=64,

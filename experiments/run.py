@@ -130,11 +130,11 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
 
 
 def _at_best_validation(history: list[EpochMetrics], score: str) -> float | None:
-    """Of the epochs with both evaluations, the test score of the best on held-out samples."""
+    """The test score of the best epoch on held-out samples; None unless all had both."""
     test = f"test_{score}"
-    known = [m for m in history if None not in (m.scores[test], m.validation_score)]
-    best = max(known, key=lambda metrics: metrics.validation_score, default=None)
-    return best and best.scores[test]
+    if not history or any(None in (m.scores[test], m.validation_score) for m in history):
+        return None
+    return max(history, key=lambda metrics: metrics.validation_score).scores[test]
 
 
 def _device_type(wanted: str) -> str:

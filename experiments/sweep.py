@@ -60,8 +60,8 @@ class SweepConfig:
 
     scale: str | None = None
     """Which scale of the file. smoke: minutes, on digits or a few drawn faces. small: hours of a
-    CPU, on a part of CIFAR-10 or drawn faces. full: as published, for GPUs. If not given: the
-    file's first one, smoke."""
+    CPU, on a part of CIFAR-10 or drawn faces. full: for GPUs; table1 and au_norm then take the
+    data after --. If not given: the file's first one, smoke."""
 
     only: tuple[str, ...] = ()
     """Only the runs with these options, as in --only method=quant,baseline seed=0."""

@@ -67,7 +67,7 @@ class Trainer:
         self.stopped = False
 
         count = task.count("trained")
-        smallest = min(count, (count - 1) % config.batch_size + 1)
+        smallest = batch_sizes(count, config.batch_size)[-1]
         if smallest < distributed.size():
             raise ValueError(
                 f"--batch-size: got {config.batch_size}, which leaves {smallest} of "
@@ -102,8 +102,8 @@ class Trainer:
             fused=True,
             capturable=self.config.cuda_graph,
         )
-        # One that no method has set falls with the rate.
-        self.decay = 0.0 if options else self.config.recipe.weight_decay
+        # The recipe's falls with the rate.
+        self.decay = 0.0 if "weight_decay" in self.methods else self.config.recipe.weight_decay
         self.loss = self.task.loss
         for method in self.methods.values():
             self.loss = method.loss(self.loss, self.model)
@@ -139,8 +139,8 @@ class Trainer:
     def _step(self, *batch: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The loss and the predictions of a batch, which may be this process's share of a larger
         one."""
+        inputs, labels = self.task.pair(*batch)
         with self._autocast():
-            inputs, labels = self.task.pair(*batch)
             logits = self.forward(inputs).float()
             loss = self.loss(logits, labels)
         self.optimizer.zero_grad()
@@ -212,30 +212,29 @@ class Trainer:
 
     def _train(self, epoch: int, rate: float, progress: tqdm) -> tuple[float, Tensor]:
         """The mean loss, and what was predicted of each sample that is trained on."""
-        count, size = self.task.count("trained"), self.config.batch_size
+        count = self.task.count("trained")
         generator = torch.Generator().manual_seed(mixed(self.config.seed, ORDER, epoch))
         order = torch.randperm(count, generator=generator)
         views = self.task.draw(count, generator)
-        sizes = torch.tensor([len(batch) for batch in order.split(size)])
+        sizes = batch_sizes(count, self.config.batch_size)
         losses = torch.zeros(len(sizes), device=self.device)
         predicted = None
         self.model.train()
-        for step, (samples, batch) in enumerate(self.task.batches(order, views, size)):
-            whole = int(sizes[step])
-            share = len(samples) / whole
+        for step, (samples, batch) in enumerate(self.task.batches(order, views, sizes)):
+            share = len(samples) / sizes[step]
             loss, answers = self.step(*batch, share=share)
             losses[step] = loss * share
             if predicted is None:
                 predicted = answers.new_zeros(count, *answers.shape[1:])
             predicted[samples] = answers
-            progress.update(whole)
+            progress.update(sizes[step])
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(losses):
                 first = step // _CHECK_EVERY * _CHECK_EVERY
                 checked = losses[first : step + 1]
                 distributed.sum_(checked)
                 self._check(checked.tolist(), epoch, first, rate)
                 progress.set_postfix_str(f"loss {checked[-1]:.3f}", refresh=False)
-        mean = (losses @ sizes.to(losses)).item() / count
+        mean = (losses @ losses.new_tensor(sizes)).item() / count
         return mean, distributed.sum_(predicted)  # each is one process's
 
     def _check(self, losses: list[float], epoch: int, first: int, rate: float) -> None:
@@ -317,3 +316,12 @@ class Trainer:
             parameters["lr"] = self._rate(self.config.lr)  # not where the checkpoint had it
         self.history = [EpochMetrics(**metrics) for metrics in state["history"]]
         self.stopped = state["stopped"]
+
+
+def batch_sizes(count: int, size: int) -> list[int]:
+    """The sizes of an epoch's batches: `size`, and what is left in a last one. A single sample that
+    is left joins the batch before, as batch norm needs two."""
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if sizes[-1] == 1 < size and len(sizes) > 1:
+        sizes[-2:] = [size + 1]
+    return sizes

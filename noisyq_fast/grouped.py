@@ -91,7 +91,18 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, *, parameters: Parameters | None = None) -> Tensor:
         self.check_input(x)
+        self.check_parameters(parameters)
         return _grouped_linear(x, *(parameters or (self.weight, self.bias)))
+
+    def check_parameters(self, parameters: Parameters | None) -> None:
+        weight, bias = parameters or (self.weight, self.bias)
+        for name, given, own in (
+            ("weight", weight, self.weight.shape),
+            ("bias", bias, self.weight.shape[:2]),
+        ):
+            if given is not None and given.shape != own:
+                got = f"got a {name} of shape {list(given.shape)}"
+                raise ValueError(f"parameters: {got}, takes {list(own)}")
 
     def check_input(self, x: Tensor) -> None:
         checks.tensors(x=x)
@@ -173,6 +184,7 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
 
     def forward(self, x: Tensor, *, parameters: Parameters | None = None) -> Tensor:
         self.check_input(x)
+        self.check_parameters(parameters)
         weight, bias = parameters or (None, self.bias)
         return _grouped_linear(self.quantized_input(x), self.quantized_weight(weight), bias)
 

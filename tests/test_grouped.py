@@ -410,3 +410,14 @@ def test_bad_conversions_leave_the_model_as_it_was(arguments, message):
         quantize_model_(model, **arguments)
     assert type(model[0]) is nn.Linear
     assert type(model[2]) is GroupedLinear
+
+
+@pytest.mark.parametrize("layer", [GroupedLinear(2, 3, 4), QuantGroupedLinear(2, 3, 4)])
+def test_parameters_of_another_shape_are_refused(layer):
+    x, weight, bias = torch.randn(5, 2, 3), torch.randn(2, 4, 3), torch.randn(2, 4)
+    for parameters, message in (
+        ((weight[:, :1], bias), r"got a weight of shape \[2, 1, 3\], takes \[2, 4, 3\]"),
+        ((weight, bias[0]), r"got a bias of shape \[4\], takes \[2, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=f"parameters: {message}"):
+            layer(x, parameters=parameters)

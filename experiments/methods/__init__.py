@@ -16,7 +16,7 @@ from experiments.methods.weight_decay import WeightDecay
 __all__ = ["BASELINE", "METHODS", "Method", "Options", "chosen", "label"]
 
 BASELINE = "baseline"
-"""Cross-entropy and Adam: no method at all."""
+"""The task's own loss and recipe: no method at all."""
 
 # In the order in which they change the network.
 METHODS: dict[str, type[Method]] = {

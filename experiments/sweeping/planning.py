@@ -49,9 +49,12 @@ def _task(options: Options, extra: tuple[str, ...]) -> Task:
     except SystemExit:
         raise ValueError(_refused(options)) from None
     config = prepared.config
+    # What changes the name and can depend on the machine or the process.
+    found = {"threads": config.threads}
+    if config.detects_action_units:
+        found["encoder"] = config.faces.encoder
     return Task(
-        # With the number of threads, which can depend on the process and changes the name.
-        arguments=(*_arguments(options | {"threads": config.threads}), *extra),
+        arguments=(*_arguments(options | found), *extra),
         folder=prepared.path,
         epochs=config.epochs,
         threads=config.threads,

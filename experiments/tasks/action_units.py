@@ -42,7 +42,7 @@ class ActionUnits(Task):
         self.frames = frames
         self.device = device
         self.parts = split(frames, config.faces.fold, config.validation, config.seed)
-        self.pool = FramePool(frames.images, device)
+        self.pool = FramePool(frames.images, frames.row, device)
         self.given = frames.given.to(device)
         self.truth = None if frames.truth is None else frames.truth.to(device)
         self.weights = frequency_weights(frames.given[self.parts["trained"]]).to(device)
@@ -51,9 +51,9 @@ class ActionUnits(Task):
     def _normalize(self) -> Normalize:
         if self.config.faces.pretrained:
             return Normalize(torch.full((3,), 127.5), torch.full((3,), 127.5))  # as it was trained
-        trained = self.parts["trained"]
-        step = -(-len(trained) // _SAMPLE)
-        return Normalize.of(self.frames.images[trained[::step]])
+        rows = self.frames.row[self.parts["trained"]]
+        step = -(-len(rows) // _SAMPLE)
+        return Normalize.of(self.frames.images[rows[::step]])
 
     def count(self, part: Part) -> int:
         return len(self.parts[part])
@@ -75,9 +75,9 @@ class ActionUnits(Task):
         return augment.draw(count, generator)
 
     def batches(
-        self, order: Tensor, views: Tensor, size: int
+        self, order: Tensor, views: Tensor, sizes: list[int]
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        parts = list(shards(order, views, size))
+        parts = list(shards(order, views, sizes))
         indices = [self.parts["trained"][samples] for samples, _ in parts]
         pictures = self.pool.batches(indices)
         for (samples, seen), frames, images in zip(parts, indices, pictures, strict=True):
@@ -94,7 +94,7 @@ class ActionUnits(Task):
         return self.normalize(self.pool(self.parts[part][samples]))
 
     def predicted(self, logits: Tensor) -> Tensor:
-        return (logits >= 0).to(torch.uint8)
+        return (logits.sigmoid() >= 0.5).to(torch.uint8)
 
     def epoch_scores(
         self, predicted: Tensor, held_out: Tensor | None, test: Tensor | None
@@ -186,6 +186,9 @@ def split(frames: Frames, fold: int, validation: float, seed: int) -> dict[Part,
     """The frames of each part of a fold: fold 1 tests on the last third of the subjects, fold 3 on
     the first. Of the others, `round(validation * n)` of `n` subjects are held out at random."""
     test = frames.part == 3 - fold
+    for name, chosen in (("test", test), ("training", ~test)):
+        if not chosen.any():
+            raise ValueError(f"--fold: got {fold}, of which {frames.name} has no {name} frame here")
     subjects = frames.subject[~test].unique()
     count = round(validation * len(subjects))
     if count in (0, len(subjects)):
@@ -197,9 +200,6 @@ def split(frames: Frames, fold: int, validation: float, seed: int) -> dict[Part,
     order = torch.randperm(len(subjects), generator=generator)
     held_out = torch.isin(frames.subject, subjects[order[:count]]) & ~test
     parts = {"trained": ~test & ~held_out, "held_out": held_out, "test": test}
-    for name, chosen in parts.items():
-        if not chosen.any():
-            raise ValueError(f"fold {fold}: no frame of {frames.name} is {name.replace('_', ' ')}")
     return {name: chosen.nonzero().flatten() for name, chosen in parts.items()}
 
 

@@ -70,9 +70,9 @@ class Classification(Task):
         return self.images.draw(count, generator)
 
     def batches(
-        self, order: Tensor, views: Tensor, size: int
+        self, order: Tensor, views: Tensor, sizes: list[int]
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        for samples, seen in shards(order.to(self.device), views.to(self.device), size):
+        for samples, seen in shards(order.to(self.device), views.to(self.device), sizes):
             yield samples, (self.trained[samples], seen)
 
     def pair(self, indices: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,10 +48,10 @@ class Task(ABC):
 
     @abstractmethod
     def batches(
-        self, order: Tensor, views: Tensor, size: int
+        self, order: Tensor, views: Tensor, sizes: list[int]
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """This process's part of each batch of `size` of the trained samples in `order`, which are
-        seen in `views`: the samples, and what `pair` takes."""
+        """This process's part of each batch, in `sizes`, of the trained samples in `order`, which
+        are seen in `views`: the samples, and what `pair` takes."""
 
     @abstractmethod
     def pair(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,9 +93,9 @@ class Task(ABC):
         """The labels trained on and, where it is known, the truth."""
 
 
-def shards(order: Tensor, views: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def shards(order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of each batch: samples and views."""
-    for batch, batch_views in zip(order.split(size), views.split(size), strict=True):
+    for batch, batch_views in zip(order.split(sizes), views.split(sizes), strict=True):
         yield distributed.shard(batch), distributed.shard(batch_views)
 
 

@@ -12,7 +12,7 @@ from experiments.methods import METHODS
 from experiments.tasks.action_units import ActionUnits, split
 from experiments.tasks.au_loss import au_loss
 from experiments.tasks.f1 import best_thresholds, f1
-from experiments.training import Trainer
+from experiments.training import Trainer, batch_sizes
 
 CPU = torch.device("cpu")
 TINY = "--dataset synthetic-au --frames-per-subject 32 --image-size 32 --threads 1 --epochs 2"
@@ -151,6 +151,7 @@ def small_frames(truth):
         aus=(1, 2),
         images=torch.zeros(10, 32, 32, 3, dtype=torch.uint8)
         + torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1),
+        row=torch.arange(10),
         given=given,
         truth=truth,
         subject=subject,
@@ -200,7 +201,7 @@ def test_pictures_and_labels_stay_together():
     count = task.count("trained")
     order = torch.arange(count).flip(0)
     views = task.draw(count, torch.Generator())
-    for samples, batch in task.batches(order, views, size=3):
+    for samples, batch in task.batches(order, views, [2, count - 2]):
         images, _, given = batch
         indices = task.parts["trained"][samples]
         assert images[:, 0, 0, 0].tolist() == indices.tolist()
@@ -212,8 +213,10 @@ def test_pictures_and_labels_stay_together():
 
 def test_empty_part_is_told():
     frames = replace(small_frames(None), part=torch.tensor([0, 0, 1, 1, 1]).repeat_interleave(2))
-    with pytest.raises(ValueError, match="fold 1: no frame of made up is test"):
+    with pytest.raises(ValueError, match="--fold: got 1, of which made up has no test frame"):
         split(frames, 1, 0.25, 0)
+    with pytest.raises(ValueError, match="--fold: got 2, of which made up has no training frame"):
+        split(replace(frames, part=torch.ones(10)), 2, 0.25, 0)
 
 
 # The whole path.
@@ -295,3 +298,30 @@ def test_run_writes_labels_scores_and_options(tmp_path):
         assert (arrays["given"] == prepared.data.given.numpy()[arrays["indices"]]).all()
         assert (arrays["true"] == prepared.data.truth.numpy()[arrays["indices"]]).all()
     assert run.execute(prepared, CPU).startswith("finished already, test F1 ")
+
+
+def test_weights_are_not_tested_on_who_they_were_trained_on(tmp_path):
+    options = [*TINY.split(), "--out", str(tmp_path)]
+    run.execute(run.prepare(run.parse([*options, "--fold", "2"])), CPU)
+    (weights,) = tmp_path.glob("*/model.safetensors")
+    evaluate = [*options, "--epochs", "0", "--weights", str(weights)]
+    assert run.execute(run.prepare(run.parse([*evaluate, "--fold", "2"])), CPU)
+    for other in (["--fold", "1"], ["--fold", "2", "--seed", "1"]):
+        with pytest.raises(ValueError, match="this run would be tested on who it was trained on"):
+            run.execute(run.prepare(run.parse([*evaluate, *other])), CPU)
+
+
+def test_single_face_that_is_left_joins_the_batch_before():
+    assert batch_sizes(9, 4) == [4, 5]
+    assert batch_sizes(8, 4) == [4, 4]
+    assert batch_sizes(10, 4) == [4, 4, 2]
+    assert batch_sizes(1, 4) == [1]
+    assert batch_sizes(2, 1) == [1, 1]
+    count = trainer().task.count("trained")
+    assert len(list(trainer(f"--batch-size {count - 1} --epochs 1").epochs())) == 1
+
+
+def test_penalty_in_the_loss_takes_the_place_of_the_decay_of_the_recipe():
+    work = trainer("--method weight_decay --weight-decay-form loss --epochs 1")
+    list(work.epochs())
+    assert [group["weight_decay"] for group in work.optimizer.param_groups] == [0, 0]

@@ -63,8 +63,12 @@ def test_error_names_the_option_what_it_got_and_what_it_takes(option, value, mes
         ("--patience 0", "--patience: got 0, takes a whole number from 1"),
         ("--fold 2", "--fold: takes effect with synthetic-au, bp4d, disfa only"),
         ("--dataset disfa --fold 4", "--fold: got 4, takes 1, 2 or 3"),
-        ("--dataset bp4d --noise 0.5", "--noise: got 0.5, takes effect with synthetic-au only"),
-        ("--dataset bp4d --frames-per-subject 32", "--frames-per-subject: got 32, takes effect"),
+        ("--dataset bp4d --noise 0.5", "--noise: got 0.5, takes no effect with bp4d"),
+        ("--dataset bp4d --frames-per-subject 32", "--frames-per-subject: got 32, takes no"),
+        ("--dataset disfa --noise-seed 1", "--noise-seed: got 1, takes no effect with disfa"),
+        ("--dataset synthetic-au --strict", "--strict: got True, takes no effect with synthetic"),
+        ("--dataset synthetic-au --cache-dir x", "--cache-dir: got x, takes no effect with synth"),
+        ("--dataset bp4d --au-norm folded --dropout 0.1", "--au-norm: got folded with dropout"),
         ("--dataset synthetic-au --frames-per-subject 40", "--frames-per-subject: got 40, takes a"),
         ("--dataset synthetic-au --noise-kind pair", "--noise-kind: got pair with faces, takes"),
         ("--dataset synthetic-au --noise -1", "--noise: got -1.0, takes a finite number from 0"),
@@ -145,6 +149,8 @@ def test_best_epoch_on_held_out_subjects_is_kept_whatever_the_method():
     assert baseline.label == "baseline"
     same = resolved("--dataset synthetic-au --epochs 7 --method early_stopping")
     assert same.identity() == baseline.identity()
+    stopped = resolved("--dataset synthetic-au --epochs 20 --method early_stopping")
+    assert stopped.label == "early-stopping10"
     quant = resolved("--dataset synthetic-au --method quant --patience 3")
     assert quant.label == "quant-w4a4+early-stopping3"
 
@@ -162,6 +168,11 @@ def test_options_of_faces_are_in_the_identity_of_faces_only():
         "frames_per_subject",
         "patience",
     }
+
+
+def test_recording_steps_takes_a_gpu():
+    with pytest.raises(ValueError, match="--cuda-graph: got a machine without a GPU"):
+        resolved("--cuda-graph")
 
 
 def test_human_labels_bring_their_noise():

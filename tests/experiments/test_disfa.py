@@ -27,7 +27,7 @@ def load(tree, strict=False):
 
 def assert_is(frames, tree, expected):
     """Pictures, labels and subjects of `(subject, frame)`."""
-    assert_greys(frames.images, [level(*key) for key in expected])
+    assert_greys(frames.images[frames.row], [level(*key) for key in expected])
     given = [[int(tree.intensity(*key, au) >= 2) for au in disfa.AUS] for key in expected]
     assert frames.given.tolist() == given
     assert [frames.subjects[number] for number in frames.subject] == [key[0] for key in expected]
@@ -105,7 +105,7 @@ def test_a_fault_costs_its_frame(tree, plant):
 
 def assert_is_without(frames, tree, left_out):
     expected = [key for key in tree.expected() if key != left_out]
-    assert_greys(frames.images, [level(*key) for key in expected])
+    assert_greys(frames.images[frames.row], [level(*key) for key in expected])
     assert len(frames.given) == len(expected)
 
 

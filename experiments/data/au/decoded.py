@@ -23,11 +23,11 @@ _TO_DO, _DONE = 0, 1
 @dataclass(frozen=True, eq=False)
 class Decoded:
     images: Tensor
-    """uint8 `[M, S, S, 3]`, mapped; writing to it is not allowed."""
-    order: np.ndarray
-    """Which picture each image is, int64 `[M]`."""
+    """Of each picture, uint8 `[M, S, S, 3]`, mapped; writing to it is not allowed."""
+    readable: np.ndarray
+    """Which of them could be read, int64, ascending."""
     unreadable: dict[int, str]
-    """What is wrong with the other pictures."""
+    """What is wrong with the others."""
 
 
 def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> Decoded:
@@ -35,8 +35,8 @@ def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> 
 
     `path` has a row for each picture, and a file beside it a byte that says whether the row is
     done. That is written after the row, so that a process that is killed loses little. Pictures
-    that cannot be read are tried again at every start, as they may have been replaced; their rows
-    take the last of the others, as a mapped file cannot have gaps.
+    that cannot be read are tried again at every start, as they may have been replaced. A row that
+    is done stays, so that other processes can have it mapped meanwhile.
     """
     count, stride = len(pictures), size * size * 3
     state = _open(path, count, stride)
@@ -59,8 +59,8 @@ def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> 
         if error.errno == errno.ENOSPC:
             raise _no_space(path, len(todo) * stride) from error
         raise
-    order = _close_gaps(path, state == _DONE, stride)
-    return Decoded(_mapped(path, (count, size, size, 3))[: len(order)], order, unreadable)
+    readable = np.flatnonzero(state == _DONE)
+    return Decoded(_mapped(path, (count, size, size, 3)), readable, unreadable)
 
 
 def _open(path: Path, count: int, stride: int) -> np.memmap:
@@ -95,22 +95,6 @@ def _no_space(path: Path, needed: int) -> OSError:
         f"{path.parent}: {free:,} bytes are free, and the decoded pictures take {needed:,}; "
         "say with --cache-dir where there are"
     )
-
-
-def _close_gaps(path: Path, done: np.ndarray, stride: int) -> np.ndarray:
-    """Copies the last rows over those that are not done, and gives the order that this makes."""
-    rows = np.flatnonzero(done)
-    order = np.arange(len(rows))
-    gaps = np.flatnonzero(~done[: len(rows)])
-    order[gaps] = rows[len(rows) - len(gaps) :]
-    if len(gaps):
-        with path.open("r+b") as file:
-            for gap in gaps:
-                file.seek(order[gap] * stride)
-                row = file.read(stride)
-                file.seek(gap * stride)
-                file.write(row)
-    return order
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:

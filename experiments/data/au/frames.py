@@ -21,7 +21,9 @@ class Frames:
     name: str
     aus: tuple[int, ...]
     images: Tensor
-    """uint8 `[N, S, S, 3]`, maybe a file mapped into memory: to be indexed, not to be copied."""
+    """uint8 `[M, S, S, 3]`, maybe a file mapped into memory: to be indexed, not to be copied."""
+    row: Tensor
+    """Which of `images` is the frame's, int64 `[N]`: there can be others."""
     given: Tensor
     """The annotators' labels: 0, 1 or `UNKNOWN`, int8 `[N, T]`."""
     truth: Tensor | None

@@ -13,7 +13,7 @@ import torch
 
 from experiments.data.au import index_cache
 from experiments.data.au.alignment import Crop
-from experiments.data.au.decoded import decoded
+from experiments.data.au.decoded import Decoded, decoded
 from experiments.data.au.faults import Faults
 from experiments.data.au.frames import Frames
 from experiments.data.au.labels import au_column
@@ -47,12 +47,12 @@ def load(
         result = decoded(pictures, image_size, path)
         for row, why in sorted(result.unreadable.items()):
             faults.add("unreadable picture", pictures[row][0], why)
-        frames = frames[result.order]
+        frames = frames[result.readable]
         _judge(frames, faults, strict, cache)
     print(summary(release, frames))
     if faults.found:
         print(f"faults, all of them in {cache / 'faults.txt'}\n{faults.summary()}")
-    return _frames(release, frames, result.images, image_size)
+    return _frames(release, frames, result, image_size)
 
 
 def _find(release: Release, data_dir: Path | None) -> Path:
@@ -113,9 +113,7 @@ def _pixels(release: Release, fingerprint: str, image_size: int, cache: Path) ->
     return cache / f"{prefix}{image_size}-{mark}.rgb"
 
 
-def _frames(
-    release: Release, frames: pl.DataFrame, images: torch.Tensor, image_size: int
-) -> Frames:
+def _frames(release: Release, frames: pl.DataFrame, result: Decoded, image_size: int) -> Frames:
     part_of = {subject: part for part, group in enumerate(release.parts) for subject in group}
     subjects = tuple(frames["subject"].unique().sort())
     number_of = {subject: number for number, subject in enumerate(subjects)}
@@ -126,7 +124,8 @@ def _frames(
     return Frames(
         name=release.name,
         aus=release.aus,
-        images=images,
+        images=result.images,
+        row=torch.from_numpy(result.readable),
         given=torch.from_numpy(given.copy()),
         truth=None,
         subject=torch.tensor([number_of[subject] for subject in frames["subject"]]),

@@ -10,21 +10,22 @@ from experiments.data.au.faults import Faults
 
 REPEATED = "repeated picture"
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_LONGEST = 18  # digits that fit 64 bits
 _DIGITS = re.compile("[0-9]+")
 
 
 def numbered(folder: Path, faults: Faults) -> pl.DataFrame:
     """`frame` Int64 and `picture`, the file's name, of the pictures in a folder.
 
-    The number is the last one in the name, with any zeros before it. Of several pictures with one
-    number, which are a fault, `picture` is null.
+    The number is the last one in the name, with any zeros before it; none of more than 18 digits
+    counts. Of several pictures with one number, which are a fault, `picture` is null.
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if _is_picture(entry))
     pictures: dict[int, str | None] = {}
     for name in names:
         digits = _DIGITS.findall(Path(name).stem)
-        if not digits:
+        if not digits or len(digits[-1].lstrip("0")) > _LONGEST:
             continue
         number = int(digits[-1])
         if number in pictures:

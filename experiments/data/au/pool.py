@@ -14,18 +14,20 @@ _WORKERS = 4
 
 
 class FramePool:
-    """Gathers pictures, uint8 `[N, S, S, 3]`, on a device: those that fit are moved there once,
-    others, which may lie in a file, are read by threads ahead of their use."""
+    """Gathers frames' pictures, which are rows of uint8 `[M, S, S, 3]`, on a device: those that fit
+    are moved there once, others, which may lie in a file, are read by threads ahead of their use.
+    """
 
-    def __init__(self, images: Tensor, device: torch.device) -> None:
+    def __init__(self, images: Tensor, row: Tensor, device: torch.device) -> None:
+        self.row = row
         self.device = device
         self.streams = device.type != "cpu" and images.numel() > _RESIDENT_BYTES
         self.images = images if self.streams else images.to(device)
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """The pictures at `indices`, on the device."""
-        pictures = self.images[indices.to(self.images.device)]
-        if pictures.device == self.device:
+        """The pictures of the frames at `indices`, on the device."""
+        pictures = self.images[self.row[indices].to(self.images.device)]
+        if not self.streams or self.device.type == "cpu":
             return pictures
         return pictures.pin_memory().to(self.device, non_blocking=True)
 

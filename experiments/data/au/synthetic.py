@@ -2,6 +2,8 @@
 
 import hashlib
 
+import torch
+
 from experiments.data.au.frames import Frames
 from experiments.data.faces import AUS, Faces
 
@@ -25,6 +27,7 @@ def draw(image_size: int, frames_per_subject: int, disagreement: float, seed: in
         name="synthetic-au",
         aus=AUS,
         images=faces.images,
+        row=torch.arange(len(faces.images)),
         given=faces.given,
         truth=faces.truth,
         subject=faces.subject,

@@ -37,8 +37,8 @@ _PUBLISHED = (
     "*Published*: Table 1 of arXiv 2303.11803, BP4D with InceptionV3, against the annotators, mean "
     "of 5 runs."
 )
-_OTHER_DATA = (
-    " **{dataset} is another data set: levels cannot be compared.** The published rows are there "
+_NOT_THE_SAME = (
+    " **Ours is {encoder} on {dataset}: levels cannot be compared.** The published rows are there "
     "for the differences between methods."
 )
 
@@ -51,9 +51,9 @@ def study_section(title: str, study: ActionUnitStudy, summary: pl.DataFrame) -> 
         _READING.format(folds=", ".join(map(str, study.folds))),
     ]
     if paper:
-        dataset = study.setup["dataset"]
-        note = "" if dataset == "bp4d" else _OTHER_DATA.format(dataset=dataset)
-        parts.append(_PUBLISHED + note)
+        ours = {name: study.setup[name] for name in ("encoder", "dataset")}
+        is_same = ours == {"encoder": "inception_v3", "dataset": "bp4d"}
+        parts.append(_PUBLISHED + ("" if is_same else _NOT_THE_SAME.format(**ours)))
     if study.drawn_differently():
         parts.append(
             "Runs with the same noise and noise seed had different data (see `data` in runs.csv): "
