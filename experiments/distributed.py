@@ -44,8 +44,8 @@ def size() -> int:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if size() > 1 else 0
+    """This process's number, from 0; known before it joins the others."""
+    return dist.get_rank() if size() > 1 else int(os.environ.get("RANK", 0))
 
 
 def is_main() -> bool:

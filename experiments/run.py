@@ -8,6 +8,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import collections
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -162,8 +163,11 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
 
 def main() -> int:
     """Returns the exit status; what a user can mend is told in one line."""
+    # What the loaders tell is told once.
+    told = sys.stdout if distributed.is_main() else None
     try:
-        run = prepare(parse())
+        with contextlib.redirect_stdout(told):
+            run = prepare(parse())
     except (ValueError, OSError, RuntimeError) as error:
         return fail(error, status=2)
     try:

@@ -238,7 +238,9 @@ import sys
 import torch.distributed as dist
 from experiments import distributed
 
+before = distributed.rank()
 with distributed.process_group("cpu") as device:
+    assert before == distributed.rank()
     rank, size, main = distributed.rank(), distributed.size(), distributed.is_main()
     sys.stdout.write(f"{rank} {size} {main} {device} {dist.get_backend()}\\n")
     if len(sys.argv) > 1 and distributed.is_main():
