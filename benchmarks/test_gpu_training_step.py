@@ -6,9 +6,8 @@ import pytest
 import torch
 from comparison import Comparison
 from device import MARKS, by_backend, compare_on_device, our_name
-from training_step import BATCH, quantized_by_torch_ao, quantized_eagerly, step_of
+from training_step import CLASSIFICATION, quantized_by_torch_ao, quantized_eagerly, step_of
 
-from experiments.models import ResNet20
 from noisyq_fast import quantize_model_
 
 DTYPES = {
@@ -34,10 +33,10 @@ def test_eager_step(benchmark, dtype):
 
 
 def compare_steps(benchmark, dtype, capture):
-    model = ResNet20()
+    model = CLASSIFICATION.network()
 
     def step(change):
-        return lambda: step_of(change(copy.deepcopy(model)), "cuda", dtype)
+        return lambda: step_of(CLASSIFICATION, change(copy.deepcopy(model)), "cuda", dtype)
 
     candidates = {
         "float": step(lambda model: model),
@@ -48,7 +47,7 @@ def compare_steps(benchmark, dtype, capture):
         candidates["torch.ao fused"] = step(quantized_by_torch_ao)
     how = "captured" if capture else "eager"
     comparison = Comparison(
-        f"ResNet-20 training step, batch {BATCH}, channels_last, {DTYPES[dtype]}, {how}",
+        f"{CLASSIFICATION.title}, channels_last, {DTYPES[dtype]}, {how}",
         ours=our_name(),
     )
     compare_on_device(benchmark, comparison, candidates, rounds=30, capture=capture)

@@ -95,11 +95,11 @@ class GroupedLinear(nn.Module):
         return _grouped_linear(x, *(parameters or (self.weight, self.bias)))
 
     def check_parameters(self, parameters: Parameters | None) -> None:
-        weight, bias = parameters or (self.weight, self.bias)
-        for name, given, own in (
-            ("weight", weight, self.weight.shape),
-            ("bias", bias, self.weight.shape[:2]),
-        ):
+        if parameters is None:
+            return
+        weight, bias = parameters
+        shape = self.weight.shape
+        for name, given, own in (("weight", weight, shape), ("bias", bias, shape[:2])):
             if given is not None and given.shape != own:
                 got = f"got a {name} of shape {list(given.shape)}"
                 raise ValueError(f"parameters: {got}, takes {list(own)}")
