@@ -11,6 +11,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -163,10 +165,8 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
 
 def main() -> int:
     """Returns the exit status; what a user can mend is told in one line."""
-    # What the loaders tell is told once.
-    told = sys.stdout if distributed.is_main() else None
     try:
-        with contextlib.redirect_stdout(told):
+        with _told_once():
             run = prepare(parse())
     except (ValueError, OSError, RuntimeError) as error:
         return fail(error, status=2)
@@ -176,6 +176,17 @@ def main() -> int:
     except (NonFiniteLoss, OSError, ValueError) as error:
         return fail(error, status=1)
     return 0
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Of several processes, only the first tells what the loaders find."""
+    if distributed.is_main():
+        yield
+        return
+    with contextlib.redirect_stdout(None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _tell(line: str) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -232,6 +233,19 @@ def test_processes_together_match_one(tmp_path):
         (metrics,) = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         losses[processes] = [metrics[key] for key in ("loss", "validation_loss", "test_loss")]
     assert losses[2] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", ("found\n", 1)), ("1", ("", 0))])
+def test_only_the_first_process_tells_of_the_data(monkeypatch, capsys, recwarn, rank, told):
+    def parse():
+        print("found")
+        warnings.warn("odd", stacklevel=1)
+        raise ValueError("the end")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(run, "parse", parse)
+    assert run.main() == 2
+    assert (capsys.readouterr().out, len(recwarn)) == told
 
 
 @pytest.mark.filterwarnings("ignore:.*not the official release")
