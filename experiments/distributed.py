@@ -24,7 +24,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     An error inside ends this process without leaving the group in order, which would wait for the
     others; torchrun ends those.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not _in_group():
         yield torch.device(device_type)
         return
     if device_type == "cuda":
@@ -38,14 +38,21 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
+def _in_group() -> bool:
+    """Whether torchrun started this process and others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0; known before it joins the others."""
-    return dist.get_rank() if size() > 1 else int(os.environ.get("RANK", 0))
+    """This process's number, from 0; torchrun's before it joins the others."""
+    if size() > 1:
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if _in_group() else 0
 
 
 def is_main() -> bool:

@@ -235,14 +235,20 @@ def test_processes_together_match_one(tmp_path):
     assert losses[2] == pytest.approx(losses[1], rel=1e-2)
 
 
-@pytest.mark.parametrize(("rank", "told"), [("0", ("found\n", 1)), ("1", ("", 0))])
-def test_only_the_first_process_tells_of_the_data(monkeypatch, capsys, recwarn, rank, told):
+@pytest.mark.parametrize(
+    ("rank", "processes", "told"),
+    [("0", "2", ("found\n", 1)), ("1", "2", ("", 0)), ("1", "1", ("found\n", 1))],
+)
+def test_only_the_first_process_tells_of_the_data(
+    monkeypatch, capsys, recwarn, rank, processes, told
+):
     def parse():
         print("found")
         warnings.warn("odd", stacklevel=1)
         raise ValueError("the end")
 
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.setattr(run, "parse", parse)
     assert run.main() == 2
     assert (capsys.readouterr().out, len(recwarn)) == told
