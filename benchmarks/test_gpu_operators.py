@@ -1,4 +1,5 @@
-"""Operators on a GPU, at the sizes of layers of ResNet-20 (batch 128) and ResNet-50 (batch 64)."""
+"""Operators on a GPU, at the sizes of layers of ResNet-20 (batch 128) and ResNet-50 (batch 64), and
+of a weight that no cache holds."""
 
 from collections.abc import Callable
 
@@ -11,13 +12,14 @@ from passes import forward, forward_backward, name_of
 
 from experiments.models import ResNet20
 from noisyq_fast import fake_quantize, fake_quantize_ema, fake_quantize_many
+from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
 
 pytestmark = MARKS
 
 BITS = 4
 ROUNDS = 25
 COPY = "device-to-device copy"
-WEIGHTS = [(64, 64, 3, 3), (512, 512, 3, 3)]
+WEIGHTS = [(64, 64, 3, 3), (512, 512, 3, 3), (8192, 4096)]
 RESNET20 = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
 RESNET50 = [(64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7)]
 
@@ -57,6 +59,20 @@ def test_evaluation(benchmark, shape, dtype):
         f"activation {describe(shape, dtype)}, channels_last, evaluation with a given range",
         lambda x: fake_quantize_ema(x, running, BITS, training=False),
         peers.EVALUATION,
+        activations(shape, dtype),
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
+@pytest.mark.parametrize("shape", [RESNET20[0], RESNET50[0]], ids=str)
+def test_delayed(benchmark, shape, ste, dtype):
+    running = torch.ones((), device="cuda")
+    compare_operator(
+        benchmark,
+        f"activation {describe(shape, dtype)}, channels_last, delayed scale, ste={ste}, forward",
+        lambda x: fake_quantize_ema(x, running, BITS, ste=ste, delayed=True),
+        peers.DELAYED,
         activations(shape, dtype),
     )
 

@@ -17,6 +17,7 @@ namespace {
 
 void check(cuda::Status status, const char* kernel, int64_t elements) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call that looks for an error would find this one
   int device = -1;
   cudaGetDevice(&device);
   throw std::runtime_error(std::string("noisyq_fast: ") + kernel + " of " +
@@ -107,15 +108,27 @@ void bind_cuda(py::module_& core) {
         });
 
   m.def("fake_quantize_delayed",
-        [](int dtype, uintptr_t x, uintptr_t y, uintptr_t clipped, int64_t elements, int blocks,
-           int qmax, uintptr_t running_absmax, float averaging_constant, uintptr_t progress,
-           uintptr_t stream) {
-          check(cuda::fake_quantize_delayed(DType{dtype}, pointer<const void>(x),
-                                            pointer<void>(y), pointer<uint8_t>(clipped), elements,
-                                            blocks, qmax, pointer<float>(running_absmax),
-                                            averaging_constant, pointer<void>(progress),
+        [](int dtype, uintptr_t x, uintptr_t y, uintptr_t clipped, int64_t outer, int64_t channels,
+           int64_t inner, int blocks, int qmax, uintptr_t running_absmax, float averaging_constant,
+           uintptr_t progress, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_delayed(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y),
+                    pointer<uint8_t>(clipped), layout, blocks, qmax,
+                    pointer<float>(running_absmax), averaging_constant,
+                    pointer<uint32_t>(progress), pointer<void>(stream)),
+                "fake_quantize_delayed", elements_of(layout));
+        });
+
+  m.def("fake_quantize_clipped",
+        [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
+           int64_t channels, int64_t inner, int blocks, int qmax, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_clipped(DType{dtype}, pointer<const void>(x),
+                                            pointer<const float>(absmax), pointer<void>(y),
+                                            pointer<uint8_t>(clipped), layout, blocks, qmax,
                                             pointer<void>(stream)),
-                "fake_quantize_delayed", elements);
+                "fake_quantize_clipped", elements_of(layout));
         });
 
   m.def("zero_clipped",
@@ -128,13 +141,12 @@ void bind_cuda(py::module_& core) {
         });
 
   m.def("fake_quantize_range",
-        [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
-           int64_t channels, int64_t inner, int splits, int qmax, uintptr_t stream) {
+        [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, int64_t outer, int64_t channels,
+           int64_t inner, int splits, int qmax, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
           check(cuda::fake_quantize_range(DType{dtype}, pointer<const void>(x),
-                                          pointer<const float>(absmax), pointer<void>(y),
-                                          pointer<uint8_t>(clipped), layout, splits, qmax,
-                                          pointer<void>(stream)),
+                                          pointer<const float>(absmax), pointer<void>(y), layout,
+                                          splits, qmax, pointer<void>(stream)),
                 "fake_quantize_range", elements_of(layout));
         });
 

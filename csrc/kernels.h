@@ -34,7 +34,6 @@ void quantize(DType dtype, const void* x, int8_t* codes, float* scale, Layout la
 // y = codes * scale.
 void dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int threads);
 
-
 }  // namespace cpu
 
 // On a device every function only launches; the caller has made its device the current one. A
@@ -75,11 +74,16 @@ Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t eleme
 // How many bytes of a tensor a block of that launch can keep; 0 where it cannot be launched.
 int64_t resident_bytes_per_block(int device);
 
-// A single channel with a delayed scale. `clipped`, where it is not null, receives a bit for each
-// element, in the order of memory. `progress` is 8 bytes, 0 before and after.
-Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped,
-                             int64_t elements, int blocks, int qmax, float* running_absmax,
-                             float averaging_constant, void* progress, Stream stream);
+// Delayed scales. `clipped`, where it is not null, receives a bit for each element, in the order of
+// memory. `progress` is channels + 1 values, 0 before and after.
+Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped, Layout layout,
+                             int blocks, int qmax, float* running_absmax,
+                             float averaging_constant, uint32_t* progress, Stream stream);
+
+// With an absmax that is given; `clipped` as above.
+Status fake_quantize_clipped(DType dtype, const void* x, const float* absmax, void* y,
+                             uint8_t* clipped, Layout layout, int blocks, int qmax,
+                             Stream stream);
 
 // out = grad, but 0 where the bit of the element is set.
 Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
@@ -87,7 +91,7 @@ Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* cli
 
 // As on the CPU, with `splits` blocks for each channel.
 Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
-                           uint8_t* clipped, Layout layout, int splits, int qmax, Stream stream);
+                           Layout layout, int splits, int qmax, Stream stream);
 Status dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int splits,
                   Stream stream);
 

@@ -10,8 +10,12 @@ import torch
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_cuda
+
 import noisyq_fast
 from noisyq_fast.backends import BACKENDS
+
+BACKENDS["emulated-cuda"] = emulated_cuda.backend()
 
 # How long an example takes says nothing on a machine that runs other tests too.
 hypothesis.settings.register_profile("noisyq", deadline=None)

@@ -1,16 +1,24 @@
 """The CUDA kernels as far as a machine without a GPU can tell: they compile for every architecture
-that is named, without spills and without fused multiply-adds, and their grids have sizes that fit.
+that is named, without spills and without fused multiply-adds; their grids have sizes that fit; and
+emulated they compute what the reference computes, within their tensors.
 
-Where there is a GPU, the tests of the operators run on it (the `backend` fixture)."""
+The tests of the operators run on the emulator too (the `backend` fixture)."""
 
 import re
 import shutil
 import subprocess
+from functools import partial, partialmethod
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from every_operator import assert_same, every_operator
+from guarded_memory import guarded, guarded_like
+from strategies import DTYPES, VALUES
 
-from noisyq_fast.backends.cuda import resident_blocks, splits_per_channel
+from noisyq_fast.backends import BACKENDS, reference
+from noisyq_fast.backends.cuda_grid import Machine, resident_blocks, splits_per_channel
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -59,7 +67,7 @@ def test_arithmetic_is_ieee_and_accesses_are_wide(source, tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 64, 100_000])
 @pytest.mark.parametrize("channel_bytes", [2, 16_383, 16_384, 16_385, 8 << 20, 1 << 40])
 def test_blocks_fill_the_device_and_have_work(channel_bytes, channels, multiprocessors):
-    splits = splits_per_channel(channel_bytes, channels, multiprocessors)
+    splits = splits_per_channel(channel_bytes, channels, Machine(multiprocessors))
     assert 1 <= splits <= max(1, -(-channel_bytes // 16_384))
     assert channels * splits < 2**31
     # One fewer would leave room on the device, or is as many as have work.
@@ -67,10 +75,126 @@ def test_blocks_fill_the_device_and_have_work(channel_bytes, channels, multiproc
     assert full or splits == -(-channel_bytes // 16_384)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 132])
-@pytest.mark.parametrize("tensor_bytes", [1, 16_384, 16_385, 20 << 20])
-def test_resident_blocks_all_run_at_once(tensor_bytes, multiprocessors):
-    blocks = resident_blocks(tensor_bytes, multiprocessors)
+@pytest.mark.parametrize("multiprocessors", [13, 132])
+@pytest.mark.parametrize("tensor_bytes", [1, 16_384, 16_385, 200_000, 2 << 20])
+def test_resident_blocks_all_run_at_once_and_keep_the_tensor(tensor_bytes, multiprocessors):
+    machine = Machine(multiprocessors, kept_bytes=226 << 10)
+    blocks = resident_blocks(tensor_bytes, machine)
     # A cooperative launch needs every block on the device; one that is alone has no work to share.
     assert 1 <= blocks <= multiprocessors
     assert blocks == multiprocessors or blocks == -(-tensor_bytes // 16_384)
+    packs = -(-tensor_bytes // 16)
+    assert -(-packs // blocks) * 16 <= machine.kept_bytes
+
+
+@pytest.mark.parametrize("machine", [Machine(132), Machine(1, kept_bytes=226 << 10)], ids=str)
+def test_a_tensor_that_does_not_fit_on_chip(machine):
+    assert resident_blocks(20 << 20, machine) is None
+
+
+# The emulator runs the kernels themselves. These machines make it walk in every way: one block or
+# several for a channel, on chip and not, in shares that 16-byte accesses fit and do not.
+MACHINES = [
+    Machine(1, share_bytes=32),
+    Machine(4, share_bytes=32),
+    Machine(4, share_bytes=64, kept_bytes=64),
+    Machine(3, share_bytes=256, kept_bytes=1 << 16),
+]
+SHAPES = [(), (3,), (64,), (3, 40), (70, 2), (2, 5, 3, 3), (4, 3, 2, 8), (2, 8, 3, 3)]
+
+
+@pytest.fixture
+def emulated():
+    module = BACKENDS["emulated-cuda"]
+    reason = module.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return module
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_operator_however_it_is_launched(emulated, dtype, shape, machine, monkeypatch):
+    monkeypatch.setattr(emulated, "_machine", lambda device: machine)
+    x = torch.randn(shape).to(dtype)
+    tensors = [x] if x.dim() < 4 else [x, x.to(memory_format=torch.channels_last)]
+    if x.numel() > 1:
+        tensors.append(x.flatten()[1:])  # not aligned
+    for x in tensors:
+        for axis in (None, 0, 1)[: x.dim() + 1]:
+            expected = every_operator(reference, x, axis)
+            assert_same(every_operator(emulated, x, axis), expected)
+
+
+@pytest.mark.parametrize("place", ["before a page that is not there", "after one"])
+@pytest.mark.parametrize("shape", [(3,), (64,), (3, 41), (70, 2), (2, 5, 3, 3), (4, 3, 2, 8)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beyond_a_tensor_is_touched(emulated, dtype, shape, place, monkeypatch):
+    """Whatever reads or writes there ends the process."""
+    at_end = place == "before a page that is not there"
+    monkeypatch.setattr(torch, "empty_like", partial(guarded_like, at_end=at_end))
+    monkeypatch.setattr(torch.Tensor, "new_empty", partialmethod(guarded, at_end=at_end))
+    x = torch.empty_like(torch.empty(shape, dtype=dtype)).copy_(torch.randn(shape))
+    for axis in (None, 0, 1)[: x.dim() + 1]:
+        every_operator(emulated, x, axis)
+
+
+def test_channels_that_do_not_fit_on_chip(emulated):
+    x = torch.randn(2, 13_001)
+    assert_same(every_operator(emulated, x, 0), every_operator(reference, x, 0))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((12_300, 2), 0), ((2, 12_300), 1), ((12_300, 8), 0)])
+def test_ranges_that_do_not_fit_on_chip(emulated, shape, axis):
+    x = torch.randn(shape)
+    actual, expected = (
+        backend.fake_quantize_delayed(x, torch.linspace(0, 1, 12_300), 7, axis, 0.3, True)
+        for backend in (emulated, reference)
+    )
+    assert_same(actual, expected)
+
+
+def test_more_tensors_than_one_launch_takes(emulated):
+    tensors = [torch.randn(1 + i % 3, 1 + i * 37 % 101) for i in range(200)]
+    arguments = tensors, [7] * 200, [0] * 200
+    actual, expected = (b.fake_quantize_many(*arguments) for b in (emulated, reference))
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
+def test_ranges_over_batches(emulated, values):
+    """Of progress that is used again, as on one stream."""
+    rng = np.random.default_rng(0)
+    ranges = [torch.full((6,), float("nan")) for _ in range(2)]
+    for i in range(4):
+        with np.errstate(over="ignore"):
+            x = torch.from_numpy(np.asarray(values(rng, (6, 50), 7), np.float32)) * (i + 1)
+        actual, expected = (
+            backend.fake_quantize_delayed(x, running, 7, 0, 0.3, True)
+            for backend, running in zip((emulated, reference), ranges, strict=True)
+        )
+        assert_same(actual, expected)
+        assert_same(*ranges)
+
+
+def test_progress_is_left_as_it_was_found(emulated, monkeypatch):
+    counts = torch.zeros(6, dtype=torch.int32)
+    monkeypatch.setattr(emulated, "progress", lambda device, size: counts)
+    for _ in range(3):
+        running = torch.tensor([0.5, float("nan"), 0.1, float("nan"), 2.0])
+        emulated.fake_quantize_delayed(torch.randn(3, 5, 20), running, 7, 1, 0.3, True)
+        assert counts.tolist() == [0] * 6
+
+
+def test_a_launch_that_fails_names_the_kernel_the_size_and_the_device(emulated, monkeypatch):
+    # More blocks than the emulator has multiprocessors cannot all run at once.
+    monkeypatch.setattr(emulated, "_machine", lambda device: Machine(5, 1 << 16, share_bytes=4))
+    running = torch.tensor(1.0)
+    with pytest.raises(RuntimeError) as error:
+        emulated.fake_quantize_ema(torch.ones(77), running, 7, None, 0.3)
+    assert str(error.value) == (
+        "noisyq_fast: fake_quantize_resident of 77 elements could not be launched on cuda:0: "
+        "too many blocks in cooperative launch"
+    )
+    assert running == 1

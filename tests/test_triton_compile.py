@@ -23,6 +23,7 @@ KERNELS = {
     "quantize_given",
     "dequantize",
     "quantize_delayed",
+    "quantize_clipped",
     "zero_clipped",
 }
 WITHOUT_DIVISION = {"reduce_partially", "dequantize", "zero_clipped"}
@@ -57,7 +58,7 @@ def test_machine_code(architecture, tmp_path):
             # The 65,536 registers of a multiprocessor hold 24 warps at least.
             assert registers <= 80, variant
             assert ptx.count("ld.global.v4.b32") >= kernel["tensors"], variant
-            assert ("st.global.v4.b32" in ptx) == (kernel["name"] != "reduce_partially"), variant
+            assert ("st.global.v4.b32" in ptx) == kernel["maps"], variant
             assert not re.search(r"(ld|st)\.global\.b16", ptx), variant
 
 
@@ -107,6 +108,7 @@ def compile_for(architecture, folder):
             "variant": f"{kernel.__name__}: {dtypes}, {sizes}, tile {tile}, sm_{architecture}",
             "wide": all(n == 1 or n % 16 == 0 for *layout, _ in sizes for n in layout),
             "tensors": len(inputs),
+            "maps": any(named.get(output) is not None for output in ("y", "out")),
             "ptx": compiled.asm["ptx"],
             "usage": usage.stdout,
         }
@@ -134,9 +136,14 @@ def compile_for(architecture, folder):
             backend.fake_quantize(activation.to(memory_format=torch.channels_last), 7, 1)
             backend.fake_quantize_range(activation, range_, 7, None)
             backend.fake_quantize_clipped(weight, empty(8 * n), 7, 0)
+            backend.fake_quantize_clipped(activation, range_, 7, None)
             backend.fake_quantize_delayed(activation, range_, 7, None, 0.01, False)
             _, bits = backend.fake_quantize_delayed(activation, range_, 7, None, 0.01, True)
             backend.zero_clipped(activation, bits)
+            for laid_out in (activation, activation.to(memory_format=torch.channels_last)):
+                backend.fake_quantize_clipped(laid_out, empty(n), 7, 1)
+                for save_clipped in (False, True):
+                    backend.fake_quantize_delayed(laid_out, empty(n), 7, 1, 0.01, save_clipped)
         backend.dequantize(empty(8 * n, 250 * n, dtype=torch.int8), empty(8 * n), 0)
         weights = [empty(8 * n, 250 * n, dtype=dtype) for dtype in DTYPES]
         weights.append(empty(9 * n, 1000 * n))

@@ -45,7 +45,6 @@ __device__ void quantize_channel(const T* x, Out* y, float* scale_out, int64_t i
 
 template <class Op, class T, class Out>
 __global__ void __launch_bounds__(kMaxThreads) channels_kernel(const __grid_constant__ Table table) {
-  extern __shared__ __align__(kWidestAccess) unsigned char shared[];
   int low = 0, high = table.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -68,15 +67,15 @@ __global__ void __launch_bounds__(kMaxThreads) channels_kernel(const __grid_cons
                     reinterpret_cast<uintptr_t>(y) % sizeof(Pack<Out, N>) == 0;
   if (wide) {
     quantize_channel<Op, T, Out, N>(x, y, scale, inner, qmax, keep,
-                                    reinterpret_cast<Pack<T, N>*>(shared));
+                                    reinterpret_cast<Pack<T, N>*>(shared_memory()));
   } else {
     quantize_channel<Op, T, Out, 1>(x, y, scale, inner, qmax, keep,
-                                    reinterpret_cast<Pack<T, 1>*>(shared));
+                                    reinterpret_cast<Pack<T, 1>*>(shared_memory()));
   }
 }
 
 template <class Op, class T, class Out>
-Status launch(const ChannelTensor* tensors, int count, Stream stream) {
+Status quantize_all(const ChannelTensor* tensors, int count, Stream stream) {
   for (int start = 0; start < count; start += kTensorsPerLaunch) {
     Table table{};
     table.count = min(count - start, kTensorsPerLaunch);
@@ -95,13 +94,12 @@ Status launch(const ChannelTensor* tensors, int count, Stream stream) {
       if (bytes <= kKeptBytes) kept = max(kept, bytes);
     }
     if (blocks == 0) continue;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t per_warp = kWarp * kPerAccess<T, Out>;
     const int64_t warps = min((longest + per_warp - 1) / per_warp, int64_t{kMaxThreads / kWarp});
-    channels_kernel<Op, T, Out>
-        <<<static_cast<unsigned>(blocks), static_cast<unsigned>(max(warps, int64_t{1}) * kWarp),
-           static_cast<size_t>(kept), static_cast<cudaStream_t>(stream)>>>(table);
-    if (const Status status = cudaGetLastError()) return status;
+    const Grid grid{blocks, max(warps, int64_t{1}) * kWarp, static_cast<size_t>(kept)};
+    if (const Status status = launch(channels_kernel<Op, T, Out>, grid, stream, table)) {
+      return status;
+    }
   }
   return cudaSuccess;
 }
@@ -112,14 +110,14 @@ Status fake_quantize_channels(DType dtype, const ChannelTensor* tensors, int cou
                               Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return launch<FakeQuantize<T>, T, T>(tensors, count, stream);
+    return quantize_all<FakeQuantize<T>, T, T>(tensors, count, stream);
   });
 }
 
 Status quantize_channels(DType dtype, const ChannelTensor* tensors, int count, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return launch<Code<T>, T, int8_t>(tensors, count, stream);
+    return quantize_all<Code<T>, T, int8_t>(tensors, count, stream);
   });
 }
 

@@ -1,178 +1,130 @@
-// Delayed scale: quantizes with the range of the batches before, while the absmax of this batch is
+// Delayed scales: quantizes with the ranges of the batches before, while the absmax of this batch is
 // reduced in the same pass. One read, one write, one launch. Here values do clip.
-#include "walk.cuh"
+#include "groups.cuh"
 
 namespace noisyq::cuda {
 namespace {
 
-constexpr int kGroup = 8;  // elements whose clipped bits make a byte
+// Up to this many channels, a block collects their absmax on chip.
+constexpr int64_t kKeptChannels = 12 * 1024 - 64;
 
-// A channel's absmax so far, and how many of its blocks are done. Both are 0 before and after.
-struct Progress {
-  uint32_t absmax;
-  uint32_t done;
-};
+// `largest` holds the absmax of each channel so far. It is only written where a value is larger
+// than what another thread has found, which soon is rare.
+template <class T, bool kWide, Channels kChannels>
+__device__ __forceinline__ void observe(const Group<T, kWide>& group, ChannelWalk<kChannels> at,
+                                        Layout layout, uint32_t* largest) {
+  const auto send = [&](int64_t channel, uint32_t value) {
+    if (value > largest[channel]) atomicMax(largest + channel, value);
+  };
+  uint32_t value = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const int64_t channel = at.channel;
+    if (i > 0 && at.advance(layout)) {
+      send(channel, value);
+      value = 0;
+    }
+    value = max(value, static_cast<uint32_t>(magnitude(group.values[i])));
+  }
+  send(at.channel, value);
+}
 
-// Eight elements from `first` on, of which `count` exist.
-template <class T, bool kWide>
-struct Group {
-  T values[kGroup];
+// Whether the channels of a group have ranges from before.
+template <Channels kChannels>
+__device__ __forceinline__ bool seen(ChannelWalk<kChannels> at, Layout layout,
+                                     const float* running_absmax) {
+  bool all = !isnan(running_absmax[at.channel]);
+#pragma unroll
+  for (int i = 1; i < kGroup; ++i) {
+    if (at.advance(layout)) all = all && !isnan(running_absmax[at.channel]);
+  }
+  return all;
+}
 
-  __device__ __forceinline__ Group(const T* first, int count) {
-    if constexpr (kWide) {
-      constexpr int N = kPerAccess<T, T>;
-#pragma unroll
-      for (int i = 0; i < kGroup; i += N) {
-        const auto pack = load(reinterpret_cast<const Pack<T, N>*>(first + i));
-#pragma unroll
-        for (int j = 0; j < N; ++j) values[i + j] = pack.values[j];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) values[i] = i < count ? first[i] : T{};
+// `y` must not be `x`. `progress` is the absmax of each channel, and then how many blocks are done: all 0 before and
+// after. Unless told that four blocks on a multiprocessor will do, the compiler spills registers.
+template <class T, bool kWide, Channels kChannels>
+__global__ void __launch_bounds__(kThreads, 4)
+    delayed_kernel(const T* x, T* y, uint8_t* clipped, Layout layout, float qmax,
+                   float* __restrict__ running_absmax, float averaging_constant,
+                   uint32_t* progress) {
+  const bool keep = layout.channels <= kKeptChannels;
+  uint32_t* largest = keep ? reinterpret_cast<uint32_t*>(shared_memory()) : progress;
+  if (keep) {
+    for (int64_t c = threadIdx.x; c < layout.channels; c += kThreads) largest[c] = 0;
+    __syncthreads();
+  }
+  const GroupShare share(layout, blockIdx.x, gridDim.x);
+  for (int64_t g = share.begin + threadIdx.x; g < share.end; g += kThreads) {
+    const int64_t first = g * kGroup;
+    const ChannelWalk<kChannels> at(layout, first);
+    Group<T, kWide> group(x + first, share.size_of(g));
+    observe(group, at, layout, largest);
+    const uint8_t bits = quantize_group(group, at, layout, qmax, [&](int64_t channel) {
+      return running_absmax[channel];
+    });
+    if (clipped != nullptr) clipped[g] = bits;
+    group.store_to(y + g * kGroup, share.size_of(g));
+  }
+  if (keep) {
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c < layout.channels; c += kThreads) {
+      if (largest[c] > 0) atomicMax(progress + c, largest[c]);
     }
   }
 
-  __device__ __forceinline__ void store_to(T* first, int count) const {
-    if constexpr (kWide) {
-      constexpr int N = kPerAccess<T, T>;
-#pragma unroll
-      for (int i = 0; i < kGroup; i += N) {
-        Pack<T, N> pack;
-#pragma unroll
-        for (int j = 0; j < N; ++j) pack.values[j] = values[i + j];
-        store(reinterpret_cast<Pack<T, N>*>(first + i), pack);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (i < count) first[i] = values[i];
-      }
-    }
-  }
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(progress + layout.channels, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
 
-  __device__ __forceinline__ uint32_t absmax(uint32_t largest) const {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      largest = max(largest, static_cast<uint32_t>(magnitude(values[i])));
-    }
-    return largest;
+  const auto absmax = [&](int64_t channel) { return absmax_from<T>(__ldcg(progress + channel)); };
+  uint32_t unseen = 0;
+  for (int64_t c = threadIdx.x; c < layout.channels; c += kThreads) {
+    unseen |= isnan(running_absmax[c]) ? 1u : 0u;
   }
-
-  // Quantizes in place; the bits tell which were clipped.
-  __device__ __forceinline__ uint8_t quantize(float scale, float qmax) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      bits |= static_cast<uint32_t>(Clipped<T>::apply(values[i], scale, qmax)) << i;
-      values[i] = FakeQuantize<T>::apply(values[i], scale, qmax);
-    }
-    return static_cast<uint8_t>(bits);
-  }
-};
-
-// Quantizes groups begin, begin + step, .. of a tensor of `elements`; returns their absmax.
-template <class T, bool kWide>
-__device__ uint32_t quantize_groups(const T* x, T* y, uint8_t* clipped, int64_t elements,
-                                    int64_t begin, int64_t end, bool write, float scale,
-                                    float qmax) {
-  uint32_t largest = 0;
-  for (int64_t g = begin + threadIdx.x; g < end; g += kThreads) {
-    const int64_t left = elements - g * kGroup;
-    const int count = left < kGroup ? static_cast<int>(left) : kGroup;
-    Group<T, kWide> group(x + g * kGroup, count);
-    largest = group.absmax(largest);
-    if (write) {
-      const uint8_t bits = group.quantize(scale, qmax);
-      group.store_to(y + g * kGroup, count);
+  // The first batch has no range before it, and is NaN so far: the last block quantizes it by its
+  // own absmax.
+  if (block_max(unseen) != 0) {
+    const GroupShare all(layout, 0, 1);
+    for (int64_t g = threadIdx.x; g < all.end; g += kThreads) {
+      const int64_t first = g * kGroup;
+      const ChannelWalk<kChannels> at(layout, first);
+      if (seen(at, layout, running_absmax)) continue;
+      Group<T, kWide> group(x + first, all.size_of(g));
+      const uint8_t bits = quantize_group(group, at, layout, qmax, [&](int64_t channel) {
+        const float range = running_absmax[channel];
+        return isnan(range) ? absmax(channel) : range;
+      });
+      group.store_to(y + first, all.size_of(g));
       if (clipped != nullptr) clipped[g] = bits;
     }
   }
-  return largest;
-}
-
-template <class T, bool kWide>
-__global__ void __launch_bounds__(kThreads)
-    delayed_kernel(const T* x, T* y, uint8_t* clipped, int64_t elements, float qmax,
-                   float* running_absmax, float averaging_constant, Progress* progress) {
-  const int64_t groups = (elements + kGroup - 1) / kGroup;
-  const float range = *running_absmax;
-  const bool seen = range == range;
-  const uint32_t largest = block_max(quantize_groups<T, kWide>(
-      x, y, clipped, elements, groups * blockIdx.x / gridDim.x,
-      groups * (blockIdx.x + 1) / gridDim.x, seen, scale_of(range, qmax), qmax));
-
-  __shared__ uint32_t absmax_bits;
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    atomicMax(&progress->absmax, largest);
-    __threadfence();
-    last = atomicAdd(&progress->done, 1u) == gridDim.x - 1;
-    if (last) absmax_bits = atomicMax(&progress->absmax, 0u);
-  }
   __syncthreads();
-  if (!last) return;
-
-  const float absmax = absmax_from<T>(absmax_bits);
-  // The first batch has no range before it: the last block quantizes it all by its own absmax.
-  if (!seen) {
-    quantize_groups<T, kWide>(x, y, clipped, elements, 0, groups, true, scale_of(absmax, qmax),
-                              qmax);
-  }
-  if (threadIdx.x == 0) {
-    *running_absmax = averaged(range, absmax, averaging_constant);
-    *progress = {0u, 0u};
-  }
-}
-
-template <class T, bool kWide>
-__global__ void __launch_bounds__(kThreads)
-    zero_clipped_kernel(const T* grad, T* out, const uint8_t* clipped, int64_t elements) {
-  const int64_t groups = (elements + kGroup - 1) / kGroup;
-  const int64_t end = groups * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t g = groups * blockIdx.x / gridDim.x + threadIdx.x; g < end; g += kThreads) {
-    const int64_t left = elements - g * kGroup;
-    const int count = left < kGroup ? static_cast<int>(left) : kGroup;
-    Group<T, kWide> group(grad + g * kGroup, count);
-    const uint32_t bits = clipped[g];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (bits >> i & 1u) group.values[i] = T{};
+  for (int64_t c = threadIdx.x; c <= layout.channels; c += kThreads) {
+    if (c < layout.channels) {
+      running_absmax[c] = averaged(running_absmax[c], absmax(c), averaging_constant);
     }
-    group.store_to(out + g * kGroup, count);
+    progress[c] = 0;
   }
-}
-
-template <class T>
-bool whole_groups(const void* x, const void* y, int64_t elements) {
-  return elements % kGroup == 0 && aligned(x, kWidestAccess) && aligned(y, kWidestAccess);
 }
 
 }  // namespace
 
-Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped,
-                             int64_t elements, int blocks, int qmax, float* running_absmax,
-                             float averaging_constant, void* progress, Stream stream) {
-  return with_type(dtype, [&](auto type) -> Status {
+Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped, Layout layout,
+                             int blocks, int qmax, float* running_absmax,
+                             float averaging_constant, uint32_t* progress, Stream stream) {
+  const size_t kept = layout.channels <= kKeptChannels ? layout.channels * sizeof(uint32_t) : 0;
+  return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto kernel =
-        whole_groups<T>(x, y, elements) ? delayed_kernel<T, true> : delayed_kernel<T, false>;
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(x), static_cast<T*>(y), clipped, elements, qmax, running_absmax,
-        averaging_constant, static_cast<Progress*>(progress));
-    return cudaGetLastError();
-  });
-}
-
-Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
-                    int64_t elements, int blocks, Stream stream) {
-  return with_type(dtype, [&](auto type) -> Status {
-    using T = decltype(type);
-    const auto kernel = whole_groups<T>(grad, out, elements) ? zero_clipped_kernel<T, true>
-                                                             : zero_clipped_kernel<T, false>;
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(grad), static_cast<T*>(out), clipped, elements);
-    return cudaGetLastError();
+    return with_groups(x, y, layout, [&](auto wide, auto channels) {
+      return launch(delayed_kernel<T, wide, channels>, {blocks, kThreads, kept}, stream,
+                    static_cast<const T*>(x), static_cast<T*>(y), clipped, layout, qmax,
+                    running_absmax, averaging_constant, progress);
+    });
   });
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: 16-byte accesses, the maximum over a block, errors of a launch.
+// What the CUDA kernels share: launches, 16-byte accesses, the maximum over a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +10,35 @@ namespace noisyq::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kWidestAccess = 16;
+
+struct Grid {
+  int64_t blocks;
+  int64_t threads;
+  size_t shared_bytes = 0;  // what `shared_memory` is to hold
+  bool cooperative = false;  // all blocks run at once, and may wait for each other
+};
+
+// Plain C++ rather than <<<>>>: a compiler for the host alone can read it (tests/cuda_emulator).
+template <class... Parameters, class... Arguments>
+Status launch(void (*kernel)(Parameters...), Grid grid, Stream stream, Arguments... arguments) {
+  if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid.blocks);
+  config.blockDim = static_cast<unsigned>(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cooperative;
+  config.numAttrs = grid.cooperative ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(kWidestAccess) unsigned char shared[];
+  return shared;
+}
 
 // How many elements one access holds, for the wider of the types read and written.
 template <class T, class Out>
@@ -83,7 +112,7 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   __syncthreads();  // `of_warp` may still be read from a call before
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
   __syncthreads();
-  const int warps = blockDim.x / kWarp;
+  const unsigned warps = blockDim.x / kWarp;
   value = threadIdx.x % kWarp < warps ? of_warp[threadIdx.x % kWarp] : 0u;
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));

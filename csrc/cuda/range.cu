@@ -30,34 +30,21 @@ template <class Op, class From, class T, class Out>
 Status map_known(const T* x, Out* y, Layout layout, int splits, const float* known, int qmax,
                  Stream stream) {
   layout = as_run(layout);
-  if (const Status status = check_grid(layout, splits)) return status;
-  const auto blocks = static_cast<unsigned>(layout.channels * splits);
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (fits_packs<T, Out>(layout, x, y)) {
-    known_kernel<Op, From, T, Out, kPerAccess<T, Out>>
-        <<<blocks, kThreads, 0, on>>>(x, y, layout, splits, known, qmax);
-  } else {
-    known_kernel<Op, From, T, Out, 1>
-        <<<blocks, kThreads, 0, on>>>(x, y, layout, splits, known, qmax);
-  }
-  return cudaGetLastError();
+  const auto kernel = fits_packs<T, Out>(layout, x, y)
+                          ? known_kernel<Op, From, T, Out, kPerAccess<T, Out>>
+                          : known_kernel<Op, From, T, Out, 1>;
+  return launch(kernel, {layout.channels * splits, kThreads}, stream, x, y, layout, splits, known,
+                qmax);
 }
 
 }  // namespace
 
 Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
-                           uint8_t* clipped, Layout layout, int splits, int qmax, Stream stream) {
-  return with_type(dtype, [&](auto type) -> Status {
+                           Layout layout, int splits, int qmax, Stream stream) {
+  return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const T* in = static_cast<const T*>(x);
-    if (clipped != nullptr) {
-      if (const Status status = map_known<Clipped<T>, FromAbsmax>(in, clipped, layout, splits,
-                                                                  absmax, qmax, stream)) {
-        return status;
-      }
-    }
-    return map_known<FakeQuantize<T>, FromAbsmax>(in, static_cast<T*>(y), layout, splits, absmax,
-                                                  qmax, stream);
+    return map_known<FakeQuantize<T>, FromAbsmax>(static_cast<const T*>(x), static_cast<T*>(y),
+                                                  layout, splits, absmax, qmax, stream);
   });
 }
 

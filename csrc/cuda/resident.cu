@@ -14,8 +14,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     resident_kernel(const T* x, T* y, int64_t elements, uint32_t* partial, float qmax,
                     float* running_absmax, float averaging_constant) {
-  extern __shared__ __align__(kWidestAccess) unsigned char shared[];
-  auto* kept = reinterpret_cast<Pack<T, N>*>(shared);
+  auto* kept = reinterpret_cast<Pack<T, N>*>(shared_memory());
   const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
   auto* out = reinterpret_cast<Pack<T, N>*>(y);
   const int64_t count = elements / N;
@@ -50,17 +49,18 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 }
 
 template <class T, int N>
-Status launch(const T* x, T* y, int64_t elements, int blocks, uint32_t* partial, float qmax,
-              float* running_absmax, float averaging_constant, cudaStream_t stream) {
-  const auto* kernel = reinterpret_cast<const void*>(resident_kernel<T, N>);
+Status quantize_packs(const T* x, T* y, int64_t elements, int blocks, uint32_t* partial, int qmax,
+                      float* running_absmax, float averaging_constant, Stream stream) {
+  const auto kernel = resident_kernel<T, N>;
   const int64_t packs = (elements / N + blocks - 1) / blocks;
   const auto bytes = static_cast<size_t>(packs) * sizeof(Pack<T, N>);
   if (const Status status = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))) {
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+          static_cast<int>(bytes))) {
     return status;
   }
-  void* arguments[] = {&x, &y, &elements, &partial, &qmax, &running_absmax, &averaging_constant};
-  return cudaLaunchCooperativeKernel(kernel, blocks, kResidentThreads, arguments, bytes, stream);
+  return launch(kernel, {blocks, kResidentThreads, bytes, true}, stream, x, y, elements, partial,
+                qmax, running_absmax, averaging_constant);
 }
 
 }  // namespace
@@ -77,13 +77,11 @@ Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t eleme
                               float averaging_constant, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const Layout run{1, 1, elements};
-    const auto call = [&](auto launch) {
-      return launch(static_cast<const T*>(x), static_cast<T*>(y), elements, blocks, partial,
-                    static_cast<float>(qmax), running_absmax, averaging_constant,
-                    static_cast<cudaStream_t>(stream));
-    };
-    return fits_packs<T, T>(run, x, y) ? call(launch<T, kPerAccess<T, T>>) : call(launch<T, 1>);
+    const auto quantize = fits_packs<T, T>({1, 1, elements}, x, y)
+                              ? quantize_packs<T, kPerAccess<T, T>>
+                              : quantize_packs<T, 1>;
+    return quantize(static_cast<const T*>(x), static_cast<T*>(y), elements, blocks, partial, qmax,
+                    running_absmax, averaging_constant, stream);
   });
 }
 

@@ -49,14 +49,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Op, class T, class Out, int N>
-Status launch(const T* x, Out* y, Layout layout, int splits, uint32_t* partial, int qmax,
-              float* running_absmax, float averaging_constant, float* scale, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(layout.channels * splits);
-  absmax_kernel<T, N><<<blocks, kThreads, 0, stream>>>(x, layout, splits, partial);
-  if (const Status status = cudaGetLastError()) return status;
-  map_kernel<Op, T, Out, N><<<blocks, kThreads, 0, stream>>>(
-      x, y, layout, splits, partial, qmax, running_absmax, averaging_constant, scale);
-  return cudaGetLastError();
+Status quantize_packs(const T* x, Out* y, Layout layout, int splits, uint32_t* partial, int qmax,
+                      float* running_absmax, float averaging_constant, float* scale,
+                      Stream stream) {
+  const Grid grid{layout.channels * splits, kThreads};
+  if (const Status status =
+          launch(absmax_kernel<T, N>, grid, stream, x, layout, splits, partial)) {
+    return status;
+  }
+  return launch(map_kernel<Op, T, Out, N>, grid, stream, x, y, layout, splits, partial, qmax,
+                running_absmax, averaging_constant, scale);
 }
 
 template <class Op, class T, class Out>
@@ -64,13 +66,11 @@ Status quantize_spread_as(const void* x, void* y, Layout layout, int splits, uin
                           int qmax, float* running_absmax, float averaging_constant, float* scale,
                           Stream stream) {
   layout = as_run(layout);
-  if (const Status status = check_grid(layout, splits)) return status;
-  const auto call = [&](auto launch) {
-    return launch(static_cast<const T*>(x), static_cast<Out*>(y), layout, splits, partial, qmax,
-                  running_absmax, averaging_constant, scale, static_cast<cudaStream_t>(stream));
-  };
-  return fits_packs<T, Out>(layout, x, y) ? call(launch<Op, T, Out, kPerAccess<T, Out>>)
-                                          : call(launch<Op, T, Out, 1>);
+  const auto quantize = fits_packs<T, Out>(layout, x, y)
+                            ? quantize_packs<Op, T, Out, kPerAccess<T, Out>>
+                            : quantize_packs<Op, T, Out, 1>;
+  return quantize(static_cast<const T*>(x), static_cast<Out*>(y), layout, splits, partial, qmax,
+                  running_absmax, averaging_constant, scale, stream);
 }
 
 }  // namespace

@@ -38,11 +38,6 @@ inline Layout as_run(Layout layout) {
   return layout.channels == 1 ? Layout{1, 1, layout.outer * layout.inner} : layout;
 }
 
-inline Status check_grid(Layout layout, int splits) {
-  const bool fits = layout.channels * splits <= INT32_MAX;
-  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
-}
-
 template <class T, class Out>
 bool fits_packs(Layout layout, const void* x, const void* y) {
   constexpr int N = kPerAccess<T, Out>;

@@ -53,10 +53,7 @@ def fake_quantize_ema(
 ) -> Tensor:
     running = running_absmax.contiguous()
     y = _fake_quantize(x, running.data_ptr(), qmax, axis, averaging_constant)
-    if running is running_absmax:
-        torch.autograd.graph.increment_version(running)
-    else:
-        running_absmax.copy_(running)
+    native.write_back(running_absmax, running)
     return y
 
 

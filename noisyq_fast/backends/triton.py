@@ -5,6 +5,7 @@ without a GPU and very slow, so this backend then has to be asked for by name.
 """
 
 import os
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from types import ModuleType
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import checks
-from noisyq_fast.backends import geometry, native, packing, reference
+from noisyq_fast.backends import geometry, native
 from noisyq_fast.backends.layout import channel_layout
 from noisyq_fast.backends.progress import progress
 
@@ -65,16 +66,13 @@ def fake_quantize_ema(
     x, y = native.dense(x)
     running = running_absmax.contiguous()
     _quantize([_Row(x, y, qmax, axis, running=running)], averaging_constant)
-    if running is running_absmax:
-        torch.autograd.graph.increment_version(running)
-    else:
-        running_absmax.copy_(running)
+    native.write_back(running_absmax, running)
     return y
 
 
 def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
     x, y = native.dense(x)
-    _map(_kernels().quantize_given, x, axis, absmax.contiguous(), y, None, float(qmax))
+    _map(_kernels().quantize_given, x, axis, absmax.contiguous(), y, float(qmax))
     return y
 
 
@@ -82,9 +80,7 @@ def fake_quantize_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
     x, y = native.dense(x)
-    clipped = torch.empty_like(y, dtype=torch.bool)
-    _map(_kernels().quantize_given, x, axis, absmax.contiguous(), y, clipped, float(qmax))
-    return y, packing.pack(clipped)
+    return y, _clipped(x, absmax.contiguous(), y, qmax, axis)
 
 
 def fake_quantize_delayed(
@@ -95,19 +91,29 @@ def fake_quantize_delayed(
     averaging_constant: float,
     save_clipped: bool,
 ) -> tuple[Tensor, Tensor]:
-    if x.numel() == 0 or running_absmax.numel() > 1:
-        # Of several ranges elements lie mixed in memory, and so would the bits of the clipped ones.
-        return reference.fake_quantize_delayed(
-            x, running_absmax, qmax, axis, averaging_constant, save_clipped
-        )
-    x, y = native.dense(x)
-    clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8) if save_clipped else None
-    tiling = geometry.map_tiling(channel_layout(x, None), x.element_size(), _machine(x.device))
-    counts = progress(x.device)
-    arguments = y, clipped, counts, running_absmax, averaging_constant, float(qmax)
+    x, y = native.dense(x, in_place=False)
+    if x.numel() == 0:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    tiling = _map_tiling(x, axis)
+    outer, channels, inner = tiling.layout
+    running = running_absmax.contiguous()
+    clipped = None
+    if save_clipped and (outer * channels == 1 or inner % 8 == 0):
+        clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
+        # At least one byte's elements, where the tensor has fewer.
+        outer_tile, channel_tile, inner_tile = tiling.tile
+        tiling = replace(tiling, tile=(outer_tile, channel_tile, max(inner_tile, 8)))
+        returned = clipped
+    elif save_clipped:
+        # Eight elements side by side belong to several ranges: a launch for the bits alone.
+        returned = _clipped(x, running, None, qmax, axis)
+    else:
+        returned = x.new_empty(0, dtype=torch.uint8)
+    counts = progress(x.device, channels + tiling.channel_tiles)
+    arguments = y, clipped, counts, running, averaging_constant, float(qmax)
     _launch_tiled(_delayed_kernels().quantize_delayed, tiling, x, *arguments)
-    torch.autograd.graph.increment_version(running_absmax)
-    return y, x.new_empty(0, dtype=torch.uint8) if clipped is None else clipped
+    native.write_back(running_absmax, running)
+    return y, returned
 
 
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
@@ -189,12 +195,23 @@ def _quantize_shared(row: _Row, tiling: geometry.Tiling, averaging_constant: flo
     _launch_tiled(_kernels().quantize_reduced, tiling, x, partial, *outputs)
 
 
+def _clipped(x: Tensor, absmax: Tensor, y: Tensor | None, qmax: int, axis: int | None) -> Tensor:
+    """The bits of clipped elements; writes the quantized values to ``y``, where it is not None."""
+    clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
+    _, channels, inner = channel_layout(x, axis)
+    arguments = absmax, y, clipped, float(qmax), channels, inner
+    _map(_delayed_kernels().quantize_clipped, x, None, *arguments)
+    return clipped
+
+
 def _map(kernel: Any, x: Tensor, axis: int | None, *arguments: object) -> None:
-    if x.numel() == 0:
-        return
+    if x.numel() > 0:
+        _launch_tiled(kernel, _map_tiling(x, axis), x, *arguments)
+
+
+def _map_tiling(x: Tensor, axis: int | None) -> geometry.Tiling:
     layout = channel_layout(x, axis)
-    tiling = geometry.map_tiling(layout, x.element_size(), _machine(x.device))
-    _launch_tiled(kernel, tiling, x, *arguments)
+    return geometry.map_tiling(layout, x.element_size(), _machine(x.device))
 
 
 def _launch_tiled(kernel: Any, tiling: geometry.Tiling, x: Tensor, *arguments: object) -> None:

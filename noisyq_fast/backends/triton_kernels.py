@@ -9,7 +9,6 @@ import triton.language as tl
 
 from noisyq_fast.backends.triton_arithmetic import (
     averaged,
-    is_clipped,
     magnitude,
     quantized,
     scale_of,
@@ -26,7 +25,7 @@ def tiles_along(size, tile):
 
 
 @triton.jit
-def _channels(sizes, TILE: tl.constexpr):
+def channels_of_program(sizes, TILE: tl.constexpr):
     """The channels of this program, and which of them exist."""
     channel_tile = tl.program_id(0)
     if sizes[3] is not None:
@@ -36,20 +35,20 @@ def _channels(sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def _tiles(sizes, TILE: tl.constexpr):
+def tiles_of_program(sizes, TILE: tl.constexpr):
     """How many tiles the channels of this program have."""
     return tiles_along(sizes[0], TILE[0]) * tiles_along(sizes[2], TILE[2])
 
 
 @triton.jit
-def _elements(tile, sizes, TILE: tl.constexpr):
+def elements_of_tile(tile, sizes, TILE: tl.constexpr):
     """Offsets of the elements of a tile, and which of them exist."""
     outer, channels, inner, _ = sizes
     # Triton compiles a size of 1 as a constant. So nothing is left of these divisions where outer
     # or inner is 1, and accesses are wide: that is why the second remainder is taken.
     outer_tiles, inner_tiles = tiles_along(outer, TILE[0]), tiles_along(inner, TILE[2])
     o = (tile % outer_tiles).to(tl.int64) * TILE[0] + tl.arange(0, TILE[0])
-    c, c_exists = _channels(sizes, TILE)
+    c, c_exists = channels_of_program(sizes, TILE)
     i = (tile // outer_tiles % inner_tiles).to(tl.int64) * TILE[2] + tl.arange(0, TILE[2])
     offsets = (o[:, None, None] * channels + c[None, :, None]) * inner + i[None, None, :]
     exists = (o < outer)[:, None, None] & c_exists[None, :, None] & (i < inner)[None, None, :]
@@ -57,7 +56,7 @@ def _elements(tile, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def _largest(magnitudes):
+def largest_of_tile(magnitudes):
     """The largest magnitude of each channel of a tile."""
     return tl.max(tl.max(magnitudes, 2), 0)
 
@@ -66,10 +65,10 @@ def _largest(magnitudes):
 def _largest_in_tiles(x, sizes, TILE: tl.constexpr):
     """The largest magnitude of each channel, over all tiles of this program."""
     largest = tl.zeros(TILE, tl.int32)
-    for tile in range(tl.program_id(1), _tiles(sizes, TILE), tl.num_programs(1)):
-        offsets, exists = _elements(tile, sizes, TILE)
+    for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
+        offsets, exists = elements_of_tile(tile, sizes, TILE)
         largest = tl.maximum(largest, magnitude(tl.load(x + offsets, exists, 0.0)))
-    return _largest(largest)
+    return largest_of_tile(largest)
 
 
 @triton.jit
@@ -78,7 +77,7 @@ def _record(largest, scale, running, averaging_constant, qmax, sizes, TILE: tl.c
     absmax = largest.to(tl.float32, bitcast=True)
     scales = scale_of(absmax, qmax)
     if tl.program_id(1) == 0:
-        channel, exists = _channels(sizes, TILE)
+        channel, exists = channels_of_program(sizes, TILE)
         if scale is not None:
             tl.store(scale + channel, scales, exists)
         if running is not None:
@@ -88,26 +87,24 @@ def _record(largest, scale, running, averaging_constant, qmax, sizes, TILE: tl.c
 
 
 @triton.jit
-def _quantize_elements(x, y, clipped, offsets, exists, scales, qmax):
+def _quantize_elements(x, y, offsets, exists, scales, qmax):
     scales = scales[None, :, None]
     quotient = tl.div_rn(to_float(x), scales)
     tl.store(y + offsets, quantized(quotient, scales, qmax, y.dtype.element_ty), exists)
-    if clipped is not None:
-        tl.store(clipped + offsets, is_clipped(quotient, qmax), exists)
 
 
 @triton.jit
-def _quantize_tiles(x, y, clipped, scales, qmax, sizes, TILE: tl.constexpr):
-    tiles = _tiles(sizes, TILE)
+def _quantize_tiles(x, y, scales, qmax, sizes, TILE: tl.constexpr):
+    tiles = tiles_of_program(sizes, TILE)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         # Backwards: what was reduced last is still in the cache.
-        offsets, exists = _elements(tiles - 1 - tile, sizes, TILE)
+        offsets, exists = elements_of_tile(tiles - 1 - tile, sizes, TILE)
         values = tl.load(x + offsets, exists, 0.0)
-        _quantize_elements(values, y, clipped, offsets, exists, scales, qmax)
+        _quantize_elements(values, y, offsets, exists, scales, qmax)
 
 
-# The kernels. ``y`` receives int8 codes or values of any float dtype; it may be ``x``. ``scale``,
-# ``running`` and ``clipped`` may be None.
+# The kernels. ``y`` receives int8 codes or values of any float dtype; it may be ``x``. ``scale``
+# and ``running`` may be None.
 
 
 @triton.jit
@@ -126,16 +123,16 @@ def _quantize_channels(
     channel_tile = tl.program_id(0) - sizes[3]
     if (channel_tile >= 0) & (channel_tile < tiles_along(sizes[1], TILE[1])):
         if ON_CHIP:
-            offsets, exists = _elements(tl.program_id(1), sizes, TILE)
+            offsets, exists = elements_of_tile(tl.program_id(1), sizes, TILE)
             values = tl.load(x + offsets, exists, 0.0)
-            largest = _largest(magnitude(values))
+            largest = largest_of_tile(magnitude(values))
         else:
             largest = _largest_in_tiles(x, sizes, TILE)
         scales = _record(largest, scale, running, averaging_constant, qmax, sizes, TILE)
         if ON_CHIP:
-            _quantize_elements(values, y, None, offsets, exists, scales, qmax)
+            _quantize_elements(values, y, offsets, exists, scales, qmax)
         else:
-            _quantize_tiles(x, y, None, scales, qmax, sizes, TILE)
+            _quantize_tiles(x, y, scales, qmax, sizes, TILE)
 
 
 @triton.jit
@@ -169,7 +166,7 @@ def quantize_channels(
 @triton.jit
 def reduce_partially(x, partial, sizes, TILE: tl.constexpr):
     """Channels that several programs share: the largest magnitudes, one row for each split."""
-    channel, exists = _channels(sizes, TILE)
+    channel, exists = channels_of_program(sizes, TILE)
     row = partial + tl.program_id(1).to(tl.int64) * sizes[1]
     tl.store(row + channel, _largest_in_tiles(x, sizes, TILE), exists)
 
@@ -181,7 +178,7 @@ def quantize_reduced(
     """The second launch, on the same grid: every program reduces the rows for itself."""
     CHANNELS: tl.constexpr = TILE[1]
     ROWS: tl.constexpr = 1024 // CHANNELS
-    channel, exists = _channels(sizes, TILE)
+    channel, exists = channels_of_program(sizes, TILE)
     largest = tl.zeros([ROWS, CHANNELS], tl.int32)
     for first in range(0, tl.num_programs(1), ROWS):
         row = first + tl.arange(0, ROWS)
@@ -189,21 +186,21 @@ def quantize_reduced(
         rows = partial + row.to(tl.int64)[:, None] * sizes[1] + channel[None, :]
         largest = tl.maximum(largest, tl.load(rows, read, 0))
     scales = _record(tl.max(largest, 0), scale, running, averaging_constant, qmax, sizes, TILE)
-    _quantize_tiles(x, y, None, scales, qmax, sizes, TILE)
+    _quantize_tiles(x, y, scales, qmax, sizes, TILE)
 
 
 @triton.jit
-def quantize_given(x, absmax, y, clipped, qmax, sizes, TILE: tl.constexpr):
+def quantize_given(x, absmax, y, qmax, sizes, TILE: tl.constexpr):
     """With an absmax for each channel that is known before."""
-    channel, exists = _channels(sizes, TILE)
+    channel, exists = channels_of_program(sizes, TILE)
     scales = scale_of(tl.load(absmax + channel, exists, 0.0), qmax)
-    _quantize_tiles(x, y, clipped, scales, qmax, sizes, TILE)
+    _quantize_tiles(x, y, scales, qmax, sizes, TILE)
 
 
 @triton.jit
 def dequantize(codes, scale, y, sizes, TILE: tl.constexpr):
-    channel, channel_exists = _channels(sizes, TILE)
+    channel, channel_exists = channels_of_program(sizes, TILE)
     scales = tl.load(scale + channel, channel_exists, 0.0)[None, :, None]
-    for tile in range(tl.program_id(1), _tiles(sizes, TILE), tl.num_programs(1)):
-        offsets, exists = _elements(tile, sizes, TILE)
+    for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
+        offsets, exists = elements_of_tile(tile, sizes, TILE)
         tl.store(y + offsets, tl.load(codes + offsets, exists, 0).to(tl.float32) * scales, exists)

@@ -1,0 +1,98 @@
+"""The backend `cuda` without a GPU: its kernels, compiled for the host, run in `cuda_emulator`.
+
+Everything else is what runs on a GPU: the backend's module, the bindings, the kernels' sources.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+import filelock
+import pybind11
+
+from noisyq_fast.backends import cuda_grid
+
+ROOT = Path(__file__).parents[1]
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+SOURCES = [
+    EMULATOR / "emulator.cpp",
+    ROOT / "csrc" / "bindings_cuda.cpp",
+    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+]
+# As on a GPU a misaligned access is an error; UBSan finds it, and what else is undefined.
+FLAGS = [
+    "-std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno",
+    "-Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=undefined -fno-sanitize-recover=all",
+    "-fmax-errors=3",
+]
+
+# Small, so that tensors of a few elements are shared by several blocks. The emulator runs at most 4
+# blocks of a cooperative launch at once.
+MACHINE = cuda_grid.Machine(multiprocessors=4, kept_bytes=64, share_bytes=32)
+
+
+def backend() -> ModuleType:
+    """The module of the backend `cuda`, once more, for tensors on the CPU."""
+    original = ROOT / "noisyq_fast" / "backends" / "cuda.py"
+    spec = importlib.util.spec_from_file_location("emulated_cuda_backend", original)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.DEVICE_TYPES = ("cpu",)
+    module.AUTOMATIC = False
+    module._machine = lambda device: MACHINE
+    module._stream = lambda: 0
+
+    @cache
+    def unavailable() -> str | None:
+        compiler = shutil.which("c++")
+        if compiler is None:
+            return "there is no compiler named c++"
+        module.kernels = load(build(compiler)).cuda
+        return None
+
+    module.unavailable = unavailable
+    return module
+
+
+def build(compiler: str) -> Path:
+    """The compiled emulator, made anew where a source has changed."""
+    includes = [EMULATOR, ROOT / "csrc", sysconfig.get_paths()["include"], pybind11.get_include()]
+    flags = [*" ".join(FLAGS).split(), *(f"-I{path}" for path in includes)]
+    read = sorted([*(ROOT / "csrc").rglob("*.*"), *EMULATOR.iterdir()])
+    contents = b"".join(path.read_bytes() for path in read)
+    name = sha256(contents + " ".join([compiler, sys.version, *flags]).encode()).hexdigest()[:16]
+    library = ROOT / "build" / "cuda_emulator" / name / "emulated.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+
+    def compile(source: Path) -> Path:
+        made = library.parent / f"{source.name}.o"
+        run(compiler, *flags, "-x", "c++", "-c", source, "-o", made)
+        return made
+
+    with filelock.FileLock(library.parent / "lock"):  # the tests run in several processes
+        if not library.exists():
+            with ThreadPoolExecutor() as pool:
+                objects = list(pool.map(compile, SOURCES))
+            run(compiler, "-shared", *flags, *objects, "-o", library.with_suffix(".part"))
+            library.with_suffix(".part").rename(library)
+    return library
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulator of CUDA does not compile:\n{done.stderr[:4000]}")
+
+
+def load(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("emulated", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
