@@ -94,6 +94,18 @@ void bind_cuda(py::module_& core) {
                 "quantize_spread", elements_of(layout));
         });
 
+  m.def("fake_quantize_mixed",
+        [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
+           int blocks, uintptr_t progress, int qmax, uintptr_t running_absmax,
+           float averaging_constant, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_mixed(DType{dtype}, pointer<const void>(x), pointer<void>(y),
+                                          layout, blocks, qmax, pointer<float>(running_absmax),
+                                          averaging_constant, pointer<uint32_t>(progress),
+                                          pointer<void>(stream)),
+                "fake_quantize_mixed", elements_of(layout));
+        });
+
   m.def("resident_bytes_per_block", cuda::resident_bytes_per_block);
 
   m.def("fake_quantize_resident",

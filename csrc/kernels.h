@@ -65,6 +65,12 @@ Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, 
 Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout,
                        int splits, uint32_t* partial, int qmax, Stream stream);
 
+// The same of channels that lie mixed in memory. `progress` is channels + 1 values, 0 before and
+// after.
+Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, int blocks,
+                           int qmax, float* running_absmax, float averaging_constant,
+                           uint32_t* progress, Stream stream);
+
 // A single channel that fits on chip, in one cooperative launch of `blocks`, at most one for each
 // multiprocessor. `partial` is scratch for one value per block.
 Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t elements, int blocks,
@@ -75,12 +81,12 @@ Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t eleme
 int64_t resident_bytes_per_block(int device);
 
 // Delayed scales. `clipped`, where it is not null, receives a bit for each element, in the order of
-// memory. `progress` is channels + 1 values, 0 before and after.
+// memory. `progress` as above.
 Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped, Layout layout,
                              int blocks, int qmax, float* running_absmax,
                              float averaging_constant, uint32_t* progress, Stream stream);
 
-// With an absmax that is given; `clipped` as above.
+// With an absmax that is given, for any layout; `clipped` as above.
 Status fake_quantize_clipped(DType dtype, const void* x, const float* absmax, void* y,
                              uint8_t* clipped, Layout layout, int blocks, int qmax,
                              Stream stream);

@@ -1,5 +1,5 @@
-// Ranges that are given, with a bit for each element that tells whether it was clipped, and the
-// gradient that those bits mask.
+// Ranges that are given, in a walk over the memory as it lies, with a bit for each element that tells
+// whether it was clipped; and the gradient that those bits mask.
 #include "groups.cuh"
 
 namespace noisyq::cuda {
@@ -14,9 +14,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t first = g * kGroup;
     Group<T, kWide> group(x + first, share.size_of(g));
     ChannelWalk<kChannels> at(layout, first);
-    clipped[g] = quantize_group(group, at, layout, qmax,
-                                [&](int64_t channel) { return absmax[channel]; });
+    const uint8_t bits = quantize_group(group, at, layout, qmax,
+                                        [&](int64_t channel) { return absmax[channel]; });
     group.store_to(y + first, share.size_of(g));
+    if (clipped != nullptr) clipped[g] = bits;
   }
 }
 

@@ -1,7 +1,7 @@
 """The native kernels for CUDA (``csrc/cuda``), called with addresses, sizes and a stream.
 
 Nothing here waits for the device, and nothing is allocated but outputs and, for activations, a few
-kilobytes of partial maxima.
+kilobytes of maxima.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from noisyq_fast.backends.progress import progress
 DEVICE_TYPES = ("cuda",)
 
 FLT_MIN = torch.finfo(torch.float32).tiny
+
+Layout = tuple[int, int, int]
 
 kernels = getattr(core, "cuda", None)
 
@@ -81,8 +83,10 @@ def fake_quantize_ema(
 def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
     x, y = native.dense(x)
     layout = channel_layout(y, axis)
-    absmax = absmax.contiguous()
-    if layout[0] > 0:
+    if _is_mixed(x, layout):
+        _fake_quantize_clipped(x, absmax, y, NULL, layout, qmax)
+    elif layout[0] > 0:
+        absmax = absmax.contiguous()
         _launch(
             kernels.fake_quantize_range,
             x,
@@ -103,20 +107,8 @@ def fake_quantize_clipped(
     x, y = native.dense(x)
     clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
     layout = channel_layout(y, axis)
-    absmax = absmax.contiguous()
     if layout[0] > 0:
-        _launch(
-            kernels.fake_quantize_clipped,
-            x,
-            DTYPE_CODES[x.dtype],
-            x.data_ptr(),
-            absmax.data_ptr(),
-            y.data_ptr(),
-            clipped.data_ptr(),
-            *layout,
-            _blocks(x),
-            qmax,
-        )
+        _fake_quantize_clipped(x, absmax, y, clipped.data_ptr(), layout, qmax)
     return y, clipped
 
 
@@ -214,19 +206,18 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 
 
 def _fake_quantize_spread(
-    x: Tensor,
-    y: Tensor,
-    layout: tuple[int, int, int],
-    qmax: int,
-    running: int,
-    averaging_constant: float,
+    x: Tensor, y: Tensor, layout: Layout, qmax: int, running: int, averaging_constant: float
 ) -> None:
+    """In one launch where the tensor is a single channel that fits on chip, or in two."""
     blocks = resident_blocks(x.nbytes, _machine(x.device)) if layout[1] == 1 else None
     if blocks is not None:
-        partial = x.new_empty(blocks, dtype=torch.int32)
+        shared = x.new_empty(blocks, dtype=torch.int32)
         kernel, sizes = kernels.fake_quantize_resident, (x.numel(), blocks)
+    elif _is_mixed(x, layout):
+        shared = progress(x.device, layout[1] + 1)
+        kernel, sizes = kernels.fake_quantize_mixed, (*layout, _blocks(x))
     else:
-        splits, partial = _partial(x, layout)
+        splits, shared = _partial(x, layout)
         kernel, sizes = kernels.fake_quantize_spread, (*layout, splits)
     _launch(
         kernel,
@@ -235,11 +226,35 @@ def _fake_quantize_spread(
         x.data_ptr(),
         y.data_ptr(),
         *sizes,
-        partial.data_ptr(),
+        shared.data_ptr(),
         qmax,
         running,
         averaging_constant,
     )
+
+
+def _fake_quantize_clipped(
+    x: Tensor, absmax: Tensor, y: Tensor, clipped: int, layout: Layout, qmax: int
+) -> None:
+    absmax = absmax.contiguous()
+    _launch(
+        kernels.fake_quantize_clipped,
+        x,
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        absmax.data_ptr(),
+        y.data_ptr(),
+        clipped,
+        *layout,
+        _blocks(x),
+        qmax,
+    )
+
+
+def _is_mixed(x: Tensor, layout: Layout) -> bool:
+    """Whether accesses of 16 bytes would hold elements of several channels."""
+    _, channels, inner = layout
+    return channels > 1 and inner * x.element_size() % 16 != 0
 
 
 def _launch(kernel: Callable, x: Tensor, *arguments: object) -> None:
@@ -248,13 +263,13 @@ def _launch(kernel: Callable, x: Tensor, *arguments: object) -> None:
         kernel(*arguments, _stream())
 
 
-def _partial(x: Tensor, layout: tuple[int, int, int]) -> tuple[int, Tensor]:
+def _partial(x: Tensor, layout: Layout) -> tuple[int, Tensor]:
     """How many blocks share a channel, and room for the absmax of each block."""
     splits = _splits(x, layout)
     return splits, x.new_empty(layout[1] * splits, dtype=torch.int32)
 
 
-def _splits(x: Tensor, layout: tuple[int, int, int]) -> int:
+def _splits(x: Tensor, layout: Layout) -> int:
     outer, channels, inner = layout
     return splits_per_channel(outer * inner * x.element_size(), channels, _machine(x.device))
 
