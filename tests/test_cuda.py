@@ -16,6 +16,7 @@ import torch
 from every_operator import assert_same, every_operator
 from guarded_memory import guarded, guarded_like
 from strategies import DTYPES, VALUES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisyq_fast.backends import BACKENDS, reference
 from noisyq_fast.backends.cuda_grid import Machine, resident_blocks, splits_per_channel
@@ -185,6 +186,37 @@ def test_progress_is_left_as_it_was_found(emulated, monkeypatch):
         running = torch.tensor([0.5, float("nan"), 0.1, float("nan"), 2.0])
         emulated.fake_quantize_delayed(torch.randn(3, 5, 20), running, 7, 1, 0.3, True)
         assert counts.tolist() == [0] * 6
+
+
+class Calls(TorchDispatchMode):
+    """The names of PyTorch's operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_pytorch_only_allocates(emulated, axis):
+    """The kernels do all else. Counters of blocks are zeros, once for each stream on a GPU."""
+    x = torch.randn(3, 5, 7)
+    running = torch.ones([] if axis is None else [x.shape[axis]])
+    codes, scale = emulated.quantize(x, 7, axis)
+    with Calls() as calls:
+        emulated.fake_quantize(x, 7, axis)
+        emulated.fake_quantize_many([x, x], [7, 7], [axis, None])
+        emulated.fake_quantize_ema(x, running, 7, axis, 0.3)
+        emulated.fake_quantize_range(x, running, 7, axis)
+        emulated.fake_quantize_clipped(x, running, 7, axis)
+        _, clipped = emulated.fake_quantize_delayed(x, running, 7, axis, 0.3, True)
+        emulated.zero_clipped(x, clipped)
+        emulated.quantize(x, 7, axis)
+        emulated.dequantize(codes, scale, axis)
+    assert calls.names == {"empty_like", "new_empty", "zeros"}
 
 
 def test_a_launch_that_fails_names_the_kernel_the_size_and_the_device(emulated, monkeypatch):
