@@ -1,10 +1,8 @@
-// The CUDA kernels for Python. A launch that fails raises an error that names the kernel, the size
-// and the device.
+// The CUDA kernels for Python. A launch that fails raises an error that says why.
 #include <cuda_runtime_api.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -15,37 +13,24 @@ namespace py = pybind11;
 namespace noisyq {
 namespace {
 
-void check(cuda::Status status, const char* kernel, int64_t elements) {
+void check(cuda::Status status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next call that looks for an error would find this one
-  int device = -1;
-  cudaGetDevice(&device);
-  throw std::runtime_error(std::string("noisyq_fast: ") + kernel + " of " +
-                           std::to_string(elements) + " elements could not be launched on cuda:" +
-                           std::to_string(device) + ": " +
-                           cudaGetErrorString(static_cast<cudaError_t>(status)));
-}
-
-int64_t elements_of(const Layout& layout) {
-  return layout.outer * layout.channels * layout.inner;
+  throw std::runtime_error(cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 
 // (x, y, scale, channels, inner, qmax)
 using Row = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int>;
 
 template <class Kernel>
-void over_channels(const char* name, Kernel kernel, int dtype, const std::vector<Row>& rows,
-                   uintptr_t stream) {
+void over_channels(Kernel kernel, int dtype, const std::vector<Row>& rows, uintptr_t stream) {
   std::vector<cuda::ChannelTensor> tensors;
-  int64_t elements = 0;
   for (const auto& [x, y, scale, channels, inner, qmax] : rows) {
     tensors.push_back({pointer<const void>(x), pointer<void>(y), pointer<float>(scale), channels,
                        inner, qmax});
-    elements += channels * inner;
   }
   check(kernel(DType{dtype}, tensors.data(), static_cast<int>(tensors.size()),
-               pointer<void>(stream)),
-        name, elements);
+               pointer<void>(stream)));
 }
 
 }  // namespace
@@ -55,19 +40,16 @@ void bind_cuda(py::module_& core) {
 
   m.def("device_count", [] {
     int count = 0;
-    const cudaError_t status = cudaGetDeviceCount(&count);
-    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+    check(cudaGetDeviceCount(&count));
     return count;
   });
 
-  m.def("fake_quantize_channels",
-        [](int dtype, const std::vector<Row>& rows, uintptr_t stream) {
-          over_channels("fake_quantize_channels", cuda::fake_quantize_channels, dtype, rows,
-                        stream);
-        });
+  m.def("fake_quantize_channels", [](int dtype, const std::vector<Row>& rows, uintptr_t stream) {
+    over_channels(cuda::fake_quantize_channels, dtype, rows, stream);
+  });
 
   m.def("quantize_channels", [](int dtype, const std::vector<Row>& rows, uintptr_t stream) {
-    over_channels("quantize_channels", cuda::quantize_channels, dtype, rows, stream);
+    over_channels(cuda::quantize_channels, dtype, rows, stream);
   });
 
   m.def("fake_quantize_spread",
@@ -78,8 +60,7 @@ void bind_cuda(py::module_& core) {
           check(cuda::fake_quantize_spread(DType{dtype}, pointer<const void>(x), pointer<void>(y),
                                            layout, splits, pointer<uint32_t>(partial), qmax,
                                            pointer<float>(running_absmax), averaging_constant,
-                                           pointer<void>(stream)),
-                "fake_quantize_spread", elements_of(layout));
+                                           pointer<void>(stream)));
         });
 
   m.def("quantize_spread",
@@ -90,8 +71,7 @@ void bind_cuda(py::module_& core) {
           check(cuda::quantize_spread(DType{dtype}, pointer<const void>(x),
                                       pointer<int8_t>(codes), pointer<float>(scale), layout,
                                       splits, pointer<uint32_t>(partial), qmax,
-                                      pointer<void>(stream)),
-                "quantize_spread", elements_of(layout));
+                                      pointer<void>(stream)));
         });
 
   m.def("fake_quantize_mixed",
@@ -102,8 +82,7 @@ void bind_cuda(py::module_& core) {
           check(cuda::fake_quantize_mixed(DType{dtype}, pointer<const void>(x), pointer<void>(y),
                                           layout, blocks, qmax, pointer<float>(running_absmax),
                                           averaging_constant, pointer<uint32_t>(progress),
-                                          pointer<void>(stream)),
-                "fake_quantize_mixed", elements_of(layout));
+                                          pointer<void>(stream)));
         });
 
   m.def("resident_bytes_per_block", cuda::resident_bytes_per_block);
@@ -115,8 +94,7 @@ void bind_cuda(py::module_& core) {
                                              pointer<void>(y), elements, blocks,
                                              pointer<uint32_t>(partial), qmax,
                                              pointer<float>(running_absmax), averaging_constant,
-                                             pointer<void>(stream)),
-                "fake_quantize_resident", elements);
+                                             pointer<void>(stream)));
         });
 
   m.def("fake_quantize_delayed",
@@ -128,8 +106,7 @@ void bind_cuda(py::module_& core) {
                     DType{dtype}, pointer<const void>(x), pointer<void>(y),
                     pointer<uint8_t>(clipped), layout, blocks, qmax,
                     pointer<float>(running_absmax), averaging_constant,
-                    pointer<uint32_t>(progress), pointer<void>(stream)),
-                "fake_quantize_delayed", elements_of(layout));
+                    pointer<uint32_t>(progress), pointer<void>(stream)));
         });
 
   m.def("fake_quantize_clipped",
@@ -139,8 +116,7 @@ void bind_cuda(py::module_& core) {
           check(cuda::fake_quantize_clipped(DType{dtype}, pointer<const void>(x),
                                             pointer<const float>(absmax), pointer<void>(y),
                                             pointer<uint8_t>(clipped), layout, blocks, qmax,
-                                            pointer<void>(stream)),
-                "fake_quantize_clipped", elements_of(layout));
+                                            pointer<void>(stream)));
         });
 
   m.def("zero_clipped",
@@ -148,8 +124,7 @@ void bind_cuda(py::module_& core) {
            int blocks, uintptr_t stream) {
           check(cuda::zero_clipped(DType{dtype}, pointer<const void>(grad), pointer<void>(out),
                                    pointer<const uint8_t>(clipped), elements, blocks,
-                                   pointer<void>(stream)),
-                "zero_clipped", elements);
+                                   pointer<void>(stream)));
         });
 
   m.def("fake_quantize_range",
@@ -158,16 +133,14 @@ void bind_cuda(py::module_& core) {
           const Layout layout{outer, channels, inner};
           check(cuda::fake_quantize_range(DType{dtype}, pointer<const void>(x),
                                           pointer<const float>(absmax), pointer<void>(y), layout,
-                                          splits, qmax, pointer<void>(stream)),
-                "fake_quantize_range", elements_of(layout));
+                                          splits, qmax, pointer<void>(stream)));
         });
 
   m.def("dequantize", [](uintptr_t codes, uintptr_t scale, uintptr_t y, int64_t outer,
                          int64_t channels, int64_t inner, int splits, uintptr_t stream) {
     const Layout layout{outer, channels, inner};
     check(cuda::dequantize(pointer<const int8_t>(codes), pointer<const float>(scale),
-                           pointer<float>(y), layout, splits, pointer<void>(stream)),
-          "dequantize", elements_of(layout));
+                           pointer<float>(y), layout, splits, pointer<void>(stream)));
   });
 }
 

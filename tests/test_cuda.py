@@ -219,14 +219,14 @@ def test_pytorch_only_allocates(emulated, axis):
     assert calls.names == {"empty_like", "new_empty", "zeros"}
 
 
-def test_a_launch_that_fails_names_the_kernel_the_size_and_the_device(emulated, monkeypatch):
+def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device(emulated, monkeypatch):
     # More blocks than the emulator has multiprocessors cannot all run at once.
     monkeypatch.setattr(emulated, "_machine", lambda device: Machine(5, 1 << 16, share_bytes=4))
     running = torch.tensor(1.0)
     with pytest.raises(RuntimeError) as error:
-        emulated.fake_quantize_ema(torch.ones(77), running, 7, None, 0.3)
+        emulated.fake_quantize_ema(torch.ones(7, 11), running, 7, None, 0.3)
     assert str(error.value) == (
-        "noisyq_fast: fake_quantize_resident of 77 elements could not be launched on cuda:0: "
-        "too many blocks in cooperative launch"
+        "noisyq_fast: fake_quantize_resident of a torch.float32 tensor of shape [7, 11] could not "
+        "be launched on cpu: too many blocks in cooperative launch"
     )
     assert running == 1

@@ -363,6 +363,11 @@ for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
             fake_quantize_many([x, x[:2]], 4, axis)
             fake_quantize_ema(x, running, 4, axis)
             fake_quantize_ema(x, running, 4, axis, training=False, ste="clipped")
+            leaf = x.clone().requires_grad_()
+            unseen = torch.full_like(running, float("nan"))
+            for ranges in (running, unseen):
+                y = fake_quantize_ema(leaf, ranges, 4, axis, ste="clipped", delayed=True)
+                y.sum().backward()
             dequantize(*quantize(x, 4, axis), axis)
 torch.cuda.synchronize()
 """

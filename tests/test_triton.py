@@ -155,6 +155,24 @@ def test_delayed_scales_take_one_launch(dtype, machine, launches, monkeypatch):
         assert counts.tolist() == [0, 0]
 
 
+def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device():
+    def too_large(*arguments, **options):
+        raise ValueError("out of resource: shared memory")
+
+    class Kernel:
+        fn = SimpleNamespace(__name__="dequantize")
+
+        def __getitem__(self, grid):
+            return too_large
+
+    with pytest.raises(RuntimeError) as error:
+        triton._launch(torch.ones(7, 11), Kernel(), (1,), 4)
+    assert str(error.value) == (
+        "noisyq_fast: dequantize of a torch.float32 tensor of shape [7, 11] could not be launched "
+        "on cpu: out of resource: shared memory"
+    )
+
+
 def test_progress_belongs_to_a_stream_or_to_a_graph(monkeypatch):
     device, streams = torch.device("cuda", 0), [SimpleNamespace(cuda_stream=object()) for _ in "ab"]
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: object())

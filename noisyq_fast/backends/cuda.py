@@ -260,7 +260,10 @@ def _is_mixed(x: Tensor, layout: Layout) -> bool:
 def _launch(kernel: Callable, x: Tensor, *arguments: object) -> None:
     """On the device of ``x`` and its current stream."""
     with torch.cuda.device_of(x):
-        kernel(*arguments, _stream())
+        try:
+            kernel(*arguments, _stream())
+        except RuntimeError as error:
+            raise native.launch_failed(kernel.__name__, x, error) from None
 
 
 def _partial(x: Tensor, layout: Layout) -> tuple[int, Tensor]:

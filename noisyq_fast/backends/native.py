@@ -36,3 +36,11 @@ def write_back(running_absmax: Tensor, running: Tensor) -> None:
         torch.autograd.graph.increment_version(running)
     else:
         running_absmax.copy_(running)
+
+
+def launch_failed(kernel: str, x: Tensor, error: Exception) -> RuntimeError:
+    """What to raise where a kernel of a GPU could not be launched for ``x``."""
+    return RuntimeError(
+        f"noisyq_fast: {kernel} of a {x.dtype} tensor of shape {list(x.shape)} could not be "
+        f"launched on {x.device}: {error}"
+    )

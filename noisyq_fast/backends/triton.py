@@ -97,23 +97,23 @@ def fake_quantize_delayed(
     tiling = _map_tiling(x, axis)
     outer, channels, inner = tiling.layout
     running = running_absmax.contiguous()
-    clipped = None
-    if save_clipped and (outer * channels == 1 or inner % 8 == 0):
+    # Otherwise eight elements side by side belong to several ranges: a launch for the bits alone.
+    fused = save_clipped and (outer * channels == 1 or inner % 8 == 0)
+    if fused:
         clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
-        # At least one byte's elements, where the tensor has fewer.
+        # At least the elements of a byte, where the tensor has fewer.
         outer_tile, channel_tile, inner_tile = tiling.tile
         tiling = replace(tiling, tile=(outer_tile, channel_tile, max(inner_tile, 8)))
-        returned = clipped
     elif save_clipped:
-        # Eight elements side by side belong to several ranges: a launch for the bits alone.
-        returned = _clipped(x, running, None, qmax, axis)
+        clipped = _clipped(x, running, None, qmax, axis)
     else:
-        returned = x.new_empty(0, dtype=torch.uint8)
+        clipped = x.new_empty(0, dtype=torch.uint8)
     counts = progress(x.device, channels + tiling.channel_tiles)
-    arguments = y, clipped, counts, running, averaging_constant, float(qmax)
-    _launch_tiled(_delayed_kernels().quantize_delayed, tiling, x, *arguments)
+    outputs = y, clipped if fused else None, counts, running
+    kernel = _delayed_kernels().quantize_delayed
+    _launch_tiled(kernel, tiling, x, *outputs, averaging_constant, float(qmax))
     native.write_back(running_absmax, running)
-    return y, returned
+    return y, clipped
 
 
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
@@ -222,7 +222,10 @@ def _launch_tiled(kernel: Any, tiling: geometry.Tiling, x: Tensor, *arguments: o
 def _launch(x: Tensor, kernel: Any, grid: tuple[int, ...], warps: int, *arguments: object) -> None:
     """On the device of ``x``."""
     with torch.cuda.device_of(x):
-        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        try:
+            kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        except Exception as error:
+            raise native.launch_failed(kernel.fn.__name__, x, error) from error
 
 
 @cache
