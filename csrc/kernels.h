@@ -43,7 +43,7 @@ namespace cuda {
 using Status = int;
 using Stream = void*;  // a cudaStream_t
 
-// A tensor whose channels are contiguous. Where `scale` is not null it receives a scale per channel.
+// A tensor whose channels are contiguous. Where `scale` is not null it receives one per channel.
 struct ChannelTensor {
   const void* x;
   void* y;

@@ -44,7 +44,8 @@ __device__ void quantize_channel(const T* x, Out* y, float* scale_out, int64_t i
 }
 
 template <class Op, class T, class Out>
-__global__ void __launch_bounds__(kMaxThreads) channels_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kMaxThreads)
+    channels_kernel(const __grid_constant__ Table table) {
   int low = 0, high = table.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;

@@ -1,5 +1,5 @@
-// Ranges that are given, in a walk over the memory as it lies, with a bit for each element that tells
-// whether it was clipped; and the gradient that those bits mask.
+// Ranges that are given, in a walk over the memory as it lies, with a bit for each element that
+// tells whether it was clipped; and the gradient that those bits mask.
 #include "groups.cuh"
 
 namespace noisyq::cuda {

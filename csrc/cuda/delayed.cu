@@ -1,5 +1,5 @@
-// Delayed scales: quantizes with the ranges of the batches before, while the absmax of this batch is
-// reduced in the same pass. One read, one write, one launch. Here values do clip.
+// Delayed scales: quantizes with the ranges of the batches before, while the absmax of this batch
+// is reduced in the same pass. One read, one write, one launch. Here values do clip.
 #include "maxima.cuh"
 
 namespace noisyq::cuda {
@@ -17,8 +17,8 @@ __device__ __forceinline__ bool seen(ChannelWalk<kChannels> at, Layout layout,
   return all;
 }
 
-// `y` must not be `x`. Unless told that four blocks on a multiprocessor will do, the compiler spills
-// registers.
+// `y` must not be `x`. Unless told that four blocks on a multiprocessor will do, the compiler
+// spills registers.
 template <class T, bool kWide, Channels kChannels>
 __global__ void __launch_bounds__(kThreads, 4)
     delayed_kernel(const T* x, T* y, uint8_t* clipped, Layout layout, float qmax,

@@ -90,7 +90,9 @@ __device__ __forceinline__ void store(P* pack, const P& values) {
 template <class T, int N>
 __device__ __forceinline__ uint32_t absmax_of_pack(const Pack<T, N>& pack, uint32_t absmax) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) absmax = max(absmax, static_cast<uint32_t>(magnitude(pack.values[i])));
+  for (int i = 0; i < N; ++i) {
+    absmax = max(absmax, static_cast<uint32_t>(magnitude(pack.values[i])));
+  }
   return absmax;
 }
 

@@ -1,5 +1,5 @@
-// A walk over a tensor's memory in groups of eight elements, whose clipped bits make a byte. A group
-// may hold elements of several channels.
+// A walk over a tensor's memory in groups of eight elements, whose clipped bits make a byte. A
+// group may hold elements of several channels.
 #pragma once
 
 #include <type_traits>
@@ -122,7 +122,7 @@ inline bool whole_groups(const void* x, const void* y, Layout layout) {
 template <auto kValue>
 using Constant = std::integral_constant<decltype(kValue), kValue>;
 
-// What `body` returns for the kernel's variant: body(wide, channels) gets two compile-time constants.
+// What body(wide, channels) returns, of two compile-time constants that name the kernel's variant.
 template <class Body>
 Status with_groups(const void* x, const void* y, Layout layout, const Body& body) {
   const auto with_channels = [&](auto wide) -> Status {

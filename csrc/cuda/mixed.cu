@@ -1,5 +1,5 @@
-// Several channels that lie mixed in memory (channels_last activations, odd sizes), dynamic absmax: a
-// launch that reduces and one that maps, both of which walk over the memory as it lies, so that
+// Several channels that lie mixed in memory (channels_last activations, odd sizes), dynamic absmax:
+// a launch that reduces and one that maps, both of which walk over the memory as it lies, so that
 // accesses are wide.
 #include "maxima.cuh"
 

@@ -187,7 +187,7 @@ class Block {
       released = true;
     }
     if (!released && !all_wait_for(Wait::done, 0, size())) {
-      throw std::runtime_error("emulator: threads of a block wait for each other in different places");
+      throw std::runtime_error("emulator: threads wait for each other in different places");
     }
   }
 
@@ -248,8 +248,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
       std::fill(std::begin(noisyq::cuda::shared), std::end(noisyq::cuda::shared), kUnused);
       try {
         Block(run_thread, &grid).run(order_of_threads);
-        if (std::any_of(noisyq::cuda::shared + config.dynamicSmemBytes,
-                        std::end(noisyq::cuda::shared), [](auto byte) { return byte != kUnused; })) {
+        const auto* unasked = noisyq::cuda::shared + config.dynamicSmemBytes;
+        if (std::any_of(unasked, std::cend(noisyq::cuda::shared),
+                        [](auto byte) { return byte != kUnused; })) {
           throw std::runtime_error("emulator: more shared memory was used than was asked for");
         }
       } catch (...) {
