@@ -133,8 +133,7 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         weight_bits: width of the weights, 2..8.
         activation_bits: width of the input, 2..8.
         averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
-        delayed, ste: as for `fake_quantize_ema`, for the input. With a range per group ``delayed``
-            gives the same numbers as elsewhere but spares a GPU nothing: no kernel fuses it.
+        delayed, ste: as for `fake_quantize_ema`, for the input.
         input_ranges: ``"per-group"``, where ``running_absmax`` is ``[T]``; or ``"shared"``: one
             range for all groups, ``running_absmax`` is 0-d. The scales of the weights stay.
 
