@@ -29,5 +29,5 @@ def every_operator(backend, x, axis, qmax=7):
         y, clipped = backend.fake_quantize_delayed(x, running, qmax, axis, 0.3, save_clipped)
         results += [y, clipped, running]
         if save_clipped:
-            results += [backend.zero_clipped(x, clipped)]
+            results += [backend.zero_clipped(y, clipped)]
     return results

@@ -15,6 +15,7 @@ import pytest
 import torch
 from every_operator import assert_same, every_operator
 from guarded_memory import guarded, guarded_like
+from memory_layouts import TENSORS
 from strategies import DTYPES, VALUES
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,6 +127,16 @@ def test_every_operator_however_it_is_launched(emulated, dtype, shape, machine, 
         for axis in (None, 0, 1)[: x.dim() + 1]:
             expected = every_operator(reference, x, axis)
             assert_same(every_operator(emulated, x, axis), expected)
+
+
+@pytest.mark.parametrize("machine", [Machine(132), Machine(4, 226 << 10)], ids=str)
+@pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
+def test_sizes_as_on_a_gpu(emulated, make, machine, monkeypatch):
+    monkeypatch.setattr(emulated, "_machine", lambda device: machine)
+    x = make(torch.randn)
+    for axis in (None, *range(x.dim())):
+        if axis is None or x.shape[axis] <= 5000:  # The emulator takes 0.1 ms for each block.
+            assert_same(every_operator(emulated, x, axis), every_operator(reference, x, axis))
 
 
 @pytest.mark.parametrize("place", ["before a page that is not there", "after one"])

@@ -6,8 +6,8 @@
 // threads that wait for each other in different places, or that use more shared memory than was
 // asked for.
 //
-// Not emulated: the weak order of memory among blocks, and what differs in hardware (its division
-// is IEEE like the host's).
+// Not emulated: threads of a block that race between two barriers, the weak order of memory among
+// blocks, and what differs in hardware (its division is IEEE like the host's).
 #include "cuda_runtime.h"
 
 #include <setjmp.h>
