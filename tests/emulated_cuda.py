@@ -4,6 +4,7 @@ Everything else is what runs on a GPU: the backend's module, the bindings, the k
 """
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,10 @@ def backend() -> ModuleType:
 
     @cache
     def unavailable() -> str | None:
-        compiler = shutil.which("c++")
+        name = os.environ.get("CXX", "c++")
+        compiler = shutil.which(name)
         if compiler is None:
-            return "there is no compiler named c++"
+            return f"the emulator needs a C++ compiler, and there is none named {name}"
         module.kernels = load(build(compiler)).cuda
         return None
 
