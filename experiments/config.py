@@ -65,7 +65,7 @@ class RunConfig:
     Test labels are never changed, and nothing is ever selected on them. Every run writes its
     options, its noisy labels, the metrics of each epoch, the final result and the trained weights
     into a folder of its own, and a checkpoint after each epoch: the same command goes on where it
-    was interrupted. The default run needs no download and takes about a minute on one CPU core.
+    was interrupted. The default run needs no download and takes about two minutes on one CPU core.
     """
 
     method: _choice("method") = methods.BASELINE

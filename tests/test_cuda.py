@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from every_operator import assert_same, every_operator
+from assert_same import assert_same
+from every_operator import every_operator
 from guarded_memory import guarded, guarded_like
 from memory_layouts import TENSORS
 from strategies import DTYPES, VALUES

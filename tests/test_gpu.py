@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from every_operator import assert_same
+from assert_same import assert_same
 from memory_layouts import TENSORS, channels_last
 from strategies import DTYPES, VALUES
 from torch import nn

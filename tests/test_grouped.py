@@ -1,10 +1,10 @@
 """GroupedLinear and QuantGroupedLinear: to the bit a layer for each group, computed together."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
+from assert_same import assert_same
 from torch import nn
 
 from noisyq_fast import (
@@ -16,8 +16,6 @@ from noisyq_fast import (
     layers,
     quantize_model_,
 )
-
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
 GROUPS, INPUTS, OUTPUTS = 3, 17, 5
 SIZES = GROUPS, INPUTS, OUTPUTS

@@ -6,6 +6,7 @@ import numpy as np
 import numpy_specification as specification
 import pytest
 import torch
+from assert_same import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, axes, bits, tensors
@@ -24,11 +25,6 @@ OTHERS = [
     for name, reason in noisyq_fast.info().backends.items()
     if "cpu" in (BACKENDS[name].DEVICE_TYPES or [])
 ]
-
-
-def assert_same(actual, expected):
-    """Equal by value; the sign of a zero is free and one NaN is like another."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_like(y, x):

@@ -1,19 +1,17 @@
 """sync_ranges_: ranks agree to the bit with one process that has the whole batch."""
 
 import copy
-from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from assert_same import assert_same
 from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from noisyq_fast import QuantGroupedLinear, QuantLinear, quantize_model_, sync_ranges_
-
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
 NAN, INF = float("nan"), float("inf")
 QUANTIZERS = [

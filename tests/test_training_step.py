@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from every_operator import assert_same
+from assert_same import assert_same
 
 from experiments.models import ResNet20
 from noisyq_fast import quantize_model_, use_backend

@@ -8,8 +8,12 @@ namespace noisyq::cuda {
 // Up to this many channels, a block collects them on chip.
 constexpr int64_t kKeptChannels = 12 * 1024 - 64;
 
+inline __host__ __device__ bool maxima_fit_on_chip(Layout layout) {
+  return layout.channels <= kKeptChannels;
+}
+
 inline size_t shared_bytes_of_maxima(Layout layout) {
-  return layout.channels <= kKeptChannels ? layout.channels * sizeof(uint32_t) : 0;
+  return maxima_fit_on_chip(layout) ? layout.channels * sizeof(uint32_t) : 0;
 }
 
 // `progress` is the absmax of each channel, and then how many blocks are done: channels + 1 values,
@@ -20,13 +24,11 @@ struct Maxima {
   uint32_t* largest;  // of this block
 
   __device__ Maxima(Layout layout, uint32_t* progress) : layout(layout), progress(progress) {
-    largest = keep() ? reinterpret_cast<uint32_t*>(shared_memory()) : progress;
-    if (!keep()) return;
+    largest = maxima_fit_on_chip(layout) ? reinterpret_cast<uint32_t*>(shared_memory()) : progress;
+    if (!maxima_fit_on_chip(layout)) return;
     for (int64_t c = threadIdx.x; c < layout.channels; c += kThreads) largest[c] = 0;
     __syncthreads();
   }
-
-  __device__ __forceinline__ bool keep() const { return layout.channels <= kKeptChannels; }
 
   template <class T, bool kWide, Channels kChannels>
   __device__ __forceinline__ void observe(const Group<T, kWide>& group,
@@ -51,7 +53,7 @@ struct Maxima {
 
   // After the last observation of the block.
   __device__ void send() {
-    if (!keep()) return;
+    if (!maxima_fit_on_chip(layout)) return;
     __syncthreads();
     for (int64_t c = threadIdx.x; c < layout.channels; c += kThreads) {
       if (largest[c] > 0) atomicMax(progress + c, largest[c]);

@@ -16,10 +16,9 @@ from noisyq_fast.backends.cuda_grid import Machine, resident_blocks, splits_per_
 from noisyq_fast.backends.layout import channel_layout
 from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
 from noisyq_fast.backends.progress import progress
+from noisyq_fast.backends.reference import FLT_MIN
 
 DEVICE_TYPES = ("cuda",)
-
-FLT_MIN = torch.finfo(torch.float32).tiny
 
 Layout = tuple[int, int, int]
 
@@ -60,7 +59,7 @@ def fake_quantize_many(
             # The input lives on in the row only as an address.
             together.setdefault(x.dtype, []).append((row, x))
         elif outer > 1:
-            _fake_quantize_spread(x, y, layout, qmax, NULL, 0.0)
+            _fake_quantize_dynamic(x, y, layout, qmax, NULL, 0.0)
     for dtype, rows_and_inputs in together.items():
         rows, inputs = zip(*rows_and_inputs, strict=True)
         _launch(kernels.fake_quantize_channels, inputs[0], DTYPE_CODES[dtype], list(rows))
@@ -75,7 +74,7 @@ def fake_quantize_ema(
     if layout[0] == 0:
         return y
     running = running_absmax.contiguous()
-    _fake_quantize_spread(x, y, layout, qmax, running.data_ptr(), averaging_constant)
+    _fake_quantize_dynamic(x, y, layout, qmax, running.data_ptr(), averaging_constant)
     native.write_back(running_absmax, running)
     return y
 
@@ -205,7 +204,7 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return y
 
 
-def _fake_quantize_spread(
+def _fake_quantize_dynamic(
     x: Tensor, y: Tensor, layout: Layout, qmax: int, running: int, averaging_constant: float
 ) -> None:
     """In one launch where the tensor is a single channel that fits on chip, or in two."""

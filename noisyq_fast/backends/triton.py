@@ -18,13 +18,12 @@ from noisyq_fast import checks
 from noisyq_fast.backends import geometry, native
 from noisyq_fast.backends.layout import channel_layout
 from noisyq_fast.backends.progress import progress
+from noisyq_fast.backends.reference import FLT_MIN
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 AUTOMATIC = not INTERPRETED
-
-FLT_MIN = torch.finfo(torch.float32).tiny
 
 # Their arguments take less than 4 KB, the limit of older drivers, and a kernel for them is compiled
 # in seconds.

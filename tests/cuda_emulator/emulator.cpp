@@ -161,17 +161,13 @@ class Block {
                        [&](const Fiber& fiber) { return fiber.wait == what; });
   }
 
-  void go_on(unsigned begin, unsigned end) {
-    for (unsigned i = begin; i < end; ++i) fibers_[i].wait = Wait::none;
-  }
-
   // Threads that have returned are not waited for at a barrier; a warp shuffles with all lanes.
   void release() {
     bool released = false;
     for (unsigned begin = 0; begin < size(); begin += kWarp) {
       const unsigned end = begin + kWarp;
       if (all_wait_for(Wait::warp, begin, end)) {
-        go_on(begin, end);
+        for (unsigned i = begin; i < end; ++i) fibers_[i].wait = Wait::none;
         released = true;
       }
     }
@@ -276,11 +272,6 @@ void __syncthreads() { emulator::Block::running->wait(emulator::Wait::block); }
 
 uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int offset) {
   return emulator::Block::running->shuffle(value, offset);
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
