@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments import checkpoints
 from experiments.config import RunConfig
-from experiments.files import atomic
+from experiments.files import atomic, open_lock, remove_temporaries
 
 # The result goes first and comes last: where there is one, everything else belongs to it.
 _FILES = (
@@ -30,50 +30,47 @@ _FILES = (
 def run_name(config: RunConfig, checksums: dict[str, str]) -> str:
     """A readable name that is equal for two runs only if they must give the same numbers."""
     identity = config.identity() | checksums
-    text = json.dumps(identity, sort_keys=True, default=str)
+    text = json.dumps(identity, sort_keys=True, default=str, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     noise = config.noise_kind if config.noise is None else f"noise{config.noise:g}"
     fold = f"-fold{config.faces.fold}" if config.detects_action_units else ""
     return f"{config.dataset}-{config.label}-{noise}{fold}-seed{config.seed}-{digest}"
 
 
+class Busy(OSError):
+    """Another process is at work on the run."""
+
+
 class RunFolder:
-    """The files of a run, each written whole or not at all. One process at a time can have it."""
+    """The files of a run, each written whole or not at all. One process at a time can have it; what
+    killed ones left half-written is removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
+        self._lock = open_lock(path / ".lock")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OSError(f"{path}: another process is at work on this run") from error
+            raise Busy(f"{path}: another process is at work on this run") from error
+        remove_temporaries(path, _FILES)
 
     def clear(self) -> None:
         """Removes what an older run left."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
-    def result(self) -> dict[str, Any] | None:
-        """The outcome, if the run is finished."""
-        try:
-            return json.loads((self.path / "result.json").read_text())
-        except FileNotFoundError:
-            return None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}/result.json is malformed: {error}") from error
-
     def write_config(self, config: dict[str, Any]) -> None:
         """The options of the run, as config.json."""
-        self._write_text("config.json", json.dumps(config, indent=2, default=str) + "\n")
+        self._write_text("config.json", _json(config, indent=2, default=str))
 
     def write_metrics(self, epochs: Iterable[dict[str, Any]]) -> None:
         """All epochs so far, as metrics.jsonl."""
-        self._write_text("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        self._write_text("metrics.jsonl", "".join(map(_json, epochs)))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """The outcome, as result.json."""
-        self._write_text("result.json", json.dumps(result, indent=2) + "\n")
+        self._write_text("result.json", _json(result, indent=2))
 
     def write_labels(self, labels: dict[str, np.ndarray]) -> None:
         """The given labels and what is known of the true ones, as noisy_labels.npz."""
@@ -84,8 +81,24 @@ class RunFolder:
         """Parameters and buffers, as model.safetensors."""
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         with atomic(self.path / "model.safetensors") as temporary:
-            temporary.write_bytes(save(state, metadata))
+            temporary.write_bytes(_in_order(save(state, metadata)))
 
     def _write_text(self, name: str, text: str) -> None:
         with atomic(self.path / name) as temporary:
             temporary.write_text(text)
+
+
+def _in_order(safetensors: bytes) -> bytes:
+    """The same with its metadata sorted, which the library writes in an order of chance: equal
+    models are equal files, with one checksum."""
+    end = 8 + int.from_bytes(safetensors[:8], "little")
+    header = json.loads(safetensors[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + safetensors[end:]
+
+
+def _json(content: dict[str, Any], **layout: Any) -> str:
+    """With finite numbers only: other programs take no others."""
+    return json.dumps(content, allow_nan=False, **layout) + "\n"

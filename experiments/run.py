@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,21 +24,32 @@ from experiments import distributed, tasks
 from experiments.allocator import keep_freed_memory
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
-from experiments.output import RunFolder, run_name
+from experiments.identity import RunIdentity
+from experiments.output import Busy, RunFolder
 from experiments.tensorboard import open_log
 from experiments.training import EpochMetrics, NonFiniteLoss, Trainer
 from experiments.weights import Weights
 from noisyq_fast.backends import AUTO
+
+BUSY = os.EX_TEMPFAIL
+"""The exit status where another process is at work on the run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """All that a run needs, checked."""
 
-    config: RunConfig
+    identity: RunIdentity
     data: tasks.Data
     weights: Weights | None
-    path: Path
+
+    @property
+    def config(self) -> RunConfig:
+        return self.identity.config
+
+    @property
+    def path(self) -> Path:
+        return self.config.out / self.identity.name
 
 
 def prepare(config: RunConfig) -> Run:
@@ -49,7 +61,7 @@ def prepare(config: RunConfig) -> Run:
     data = tasks.read(config)
     weights = Weights.read(config.weights) if config.weights else None
     checksums = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
-    return Run(config, data, weights, path=config.out / run_name(config, checksums))
+    return Run(RunIdentity(config, checksums), data, weights)
 
 
 def execute(run: Run, device: torch.device) -> str:
@@ -61,21 +73,25 @@ def execute(run: Run, device: torch.device) -> str:
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     folder = RunFolder(run.path) if distributed.is_main() else None
-    earlier = _earlier(folder, config.restart) if folder else None
+    earlier = _earlier(folder, run) if folder else None
     result, state = distributed.from_main(earlier)
     if result:
         return f"finished already, {_summary(run, result)}; --restart runs it again"
 
     trainer = Trainer(config, tasks.make(config, run.data, device), device)
-    if state:
-        trainer.load_state_dict(state)
+    if state is not None:
+        try:
+            trainer.load_state_dict(state)
+        except ValueError as error:
+            raise _checkpoints(run).refused(error) from error
         _tell(f"goes on after epoch {len(trainer.history)}")
     elif run.weights:
         run.weights.load_into(trainer)
+        trainer.require_finite(f"in --weights {run.weights.path}")
     if folder:
         folder.write_config(config.flat())
         folder.write_labels(trainer.task.label_arrays())
-    _train(trainer, folder, config.tensorboard)
+    _train(run, trainer, folder)
 
     notes = trainer.finish()
     for line in notes:
@@ -84,25 +100,36 @@ def execute(run: Run, device: torch.device) -> str:
     if folder:
         folder.write_model(trainer.model, Weights.metadata(trainer))
         folder.write_result(result)
-        Checkpoints(folder.path).remove()
+        _checkpoints(run).remove()
     return _summary(run, result)
 
 
-def _earlier(
-    folder: RunFolder, restart: bool
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _checkpoints(run: Run) -> Checkpoints:
+    return Checkpoints(run.path, run.identity.name)
+
+
+def _earlier(folder: RunFolder, run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The result or the checkpoint of an earlier process."""
-    if restart:
+    if run.config.restart:
         folder.clear()
-    return folder.result(), Checkpoints(folder.path).load()
+    result = run.identity.result(folder.path)
+    if result:
+        _checkpoints(run).remove()  # unless that process did
+        return result, None
+    return None, _checkpoints(run).load()
 
 
-def _train(trainer: Trainer, folder: RunFolder | None, tensorboard: bool) -> None:
+def _train(run: Run, trainer: Trainer, folder: RunFolder | None) -> None:
     if folder is None:
         collections.deque(trainer.epochs(), maxlen=0)
         return
-    checkpoints = Checkpoints(folder.path)
-    with open_log(folder.path, len(trainer.history), tensorboard) as log:
+    checkpoints = _checkpoints(run)
+    done = trainer.history
+    with open_log(folder.path, max(0, len(done) - 1), run.config.tensorboard) as log:
+        # An earlier process may have ended between the last checkpoint and these.
+        folder.write_metrics(epoch.flat() for epoch in done)
+        for metrics in done[-1:]:
+            log(metrics)
         for metrics in trainer.epochs():
             checkpoints.save(trainer.state_dict())
             folder.write_metrics(epoch.flat() for epoch in trainer.history)
@@ -113,12 +140,7 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
     config, history, score = run.config, trainer.history, trainer.task.SCORE
     return {
         "method": "+".join(config.methods) or config.method,
-        "label": config.label,
-        "dataset": config.dataset,
-        "noise": config.noise,
-        "noise_kind": config.noise_kind,
-        "seed": config.seed,
-        "epochs": config.epochs,
+        **run.identity.facts(),
         **trainer.result(),
         "epoch_chosen": trainer.states.get("early_stopping", {}).get("epoch", len(history)),
         f"test_{score}_at_best_validation": _at_best_validation(history, score),
@@ -127,7 +149,6 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
         "backend": noisyq_fast.current_backend(trainer.device.type),
         "threads": config.threads,
         "processes": distributed.size(),
-        "data_sha256": run.data.checksum,
         "versions": noisyq_fast.info().versions,
     }
 
@@ -173,6 +194,8 @@ def main() -> int:
     try:
         with distributed.process_group(_device_type(run.config.device)) as device:
             _tell(execute(run, device))
+    except Busy as error:
+        return fail(error, BUSY)
     except (NonFiniteLoss, OSError, ValueError) as error:
         return fail(error, status=1)
     return 0

@@ -9,7 +9,6 @@ if not __package__:
 
 import contextlib
 import functools
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -22,13 +21,13 @@ from tyro.extras import literal_type_from_choices
 
 from experiments import run
 from experiments.checks import require
-from experiments.data.au import AU_DATASETS
 from experiments.sweeping.engines import ENGINES, Task
 from experiments.sweeping.grid import Grid, narrowed
 from experiments.sweeping.planning import tasks
 from experiments.sweeping.progress import Progress, is_finished, state
 
 LOG_LINES = 5
+LEFT_TO_OTHERS = 3  # exit status
 SHIPPED = Path(__file__).with_name("sweeps")
 
 
@@ -50,8 +49,11 @@ class SweepConfig:
 
         python experiments/sweep.py figure2 --scale full -- --data-dir DATA --device cuda
 
-    The exit status is 0 if all runs are finished, 1 if some failed, 2 if the grid or an option is
-    wrong, 130 after Ctrl-C.
+    A run at which another process is at work, such as another sweep in the same directory, is left
+    to that one.
+
+    The exit status is 0 if all runs are finished, 1 if some failed, 3 if none failed but some were
+    left to other processes, 2 if the grid or an option is wrong, 130 after Ctrl-C.
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
@@ -116,47 +118,59 @@ def sweep(config: SweepConfig, extra: list[str]) -> int:
     todo = tasks(config.path, grid, runs, config.out, extra)
     if config.dry_run:
         for task in todo:
-            print(f"{state(task):<20}{task.folder.name}")
+            print(f"{state(task):<18}  {task.folder.name}")
         print(f"{len(todo)} runs, {sum(map(is_finished, todo))} finished")
         return 0
     before = sum(map(is_finished, todo))
-    failed = carry_out(config, todo)
+    failed, busy = carry_out(config, todo)
     print(f"finished before {before:6}")
-    print(f"finished now    {len(todo) - before - len(failed):6}")
-    print(f"failed          {len(failed):6}")
+    print(f"finished now    {len(todo) - before - len(failed) - len(busy):6}")
+    _list("failed", failed)
+    if busy:
+        _list("left to others", busy)
     if failed:
-        print(*(f"    {task.folder}" for task in failed), sep="\n")
         print("next: the same command again, which tries those that failed")
         return 1
+    if busy:
+        print("next: the same command again, when the others have ended")
+        return LEFT_TO_OTHERS
     script = Path(sys.argv[0]).with_name("report.py")
     for report in sorted({report_of(task) for task in todo}):
         print(f"next: python {script} {report} {shlex.quote(str(config.out))}")
     return 0
 
 
+def _list(what: str, tasks: list[Task]) -> None:
+    print(f"{what:<16}{len(tasks):6}")
+    for task in tasks:
+        print(f"    {task.folder}")
+
+
 def report_of(task: Task) -> str:
     """The command of report.py that compares such runs as this finished one."""
-    options = json.loads((task.folder / "config.json").read_text())
-    return "table1" if options["dataset"] in AU_DATASETS else "figures"
+    return "table1" if task.identity.config.detects_action_units else "figures"
 
 
-def carry_out(config: SweepConfig, todo: list[Task]) -> list[Task]:
-    """Runs what is not finished; gives the tasks that failed."""
+def carry_out(config: SweepConfig, todo: list[Task]) -> tuple[list[Task], list[Task]]:
+    """Runs what is not finished; gives the tasks that failed and those that other processes run."""
+    failed, busy = [], []
     left = [task for task in todo if not is_finished(task)]
     if not left:
-        return []
-    failed = []
+        return failed, busy
     progress = Progress(todo)
     with contextlib.closing(progress.bar), contextlib.closing(_engine(config, left)) as rounds:
         for ended in rounds:
             for task, status in ended:
-                if status == 0 and is_finished(task):
+                if status in (0, run.BUSY) and is_finished(task):
                     progress.end(task, f"finished {task.folder.name}")
+                elif status == run.BUSY:
+                    busy.append(task)
+                    progress.end(task, f"left to another process {task.folder}")
                 else:
                     failed.append(task)
                     progress.end(task, _failure(task, status))
             progress.update()
-    return failed
+    return failed, busy
 
 
 def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task, int]]]:
@@ -172,7 +186,10 @@ def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task,
 
 def _failure(task: Task, status: int) -> str:
     how = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
-    lines = task.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    try:
+        lines = task.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    except OSError as error:
+        lines = [str(error)]
     return "\n    ".join([f"failed {task.folder} ({how}), its log.txt ends:", *lines])
 
 

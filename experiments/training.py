@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,40 +14,15 @@ from experiments import cost, distributed
 from experiments.config import RunConfig
 from experiments.cuda_graph import GraphedStep
 from experiments.evaluation import predict
+from experiments.finite import NonFiniteLoss, require_finite, require_finite_scores
+from experiments.history import EpochMetrics, read_history
 from experiments.methods.weight_decay import decayed
 from experiments.schedule import SCHEDULES
 from experiments.seeds import ORDER, STEPS, mixed
 from experiments.tasks import Part, Task
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
-_CHECKPOINT_FORMAT = 2
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became infinite or NaN, so that no later step can mend the network."""
-
-
-@dataclass(frozen=True)
-class EpochMetrics:
-    """One epoch.
-
-    Scores on trained samples are of the batches as they were trained. The test set is evaluated in
-    some epochs only; what was not measured is None.
-    """
-
-    epoch: int
-    loss: float
-    scores: dict[str, float | None]
-    validation_score: float | None
-    """The one of `scores` by which epochs are compared."""
-    learning_rate: float
-    seconds: float
-
-    def flat(self) -> dict[str, float | None]:
-        """All numbers by name."""
-        flat = asdict(self)
-        del flat["scores"], flat["validation_score"]
-        return {"epoch": self.epoch, "loss": self.loss} | self.scores | flat
+_AT_THE_END = "at the end of the training"
 
 
 class Trainer:
@@ -170,6 +145,7 @@ class Trainer:
         ) as progress:
             while len(self.history) < epochs and not self.stopped:
                 metrics = self._epoch(len(self.history), progress)
+                require_finite_scores(metrics.flat(), self._where(metrics.epoch))
                 self.history.append(metrics)
                 self.stopped = any(
                     [
@@ -192,10 +168,10 @@ class Trainer:
         ]
         if any(replaced):
             self._prepare_to_train()
-        factor = SCHEDULES[self.config.schedule](epoch, self.config.epochs)
+        factor = self._factor(epoch)
         self._set_rate(factor)
-        rate = self.config.lr * factor
-        loss, predicted = self._train(epoch, rate, progress)
+        loss, predicted = self._train(epoch, progress)
+        self.require_finite(self._where(epoch + 1))
         is_last = epoch + 1 == self.config.epochs
         tests = is_last or (epoch + 1) % self.config.evaluate_every == 0
         scores = self.task.epoch_scores(
@@ -206,11 +182,11 @@ class Trainer:
             loss=loss,
             scores=scores,
             validation_score=scores[f"validation_{self.task.SCORE}"],
-            learning_rate=rate,
+            learning_rate=self.config.lr * factor,
             seconds=time.perf_counter() - started,
         )
 
-    def _train(self, epoch: int, rate: float, progress: tqdm) -> tuple[float, Tensor]:
+    def _train(self, epoch: int, progress: tqdm) -> tuple[float, Tensor]:
         """The mean loss, and what was predicted of each sample that is trained on."""
         count = self.task.count("trained")
         generator = torch.Generator().manual_seed(mixed(self.config.seed, ORDER, epoch))
@@ -232,19 +208,33 @@ class Trainer:
                 first = step // _CHECK_EVERY * _CHECK_EVERY
                 checked = losses[first : step + 1]
                 distributed.sum_(checked)
-                self._check(checked.tolist(), epoch, first, rate)
+                self._check(checked.tolist(), epoch, first)
                 progress.set_postfix_str(f"loss {checked[-1]:.3f}", refresh=False)
         mean = (losses @ losses.new_tensor(sizes)).item() / count
         return mean, distributed.sum_(predicted)  # each is one process's
 
-    def _check(self, losses: list[float], epoch: int, first: int, rate: float) -> None:
+    def _check(self, losses: list[float], epoch: int, first: int) -> None:
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                saved = f"epoch {epoch}" if epoch else "none yet"
-                raise NonFiniteLoss(
-                    f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}, at learning rate "
-                    f"{rate:g}; last checkpoint: {saved}"
-                )
+                raise NonFiniteLoss(f"the loss is {loss} {self._where(epoch + 1, step + 1)}")
+
+    def require_finite(self, where: str) -> None:
+        """Raises NonFiniteLoss where a number of the network or the optimizer is not finite."""
+        kept = {
+            f"the optimizer's {key} of {name}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        require_finite((self.model.state_dict() | kept).items(), where)
+
+    def _where(self, epoch: int, step: int | None = None) -> str:
+        rate = self.config.lr * self._factor(epoch - 1)
+        saved = f"epoch {epoch - 1}" if epoch > 1 else "none yet"
+        where = f"in epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
+        return f"{where}, at learning rate {rate:g}; last checkpoint: {saved}"
+
+    def _factor(self, epoch: int) -> float:
+        return SCHEDULES[self.config.schedule](epoch, self.config.epochs)
 
     def _seed(self, epoch: int) -> None:
         torch.manual_seed(mixed(self.config.seed, STEPS, epoch, distributed.rank()))
@@ -271,9 +261,11 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """The network as it is now, on the samples trained on, held out and of the test set."""
+        self.require_finite(_AT_THE_END)
         scores = self.task.result(
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
+        require_finite_scores(scores, _AT_THE_END)
         return scores | {
             "epochs_trained": len(self.history),
             "parameters": cost.parameters(self.model),
@@ -292,30 +284,50 @@ class Trainer:
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the epochs to come depend on."""
+        """All that the epochs to come depend on, beside the options."""
         return {
-            "format": _CHECKPOINT_FORMAT,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "methods": self.states,
             "history": [asdict(metrics) for metrics in self.history],
             "stopped": self.stopped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint of the same run."""
-        if state["format"] != _CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"the checkpoint has format {state['format']}, this version takes "
-                f"{_CHECKPOINT_FORMAT}; --restart starts anew"
-            )
-        self.states = state["methods"]
-        self.load_weights(state["model"], self.states)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._rate(self.config.lr)  # not where the checkpoint had it
-        self.history = [EpochMetrics(**metrics) for metrics in state["history"]]
-        self.stopped = state["stopped"]
+        """Goes on from a checkpoint of the same run; a ValueError tells what in it does not fit."""
+        try:
+            self._load(**state)
+            self.require_finite("in the checkpoint")
+        except Exception as error:  # there can be anything in it
+            what = f"{type(error).__name__}: {error}".replace("\n", " ")
+            raise ValueError(f"does not fit this run ({what:.300})") from error
+
+    def _load(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[int, dict[str, Tensor]],
+        methods: dict[str, dict[str, Any]],
+        history: list[dict[str, Any]],
+        stopped: bool,
+    ) -> None:
+        if methods.keys() != self.methods.keys():
+            raise ValueError(f"got methods {list(methods)}, takes {list(self.methods)}")
+        self.states = methods
+        self.load_weights(model, methods)
+        for name, method in self.methods.items():
+            method.check(self.model, methods[name])
+        # The options are those of the configuration, wherever the checkpoint had them.
+        options = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": optimizer, "param_groups": options})
+        for name, parameter in self.model.named_parameters():
+            shape = parameter.shape
+            takes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+            if {k: v.shape for k, v in self.optimizer.state[parameter].items()} != takes:
+                raise ValueError(f"the optimizer's state of {name} has other names or shapes")
+        self.history = read_history(history, self.config.epochs, self.task.SCORE)
+        if not isinstance(stopped, bool):
+            raise TypeError(f"stopped: got {stopped!r}, takes True or False")
+        self.stopped = stopped
 
 
 def batch_sizes(count: int, size: int) -> list[int]:

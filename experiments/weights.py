@@ -48,8 +48,8 @@ class Weights:
         """What `read` needs beside the tensors."""
         shapes = {name: m.shape(trainer.states[name]) for name, m in trainer.methods.items()}
         return {
-            "methods": json.dumps(shapes),
-            "trained_on": json.dumps(_trained_on(trainer.config)),
+            "methods": json.dumps(shapes, allow_nan=False),
+            "trained_on": json.dumps(_trained_on(trainer.config), allow_nan=False),
         }
 
     def load_into(self, trainer: Trainer) -> None:

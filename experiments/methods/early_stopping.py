@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.checks import require
+from experiments.finite import require_finite
 from experiments.methods.method import Method
 
 
@@ -49,6 +50,14 @@ class EarlyStopping(Method):
         model.load_state_dict(state["weights"])
         return f"weights of epoch {state['epoch']} restored, validation score {state['score']:.2%}"
 
+    def check(self, model: nn.Module, state: dict[str, Any]) -> None:
+        score, epoch, weights = state["score"], state["epoch"], state["weights"]
+        if not isinstance(score, float) or not isinstance(epoch, int):
+            raise TypeError(f"the best epoch: got {epoch!r} with score {score!r}, takes numbers")
+        if _shapes(weights) != _shapes(model.state_dict()):
+            raise ValueError("the weights of the best epoch have other names or shapes")
+        require_finite(weights.items(), "in the best epoch")
 
-def _shapes(weights: dict[str, Tensor]) -> list[torch.Size]:
-    return [tensor.shape for tensor in weights.values()]
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}

@@ -81,3 +81,7 @@ class Method:
     def restore(self, model: nn.Module, shape: dict[str, Any], example: Tensor) -> None:
         """Gives a freshly built network the shape that this method gave another, so that it can
         take the other's weights."""
+
+    def check(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Raises an error where a `state` that was read does not belong to `model`, which has the
+        shape and the weights that were read with it."""

@@ -61,6 +61,7 @@ def _task(options: Options, extra: tuple[str, ...]) -> Task:
         gpu=config.device != "cpu",
         script=Path(run.__file__).resolve(),
         directory=Path.cwd(),
+        identity=prepared.identity,
     )
 
 

@@ -2,24 +2,33 @@
 
 from tqdm import tqdm
 
+from experiments.files import read_regular
 from experiments.sweeping.engines import Task
 
 
 def is_finished(task: Task) -> bool:
-    return (task.folder / "result.json").exists()
+    """Whether the run's folder has its result. What is wrong with one, the run itself tells."""
+    try:
+        return task.identity.result(task.folder) is not None
+    except (ValueError, OSError):
+        return False
 
 
 def epochs_done(task: Task) -> int:
     """Those of which the run's folder has the metrics."""
     try:
-        return (task.folder / "metrics.jsonl").read_bytes().count(b"\n")
-    except FileNotFoundError:
+        return read_regular(task.folder / "metrics.jsonl").count(b"\n")
+    except OSError:
         return 0
 
 
 def state(task: Task) -> str:
-    if is_finished(task):
-        return "finished"
+    """How far the run is, or what is wrong with its folder."""
+    try:
+        if task.identity.result(task.folder):
+            return "finished"
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
     done = epochs_done(task)
     return f"{done} of {task.epochs} epochs" if done else "not begun"
 
@@ -30,10 +39,8 @@ class Progress:
 
     def __init__(self, tasks: list[Task]) -> None:
         self.done = {task: epochs_done(task) for task in tasks}
-        self.planned = {
-            task: self.done[task] if is_finished(task) else task.epochs for task in tasks
-        }
         self.running = [task for task in tasks if not is_finished(task)]
+        self.planned = self.done | {task: task.epochs for task in self.running}
         self.bar = tqdm(
             total=sum(self.planned.values()),
             initial=sum(self.done.values()),

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from experiments import run
@@ -75,7 +76,6 @@ def test_files_can_be_read_back(tmp_path):
         "noisy_labels.npz",
         "result.json",
     }
-    assert folder.result() == result
 
 
 def test_clear_removes_what_an_older_run_left(tmp_path):
@@ -85,7 +85,6 @@ def test_clear_removes_what_an_older_run_left(tmp_path):
     (tmp_path / "notes.txt").touch()
     folder.clear()
     assert files(tmp_path) == {"notes.txt"}
-    assert folder.result() is None
 
 
 def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
@@ -96,10 +95,46 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
     RunFolder(tmp_path)
 
 
-def test_malformed_result_is_named(tmp_path):
-    (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json is malformed"):
-        RunFolder(tmp_path).result()
+def test_the_lock_is_no_way_to_other_files(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to("precious")
+    with pytest.raises(OSError, match=r"\.lock: got a symbolic link"):
+        RunFolder(tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path):
+    for name in (".config.json.7", ".checkpoint.pt.99999", ".model.safetensors.12", ".notes.5"):
+        (tmp_path / name).touch()
+    folder = RunFolder(tmp_path)
+    assert files(tmp_path) == {".notes.5"}
+    (tmp_path / ".config.json.7").touch()
+    with pytest.raises(OSError, match="another process"):
+        RunFolder(tmp_path)
+    assert (tmp_path / ".config.json.7").exists()  # whose turn it is may be writing it
+    del folder
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path):
+    folder = RunFolder(tmp_path)
+    for write in (folder.write_config, folder.write_result, lambda row: folder.write_metrics([row])):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write({"loss": float("nan")})
+    assert not files(tmp_path)
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    model = ResNet20()
+    metadata = {name: "{}" for name in "hgfedcba"}
+    written = set()
+    for number in range(3):
+        folder = RunFolder(tmp_path / str(number))
+        folder.write_model(model, metadata)
+        written.add((folder.path / "model.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(folder.path / "model.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("conv.weight"), model.conv.weight)
 
 
 def test_failed_write_leaves_the_older_file_whole(tmp_path):

@@ -19,7 +19,7 @@ from experiments.data.au.frames import Frames
 from experiments.data.au.labels import au_column
 from experiments.data.au.release import Release
 from experiments.data.au.summary import summary
-from experiments.files import atomic
+from experiments.files import atomic, open_lock
 
 _FOLDER = "noisyq_fast"
 
@@ -74,10 +74,10 @@ def _locked(cache: Path) -> Iterator[None]:
     """Makes the directory, and keeps other processes out of it."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        file = (cache / ".lock").open("w")
+        file = open_lock(cache / ".lock")
     except OSError as error:
         raise OSError(
-            f"{cache}: the cache cannot be written there ({error.strerror}), "
+            f"{cache}: the cache cannot be written there ({error.strerror or error}), "
             "say with --cache-dir where it can"
         ) from error
     with file:

@@ -1,5 +1,6 @@
 """Runs as tasks of Ray (ray.io), on this machine or on several that share their files."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,8 @@ def run_on_ray(
             placed = train.options(
                 name=task.folder.name, num_cpus=task.threads, num_gpus=gpus_per_run
             )
-            waiting[placed.remote(task)] = task
+            # The workers do not import this project.
+            waiting[placed.remote(dataclasses.replace(task, identity=None))] = task
         while waiting:
             ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=1)
             yield [(task := waiting.pop(end), _status(task, end)) for end in ended]
@@ -61,6 +63,6 @@ def _status(task: Task, reference: Any) -> int:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:  # the worker is gone
-        with task.log.open("a") as log:
+        with task.open_log() as log:
             log.write(f"error: {error}\n")
         return 1

@@ -1,5 +1,7 @@
 """One run of a sweep, as a process of its own."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import shlex
@@ -7,8 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from experiments.identity import RunIdentity
 
 _PR_SET_PDEATHSIG = 1
 _PATIENCE = 10  # seconds to stop in order
@@ -27,10 +33,19 @@ class Task:
     script: Path
     directory: Path
     """Where the process runs: relative paths among the arguments start there."""
+    identity: RunIdentity | None = field(compare=False, repr=False)
+    """Tells whether the files in the folder are its own; None where nobody asks."""
 
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
+
+    def open_log(self) -> TextIO:
+        """The log, to add to it; an OSError names what is a link or a pipe instead."""
+        log = self.directory / self.log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_NOFOLLOW | os.O_NONBLOCK
+        return open(log, "a", opener=lambda path, mode: os.open(path, mode | flags, 0o644))
 
     def start(self) -> subprocess.Popen:
         """Starts the run; what it prints is added to its log.
@@ -47,9 +62,7 @@ class Task:
                 os._exit(1)
 
         command = [sys.executable, str(self.script), *self.arguments]
-        log = self.directory / self.log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as output:
+        with self.open_log() as output:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
             return subprocess.Popen(
