@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from experiments import checkpoints
 from experiments.config import RunConfig
 from experiments.files import atomic, open_lock, remove_temporaries
+from experiments.history import EpochMetrics
 
 # The result goes first and comes last: where there is one, everything else belongs to it.
 _FILES = (
@@ -64,9 +64,9 @@ class RunFolder:
         """The options of the run, as config.json."""
         self._write_text("config.json", _json(config, indent=2, default=str))
 
-    def write_metrics(self, epochs: Iterable[dict[str, Any]]) -> None:
+    def write_metrics(self, history: list[EpochMetrics]) -> None:
         """All epochs so far, as metrics.jsonl."""
-        self._write_text("metrics.jsonl", "".join(map(_json, epochs)))
+        self._write_text("metrics.jsonl", "".join(_json(epoch.flat()) for epoch in history))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """The outcome, as result.json."""

@@ -98,6 +98,7 @@ def execute(run: Run, device: torch.device) -> str:
         _tell(line)
     result = _result(run, trainer) | {"notes": notes}
     if folder:
+        folder.write_metrics(trainer.history)
         folder.write_model(trainer.model, Weights.metadata(trainer))
         folder.write_result(result)
         _checkpoints(run).remove()
@@ -124,15 +125,15 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder | None) -> None:
         collections.deque(trainer.epochs(), maxlen=0)
         return
     checkpoints = _checkpoints(run)
-    done = trainer.history
-    with open_log(folder.path, max(0, len(done) - 1), run.config.tensorboard) as log:
-        # An earlier process may have ended between the last checkpoint and these.
-        folder.write_metrics(epoch.flat() for epoch in done)
-        for metrics in done[-1:]:
+    last = trainer.history[-1:]
+    with open_log(folder.path, len(trainer.history) - len(last), run.config.tensorboard) as log:
+        for metrics in last:
+            # An earlier process may have ended between the checkpoint and these.
+            folder.write_metrics(trainer.history)
             log(metrics)
         for metrics in trainer.epochs():
             checkpoints.save(trainer.state_dict())
-            folder.write_metrics(epoch.flat() for epoch in trainer.history)
+            folder.write_metrics(trainer.history)
             log(metrics)
 
 

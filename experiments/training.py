@@ -319,7 +319,10 @@ class Trainer:
         # The options are those of the configuration, wherever the checkpoint had them.
         options = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": optimizer, "param_groups": options})
-        for name, parameter in self.model.named_parameters():
+        parameters = dict(self.model.named_parameters())
+        if len(optimizer) != len(parameters):
+            raise ValueError(f"the optimizer has {len(optimizer)} of {len(parameters)} states")
+        for name, parameter in parameters.items():
             shape = parameter.shape
             takes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
             if {k: v.shape for k, v in self.optimizer.state[parameter].items()} != takes:

@@ -280,6 +280,15 @@ def test_a_cache_that_cannot_be_written(tree, there):
         load(tree)
 
 
+def test_the_lock_of_a_cache_is_no_way_to_other_files(tree, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tree.root / "noisyq_fast").mkdir()
+    (tree.root / "noisyq_fast/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"cannot be written there \(.*\.lock: got a symbolic link"):
+        load(tree)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_too_little_space(tree, monkeypatch):
     usage = SimpleNamespace(free=18 * STRIDE - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

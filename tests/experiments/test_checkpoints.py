@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import os
@@ -40,7 +41,9 @@ def damage(path, how):
     path.write_bytes(how(path.read_bytes()))
 
 
-@pytest.mark.parametrize("how", [lambda b: b[:-1], lambda b: b"", lambda b: b[:99] + b"?" + b[100:]])
+@pytest.mark.parametrize(
+    "how", [lambda b: b[:-1], lambda b: b"", lambda b: b[:99] + b"?" + b[100:]]
+)
 def test_a_damaged_one_is_told_and_the_one_before_used(checkpoints, capsys, how):
     checkpoints.save({"epoch": 1})
     checkpoints.save({"epoch": 2})
@@ -76,10 +79,10 @@ def test_a_kill_after_going_back_loses_nothing(checkpoints, monkeypatch, calls):
         done.append(target)
         replace(source, target)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched, contextlib.suppress(Killed):
         patched.setattr(os, "replace", killed)
         checkpoints.save({"epoch": 2})
-        raise Killed  # after the last of its two calls
+    assert len(done) == calls
     assert checkpoints.load() == {"epoch": 2 if calls == 2 else 1}
 
 

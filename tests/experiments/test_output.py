@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from experiments import run
 from experiments.config import RunConfig
+from experiments.history import EpochMetrics
 from experiments.models import ResNet20
 from experiments.output import RunFolder, run_name
 
@@ -53,13 +54,14 @@ def test_files_can_be_read_back(tmp_path):
     model = ResNet20().to(memory_format=torch.channels_last)
     folder.write_config({"out": Path("runs"), "noise": 0.5})
     folder.write_labels(labels)
-    folder.write_metrics([{"epoch": 1}, {"epoch": 2}])
+    epochs = [EpochMetrics(n, 2.0, {"test_accuracy": None}, None, 0.1, 9.0) for n in (1, 2)]
+    folder.write_metrics(epochs)
     folder.write_model(model, {"methods": "{}"})
     folder.write_result({"test_accuracy": 0.5, "train_accuracy_flipped": None})
 
     assert json.loads((folder.path / "config.json").read_text()) == {"out": "runs", "noise": 0.5}
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"epoch": 1}, {"epoch": 2}]
+    assert [json.loads(line) for line in lines] == [epoch.flat() for epoch in epochs]
     with np.load(folder.path / "noisy_labels.npz") as arrays:
         assert arrays["indices"].tolist() == labels["indices"].tolist()
         assert arrays["true"].tolist() == labels["true"].tolist()
@@ -117,9 +119,14 @@ def test_what_killed_processes_left_half_written_is_removed(tmp_path):
 
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     folder = RunFolder(tmp_path)
-    for write in (folder.write_config, folder.write_result, lambda row: folder.write_metrics([row])):
+    nan = float("nan")
+    for write, content in (
+        (folder.write_config, {"lr": nan}),
+        (folder.write_result, {"test_loss": [nan]}),
+        (folder.write_metrics, [EpochMetrics(1, nan, {}, None, 0.1, 9.0)]),
+    ):
         with pytest.raises(ValueError, match="not JSON compliant"):
-            write({"loss": float("nan")})
+            write(content)
     assert not files(tmp_path)
 
 

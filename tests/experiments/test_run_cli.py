@@ -17,6 +17,7 @@ from experiments import data, run
 from experiments.au_options import ActionUnitOptions
 from experiments.data import cifar10
 from experiments.methods import METHODS
+from experiments.output import RunFolder
 
 SCRIPT = Path(run.__file__)
 QUICK = ["--epochs", "2", "--train-size", "256", "--threads", "1", "--out", "out"]
@@ -155,6 +156,13 @@ def test_finished_run_is_told_and_restarted_only_on_request(main, tmp_path, caps
     assert json.loads(result.read_text()) == marked
     assert main(*QUICK, "--restart")[0] == 0
     assert json.loads(result.read_text())["test_accuracy"] != 0.125
+
+
+def test_a_run_at_which_another_process_is_at_work_has_a_status_of_its_own(main, tmp_path):
+    folder = RunFolder(run.prepare(run.parse(QUICK)).path)
+    status, errors = main(*QUICK)
+    assert status == run.BUSY
+    assert errors == f"error: {folder.path}: another process is at work on this run\n"
 
 
 def without_seconds(path):

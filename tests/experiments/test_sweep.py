@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments import data, run, sweep
 from experiments.data import digits
+from experiments.output import RunFolder
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import Grid
 from experiments.sweeping.progress import Progress, state
@@ -347,6 +349,50 @@ def test_rerun_skips_the_finished_and_tries_the_failed_again(swept, file, main):
     assert f"next: python report.py figures {out}\n" in output
 
 
+def test_a_run_of_another_process_is_left_to_it(main, file, tmp_path):
+    status, output, _ = main(file, "--out", tmp_path, "--only", "method=baseline", "--dry-run")
+    name = output.splitlines()[0].split()[-1]
+    folder = RunFolder(tmp_path / name)
+    status, output, errors = main(file, "--out", tmp_path, "--only", "method=baseline")
+    assert (status, errors) == (sweep.LEFT_TO_OTHERS, "")
+    assert f"1/1 left to another process {folder.path}\n" in output
+    assert output.endswith(
+        "finished before      0\n"
+        "finished now         0\n"
+        "failed               0\n"
+        "left to others       1\n"
+        f"    {folder.path}\n"
+        "next: the same command again, when the others have ended\n"
+    )
+
+
+@pytest.mark.parametrize("result", ["", "null", '{"test_accuracy": 0.9}'])
+def test_a_result_that_is_none_is_told(main, file, tmp_path, result):
+    only = ("--only", "method=baseline")
+    _, output, _ = main(file, "--out", tmp_path, *only, "--dry-run")
+    folder = tmp_path / output.splitlines()[0].split()[-1]
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "result.json").write_text(result)
+    _, output, _ = main(file, "--out", tmp_path, *only, "--dry-run")
+    assert output.startswith(f"error: {folder}/")
+    assert output.endswith("1 runs, 0 finished\n")
+
+
+def test_a_log_that_is_a_link_is_told_and_its_target_kept(main, file, tmp_path):
+    only = ("--only", "method=baseline")
+    _, output, _ = main(file, "--out", tmp_path, *only, "--dry-run")
+    folder = tmp_path / output.splitlines()[0].split()[-1]
+    folder.mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (folder / "log.txt").symlink_to("../precious")
+    status, _, errors = main(file, "--out", tmp_path, *only)
+    assert status == 2
+    assert errors.startswith("error: ")
+    assert errors.endswith(f"'{folder}/log.txt'\n")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 @pytest.fixture
 def interrupted(file, tmp_path):
     """Starts a sweep, sends a signal to it alone at a random point, and gives how it ended."""
@@ -441,9 +487,8 @@ def test_progress_counts_what_is_done_now(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("{}\n" * done)
-        if result:
-            (folder / "result.json").touch()
-        return Task((), folder, epochs, 1, False, Path(), tmp_path)
+        identity = SimpleNamespace(result=lambda folder: {"test_accuracy": 1.0} if result else None)
+        return Task((), folder, epochs, 1, False, Path(), tmp_path, identity)
 
     stopped_early, begun, new = tasks = [
         task("a", 20, 5, result=True),

@@ -177,12 +177,6 @@ def test_resumed_run_ends_bit_identical(arguments, stopped_after):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_checkpoint_of_another_format_is_refused():
-    run = trainer()
-    with pytest.raises(ValueError, match="the checkpoint has format 0, this version takes 2"):
-        run.load_state_dict(run.state_dict() | {"format": 0})
-
-
 def test_pruned_network_is_smaller_and_goes_on_learning():
     run = trainer("--method prune --prune 0.5 --schedule constant", epochs=8)
     before = run.result()

@@ -1,0 +1,204 @@
+"""A finished run is believed by the run and by a sweep, or refused by both with one error."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import run
+from experiments.sweeping.engines import Task
+from experiments.sweeping.progress import is_finished, state
+
+RESULTS = Path(__file__).parents[2] / "results" / "digits-figure3"
+OPTIONS = "--epochs 2 --train-size 64 --evaluate-every 2 --threads 1"
+
+
+def prepared(options=OPTIONS):
+    return run.prepare(run.parse(options.split()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two finished runs, by seed."""
+    out = tmp_path_factory.mktemp("finished")
+    runs = [prepared(f"{OPTIONS} --seed {seed} --out {out}") for seed in range(2)]
+    for each in runs:
+        run.execute(each, torch.device("cpu"))
+    return runs
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the first one's folder."""
+    return shutil.copytree(finished[0].path, tmp_path / "copy")
+
+
+def task(folder, identity):
+    return Task((), folder, 2, 1, False, Path(), Path(), identity)
+
+
+def test_a_finished_run_is_believed(finished, folder):
+    identity = finished[0].identity
+    assert identity.result(folder)["run"] == identity.name
+    assert is_finished(task(folder, identity))
+
+
+def edited(name, **changes):
+    def edit(folder, other):
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def replaced(name, text):
+    return lambda folder, other: (folder / name).write_text(text)
+
+
+def without(name, key):
+    def edit(folder, other):
+        content = json.loads((folder / name).read_text())
+        del content[key]
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def missing(name):
+    return lambda folder, other: (folder / name).unlink()
+
+
+def copied(*names):
+    def copy(folder, other):
+        for name in names:
+            shutil.copy(other / name, folder / name)
+
+    return copy
+
+
+def copied_of_an_older_version(folder, other):
+    copied("result.json", "metrics.jsonl")(folder, other)
+    without("result.json", "run")(folder, other)
+
+
+def torn(name, left):
+    def tear(folder, other):
+        (folder / name).write_bytes((folder / name).read_bytes()[:left])
+
+    return tear
+
+
+def twice(folder, other):
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text() * 2)
+
+
+def linked(name):
+    def link(folder, other):
+        (folder / name).rename(folder / "elsewhere")
+        (folder / name).symlink_to("elsewhere")
+
+    return link
+
+
+def pipe(name):
+    def make(folder, other):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return make
+
+
+RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.json"
+LINK = "got a symbolic link, takes a regular file"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (replaced(RESULT, ""), "result.json is malformed: Expecting value"),
+        (replaced(RESULT, "null"), "result.json is malformed: got None, takes an object"),
+        (replaced(RESULT, "[]"), r"result.json is malformed: got \[\], takes an object"),
+        (replaced(RESULT, "[" * 100_000), "result.json is malformed: "),
+        (replaced(RESULT, "\xff"), "result.json is malformed: "),
+        (torn(RESULT, 100), "result.json is malformed: "),
+        (replaced(RESULT, "{}"), "result.json is of another run: got label not there"),
+        (edited(RESULT, test_loss=float("nan")), "result.json is malformed: got NaN"),
+        (replaced(RESULT, '{"test_loss": 1e999}'), "result.json is malformed: got 1e999"),
+        (edited(RESULT, test_accuracy="high"), "result.json got 'high' as test_accuracy"),
+        (edited(RESULT, test_accuracy=None), "result.json got None as test_accuracy"),
+        (edited(RESULT, test_accuracy=True), "result.json got True as test_accuracy"),
+        (without(RESULT, "seconds"), "result.json got None as seconds"),
+        (edited(RESULT, seconds=10**400), "result.json got 1000.* as seconds"),
+        (edited(RESULT, epochs_trained=10**12), "metrics.jsonl does not list the 1000000000000 ep"),
+        (edited(RESULT, run="other"), "result.json is of another run: got run other"),
+        (edited(RESULT, seed=7), "result.json is of another run: got seed 7, this run has 0"),
+        (edited(RESULT, noise=0.3), "result.json is of another run: got noise 0.3"),
+        (edited(RESULT, data_sha256="0"), "result.json is of another run: got data_sha256 0"),
+        (copied(RESULT), "result.json is of another run: got run digits-baseline-noise0.4-seed1-"),
+        (copied_of_an_older_version, "result.json is of another run: got seed 1"),
+        (copied(RESULT, METRICS, CONFIG), "config.json is of another run: got seed 1"),
+        (copied(CONFIG), "config.json is of another run: got seed 1, this run has 0"),
+        (edited(CONFIG, lr=0.1), "config.json is of another run: got lr 0.1, this run has 0.001"),
+        (without(CONFIG, "lr"), "config.json is of another run: got lr not there"),
+        (edited(CONFIG, weight_bits=4), "config.json is of another run: got weight_bits 4"),
+        (missing(CONFIG), "config.json is missing"),
+        (replaced(CONFIG, ""), "config.json is malformed: "),
+        (copied(METRICS), "metrics.jsonl lists other epochs than those of result.json"),
+        (missing(METRICS), "metrics.jsonl does not list the 2 epochs of result.json"),
+        (replaced(METRICS, ""), "metrics.jsonl does not list the 2 epochs"),
+        (torn(METRICS, 200), "metrics.jsonl is malformed: "),
+        (replaced(METRICS, '{"epoch": 1}\n{"epoch": 2}\n'), "metrics.jsonl got None as seconds"),
+        (twice, "metrics.jsonl does not list the 2 epochs"),
+        *((linked(name), f"{name}: {LINK}") for name in (RESULT, METRICS, CONFIG)),
+        *((pipe(name), f"{name}: got a folder, a pipe") for name in (RESULT, METRICS, CONFIG)),
+    ],
+)
+def test_a_faulty_or_foreign_one_is_told(finished, folder, fault, message):
+    first, second = finished
+    fault(folder, second.path)
+    with pytest.raises((ValueError, OSError), match=f"{folder}/{message}") as error:
+        first.identity.result(folder)
+    assert "\n" not in str(error.value)
+    assert not is_finished(task(folder, first.identity))
+    assert state(task(folder, first.identity)) == f"error: {error.value}"
+
+
+@pytest.mark.parametrize("options", ["--epochs 3", "--method quant", "--noise 0.3", "--lr 0.002"])
+def test_the_run_refuses_the_folder_of_another_one(finished, tmp_path, options):
+    asked = prepared(f"{OPTIONS} --out {tmp_path} {options}")
+    shutil.copytree(finished[0].path, asked.path)
+    with pytest.raises(ValueError, match=r"\.json is of another run"):
+        run.execute(asked, torch.device("cpu"))
+    (asked.path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"result\.json is of another run|config\.json is missing"):
+        run.execute(asked, torch.device("cpu"))
+    (asked.path / "result.json").unlink()
+    assert "test accuracy" in run.execute(asked, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changed", ["out", "evaluate_every", "backend", "device", "method"])
+def test_what_changes_no_number_may_differ(finished, folder, changed):
+    edited("config.json", **{changed: "other"})(folder, None)
+    assert finished[0].identity.result(folder)
+
+
+@pytest.mark.parametrize("name", ["baseline", "quant-w8a4", "dropout0.3", "prune0.9-after0.5"])
+def test_results_of_an_older_version_are_believed(name):
+    """They do not say which run they are of."""
+    (folder,) = RESULTS.glob(f"digits-{name}-noise0.4-seed0-*")
+    options = json.loads((folder / "config.json").read_text())
+    arguments = []
+    for option, value in options.items():
+        flag = option.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments += [f"--{flag}", str(value)]
+    identity = run.prepare(run.parse(arguments)).identity
+    assert identity.name == folder.name
+    assert "run" not in identity.result(folder)
+    assert state(task(folder, identity)) == "finished"

@@ -1,0 +1,377 @@
+"""Whatever ends a run, at whatever point: the next start gives what an uninterrupted one gives."""
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments import data, run
+from experiments.checkpoints import Checkpoints
+from experiments.data import digits
+from experiments.tasks.classification import Classification
+from experiments.training import NonFiniteLoss, Trainer
+
+OPTIONS = "--epochs 3 --train-size 8 --batch-size 4 --threads 1 --method quant --validation 0.25"
+OPTIONS += " --patience 2"
+CALLS = (
+    *((os, name) for name in ("replace", "unlink", "open", "fsync")),
+    *((Path, name) for name in ("write_bytes", "write_text")),
+)
+
+
+def small_network(task):
+    return torch.nn.Sequential(
+        OrderedDict(
+            conv=torch.nn.Conv2d(1, 4, 3),
+            bn=torch.nn.BatchNorm2d(4),
+            flatten=torch.nn.Flatten(),
+            classifier=torch.nn.Linear(4 * 6 * 6, 10),
+        )
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_runs():
+    """A run takes no time."""
+    few = digits.load()
+    few = dataclasses.replace(few, test_images=few.test_images[:8], test_labels=few.test_labels[:8])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(data.DATASETS, "digits", lambda data_dir, download: few)
+        patched.setattr(Classification, "network", small_network)
+        run.tasks._images.cache_clear()
+        yield
+    run.tasks._images.cache_clear()
+
+
+def prepared(out, options=OPTIONS):
+    return run.prepare(dataclasses.replace(parsed(options), out=out))
+
+
+@functools.cache
+def parsed(options):
+    return run.parse(options.split())
+
+
+def executed(out, options=OPTIONS):
+    asked = prepared(out, options)
+    run.execute(asked, torch.device("cpu"))
+    return outcome(asked.path)
+
+
+def failed(kind, out, options=OPTIONS):
+    """What the error says; it lets go of the folder, which it would keep locked."""
+    try:
+        executed(out, options)
+    except kind as error:
+        return str(error.with_traceback(None))
+    raise AssertionError("the run ended as if nothing had happened")
+
+
+def outcome(path):
+    """All that a finished run leaves, but for the time it took."""
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((path / "result.json").read_text())
+    for times in (*metrics, result):
+        del times["seconds"]
+    assert {file.name for file in path.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "noisy_labels.npz",
+        "result.json",
+    }
+    return metrics, result, (path / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run that nothing interrupted, and what it left."""
+    out = tmp_path_factory.mktemp("finished")
+    return out, executed(out)
+
+
+@pytest.fixture
+def whole(finished):
+    return finished[1]
+
+
+class Killed(BaseException):
+    """As of SIGKILL: nothing is done after it."""
+
+
+class Fault:
+    """Lets `calls` calls to the file system pass, and none after; a write that fails has written
+    the first half."""
+
+    def __init__(self, patched, calls, error):
+        self.left = calls
+        self.error = error
+        for owner, name in CALLS:
+            patched.setattr(owner, name, self.wrapped(getattr(owner, name)))
+
+    def wrapped(self, call):
+        def wrapper(*args, **kwargs):
+            self.left -= 1
+            if self.left >= 0:
+                return call(*args, **kwargs)
+            if call.__name__.startswith("write") and self.left == -1:
+                call(args[0], args[1][: len(args[1]) // 2])
+            raise self.error
+
+        return wrapper
+
+
+def test_a_fault_at_any_call_loses_nothing(whole, tmp_path, monkeypatch):
+    """Killed at every other call, without space at the others."""
+    counting = 10**6
+    with monkeypatch.context() as patched:
+        fault = Fault(patched, counting, Killed())
+        executed(tmp_path / "counted")
+        calls = counting - fault.left
+    assert calls > 80
+    for call in range(calls):
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        out, error = tmp_path / str(call), full if call % 2 else Killed()
+        with monkeypatch.context() as patched:
+            Fault(patched, call, error)
+            failed(type(error), out)
+        assert executed(out) == whole, call
+
+
+def stopped_after(epochs, out, monkeypatch, options=OPTIONS):
+    """A run that was killed once the checkpoint of some epochs was there."""
+    asked = prepared(out, options)
+    save, done = Checkpoints.save, []
+
+    def killed(self, state):
+        save(self, state)
+        done.append(state)
+        if len(done) == epochs:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", killed)
+        failed(Killed, out, options)
+    return asked
+
+
+def test_metrics_are_those_of_the_checkpoint(whole, tmp_path, monkeypatch):
+    """The last epoch's were not written, or are torn, or of another run."""
+    for number, metrics in enumerate((None, '{"epoch": 1, "lo', '{"epoch": 1}\n' * 9)):
+        out = tmp_path / str(number)
+        asked = stopped_after(3, out, monkeypatch)
+        if metrics is not None:
+            (asked.path / "metrics.jsonl").write_text(metrics)
+        assert executed(out) == whole
+
+
+def test_a_run_without_epochs_has_metrics_too(finished, tmp_path):
+    (weights,) = finished[0].glob("*/model.safetensors")
+    options = OPTIONS.replace("--epochs 3", f"--epochs 0 --weights {weights}")
+    assert executed(tmp_path / "evaluated", options)[0] == []
+    asked = prepared(tmp_path / "evaluated", options)
+    assert "finished already" in run.execute(asked, torch.device("cpu"))
+
+
+def test_checkpoints_beside_a_result_are_removed(finished):
+    out, whole = finished
+    asked = prepared(out)
+    (asked.path / "checkpoint.pt").touch()
+    assert "finished already" in run.execute(asked, torch.device("cpu"))
+    assert outcome(asked.path) == whole
+
+
+@pytest.mark.parametrize("other", ["--seed 1", "--noise 0.3", "--lr 0.002", "--epochs 4"])
+def test_the_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, other):
+    theirs = stopped_after(2, tmp_path, monkeypatch, f"{OPTIONS} {other}")
+    ours = prepared(tmp_path)
+    ours.path.mkdir()
+    checkpoint = ours.path / "checkpoint.pt"
+    checkpoint.write_bytes((theirs.path / "checkpoint.pt").read_bytes())
+    told = (
+        f"{checkpoint}: is of the run {theirs.path.name}, this one is {ours.path.name}; --restart"
+    )
+    assert failed(ValueError, tmp_path).startswith(told)
+    assert checkpoint.exists()
+
+
+def without(key):
+    return lambda state: state.pop(key)
+
+
+def deeper(*keys, value):
+    def edit(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return edit
+
+
+NAN = torch.tensor(float("nan"))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *map(without, ("model", "optimizer", "methods", "history", "stopped")),
+        deeper("more", value=1),
+        *(deeper(key, value=[1]) for key in ("model", "optimizer", "methods", "history")),
+        deeper("model", "conv.weight", value=torch.ones(2, 2)),
+        deeper("model", "conv.weight", value="text"),
+        deeper("model", "other.weight", value=torch.ones(2)),
+        deeper("model", "classifier.bias", value=NAN.expand(10)),
+        deeper("model", "bn.running_var", value=torch.full((4,), torch.inf)),
+        deeper("model", "conv.running_absmax", value=torch.tensor(torch.inf)),
+        deeper("optimizer", 0, value={}),
+        deeper("optimizer", 999, value={}),
+        deeper("optimizer", 0, "exp_avg", value=torch.ones(3)),
+        deeper("optimizer", 0, "exp_avg", value=1.0),
+        deeper("optimizer", 0, "step", value="text"),
+        deeper("optimizer", 0, "step", value=NAN),
+        deeper("methods", value={"quant": {}}),
+        deeper("methods", "early_stopping", value={}),
+        deeper("methods", "early_stopping", "score", value="high"),
+        deeper("methods", "early_stopping", "weights", "conv.weight", value=torch.ones(2)),
+        deeper("methods", "early_stopping", "weights", "classifier.bias", value=NAN.expand(10)),
+        deeper("history", 0, "epoch", value=2),
+        deeper("history", 0, "loss", value="low"),
+        deeper("history", 0, "loss", value=float("nan")),
+        deeper("history", 0, "seconds", value=None),
+        deeper("history", 0, "scores", value={}),
+        deeper("history", 0, "scores", "test_loss", value=torch.inf),
+        deeper("history", 0, "validation_score", value=None),
+        deeper("history", 0, "more", value=1),
+        lambda state: state["history"].extend([state["history"][0]] * 3),
+        deeper("stopped", value="no"),
+    ],
+)
+def test_a_checkpoint_with_other_content_is_refused(stopped, tmp_path, edit):
+    asked = prepared(stopped)
+    checkpoints = Checkpoints(asked.path, asked.identity.name)
+    before = checkpoints.last.read_bytes()
+    state = checkpoints.load()
+    edit(state)
+    checkpoints.save(state)
+    told = failed(ValueError, stopped)
+    assert told.startswith(f"{checkpoints.last}: does not fit this run (")
+    assert told.endswith("--restart starts anew without it")
+    assert "\n" not in told
+    checkpoints.last.write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stopped_after(1, out, monkeypatch)
+    return out
+
+
+# Numbers that are not finite.
+
+
+def poison(monkeypatch, step, where):
+    """Makes the training end a step with such numbers; its loss, from before, is finite."""
+    original, steps = Trainer._step, []
+
+    def poisoned(trainer, *args, **kwargs):
+        result = original(trainer, *args, **kwargs)
+        steps.append(result)
+        if len(steps) == step:
+            where(trainer).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (lambda trainer: trainer.model.conv.weight.data, "conv.weight"),
+        (lambda trainer: trainer.model.bn.running_var, "bn.running_var"),
+        (
+            lambda trainer: trainer.optimizer.state[trainer.model.conv.weight]["exp_avg_sq"],
+            "the optimizer's exp_avg_sq of conv.weight",
+        ),
+    ],
+)
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_network_that_is_not_finite_is_never_saved(
+    whole, tmp_path, monkeypatch, epoch, where, name
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        poison(patched, 2 * epoch, where)
+        told = failed(NonFiniteLoss, out)
+    saved = f"epoch {epoch - 1}" if epoch > 1 else "none yet"
+    assert told.startswith(f"{name} has numbers that are not finite in epoch {epoch}, ")
+    assert told.endswith(f"; last checkpoint: {saved}")
+    assert not list(out.glob("*/result.json"))
+    assert executed(out) == whole
+
+
+def test_a_score_that_is_not_finite_is_never_saved(whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    scores = Classification.epoch_scores
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Classification,
+            "epoch_scores",
+            lambda *args: scores(*args) | {"test_loss": float("inf")},
+        )
+        assert failed(NonFiniteLoss, out).startswith("test_loss is inf in epoch 1, ")
+    assert executed(out) == whole
+
+
+def test_a_result_that_is_not_finite_is_not_written(whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    result = Classification.result
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Classification,
+            "result",
+            lambda *args: result(*args) | {"of_au": {"1": float("nan")}},
+        )
+        assert failed(NonFiniteLoss, out) == "of_au 1 is nan at the end of the training"
+    assert executed(out) == whole
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_weights_that_are_not_finite_are_refused(finished, tmp_path, epochs):
+    (path,) = finished[0].glob("*/model.safetensors")
+    weights = load_file(path)
+    # A layer that saw nothing has no range.
+    weights["conv.running_absmax"].fill_(float("nan"))
+    weights["classifier.bias"][3] = float("nan")
+    save_file(weights, tmp_path / "weights")
+    options = OPTIONS.replace("--epochs 3", f"--epochs {epochs} --weights {tmp_path / 'weights'}")
+    with pytest.raises(NonFiniteLoss, match=r"^classifier\.bias has .* in --weights .*/weights"):
+        executed(tmp_path / "out", options)
+
+
+def test_a_layer_that_saw_nothing_is_saved(tmp_path, monkeypatch):
+    """Its range is NaN until it is used in training."""
+
+    class Partly(torch.nn.Module):
+        def __init__(self, task):
+            super().__init__()
+            self.used = small_network(task)
+            self.unused = torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    monkeypatch.setattr(Classification, "network", lambda task: Partly(task))
+    options = OPTIONS.replace("--epochs 3", "--epochs 1")
+    executed(tmp_path, options)
+    (path,) = tmp_path.glob("*/model.safetensors")
+    assert load_file(path)["unused.running_absmax"].isnan()
