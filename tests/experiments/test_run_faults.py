@@ -173,6 +173,17 @@ def test_metrics_are_those_of_the_checkpoint(whole, tmp_path, monkeypatch):
         assert executed(out) == whole
 
 
+def test_tensorboard_shows_every_epoch_once(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = f"{OPTIONS} --tensorboard"
+    asked = stopped_after(2, tmp_path, monkeypatch, options)
+    run.execute(asked, torch.device("cpu"))
+    events = EventAccumulator(str(asked.path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test_loss")] == [1, 2, 3]
+
+
 def test_a_run_without_epochs_has_metrics_too(finished, tmp_path):
     (weights,) = finished[0].glob("*/model.safetensors")
     options = OPTIONS.replace("--epochs 3", f"--epochs 0 --weights {weights}")
