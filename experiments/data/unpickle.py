@@ -193,6 +193,8 @@ class _Machine:
     def _set(target: Any, items: list[Any]) -> None:
         if type(target) is not dict:
             raise ValueError("it sets items of what is no dict")
+        if len(items) % 2:
+            raise ValueError("it has a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Not a tuple: the hash of one that is nested deep overflows C's stack.
             if type(key) not in (str, bytes) or len(key) > _LONGEST_KEY:
@@ -223,7 +225,7 @@ class _Machine:
             ):
                 array.fill(data, dtype, shape, "F" if order == "F" else "C")
                 if order == "K":
-                    array.value = array.value.transpose(*axes)
+                    array.value = array.value.transpose(tuple(*axes))
                 return array
             case _Named(), _:
                 raise ValueError(f"it calls {function.value} with other arguments than numpy does")

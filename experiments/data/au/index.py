@@ -16,7 +16,7 @@ from experiments.data.au.labels import au_column
 from experiments.data.au.release import Release, Sequence
 from experiments.files import kind
 
-_VERSION = 1
+_VERSION = 2
 """To be raised when another index or other pixels come of the same files."""
 
 

@@ -75,7 +75,8 @@ def _locked(cache: Path) -> Iterator[None]:
     """Makes the directory, and keeps other processes out of it."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        file = open(cache / ".lock", "w", opener=without_waiting)  # noqa: SIM115
+        # Appended to, as a link could lead to a file with content.
+        file = open(cache / ".lock", "a", opener=without_waiting)  # noqa: SIM115
     except OSError as error:
         raise OSError(
             f"{cache}: the cache cannot be written there ({error.strerror}), "
