@@ -100,7 +100,7 @@ class SweepConfig:
     @property
     def path(self) -> Path:
         shipped = {path.stem: path for path in SHIPPED.glob("*.toml")}
-        if self.file not in shipped and not Path(self.file).is_file():
+        if self.file not in shipped and not os.path.lexists(self.file):
             raise ValueError(
                 f"{self.file}: no such file; those that come along are {', '.join(sorted(shipped))}"
             )

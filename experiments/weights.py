@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from experiments.config import RunConfig
+from experiments.files import read_bytes
 
 if TYPE_CHECKING:
     from experiments.training import Trainer
+
+_LARGEST = 2 << 30
+"""InceptionV3 has 0.1 GB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +35,16 @@ class Weights:
     @classmethod
     def read(cls, path: Path) -> Weights:
         """Raises ValueError where the file is not what a run writes."""
-        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                shapes, trained_on = (
-                    json.loads((file.metadata() or {}).get(name, "{}"))
-                    for name in ("methods", "trained_on")
-                )
-        except (SafetensorError, json.JSONDecodeError) as error:
+            blob = read_bytes(path, _LARGEST)
+        except ValueError as error:
+            raise ValueError(f"--weights: {error}") from error
+        try:
+            tensors = load(blob)
+            shapes, trained_on = _metadata(blob)
+        except Exception as error:  # a malformed file can raise almost anything
             raise ValueError(f"--weights: {path} is not a model.safetensors: {error}") from error
-        return cls(path, tensors, shapes, trained_on, checksum)
+        return cls(path, tensors, shapes, trained_on, hashlib.sha256(blob).hexdigest())
 
     @staticmethod
     def metadata(trainer: Trainer) -> dict[str, str]:
@@ -68,6 +71,17 @@ class Weights:
                 f"--weights: {self.path} does not fit this run's network; give the options of "
                 f"method and dataset that it was trained with. {error}"
             ) from error
+
+
+def _metadata(blob: bytes) -> list[dict[str, Any]]:
+    """What the methods did to the network's shape, and who was trained on. The format begins with
+    the length of a header in JSON."""
+    length = int.from_bytes(blob[:8], "little")
+    texts = json.loads(blob[8 : 8 + length]).get("__metadata__") or {}
+    found = [json.loads(texts.get(name, "{}")) for name in ("methods", "trained_on")]
+    if not all(isinstance(content, dict) for content in found):
+        raise ValueError("its metadata are no objects")
+    return found
 
 
 def _trained_on(config: RunConfig) -> dict[str, Any]:

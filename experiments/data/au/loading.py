@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from experiments.data.au.frames import Frames
 from experiments.data.au.labels import au_column
 from experiments.data.au.release import Release
 from experiments.data.au.summary import summary
-from experiments.files import atomic
+from experiments.files import atomic, without_waiting
 
 _FOLDER = "noisyq_fast"
 
@@ -60,9 +61,9 @@ def _find(release: Release, data_dir: Path | None) -> Path:
     if data_dir is None:
         raise FileNotFoundError(f"--data-dir: got none for {release.name}, {whence}")
     sequences = release.sequences(data_dir)
-    if not any(path.is_file() for sequence in sequences for path in sequence.labels):
+    if not any(os.path.lexists(path) for sequence in sequences for path in sequence.labels):
         raise FileNotFoundError(f"--data-dir: no labels of {release.name} in {data_dir}, {whence}")
-    if not any(sequence.images.is_dir() for sequence in sequences):
+    if not any(os.path.lexists(sequence.images) for sequence in sequences):
         raise FileNotFoundError(
             f"--data-dir: no pictures of {release.name} in {data_dir}, {whence}"
         )
@@ -74,7 +75,8 @@ def _locked(cache: Path) -> Iterator[None]:
     """Makes the directory, and keeps other processes out of it."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        file = (cache / ".lock").open("w")
+        # Appended to, as a link could lead to a file with content.
+        file = open(cache / ".lock", "a", opener=without_waiting)  # noqa: SIM115
     except OSError as error:
         raise OSError(
             f"{cache}: the cache cannot be written there ({error.strerror}), "
