@@ -20,7 +20,8 @@ from experiments.reporting.action_units import figure as action_unit_figure
 from experiments.reporting.action_units import statistics as action_unit_statistics
 from experiments.reporting.action_units import tables as action_unit_tables
 from experiments.reporting.action_units.runs import ActionUnitRun, ActionUnitStudy
-from experiments.reporting.runs import FinishedRun, Study, find, studies, titles
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.runs import Study, find, studies, titles
 
 Runs = tyro.conf.Positional[Path]
 _NAMED = 10  # of the runs that are left out, in one line

@@ -16,7 +16,7 @@ _IN_BOTH = ("dataset", "noise", "noise_kind", "seed", "epochs", "fold")
 
 
 def check(config: Fields, result: Fields) -> None:
-    """A ValueError tells where the result is not one of the options."""
+    """A ValueError tells where the result is not that of the options."""
     for name in _IN_BOTH:
         if name in config.content and name in result.content:
             expected = config.content[name]

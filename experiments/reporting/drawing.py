@@ -15,8 +15,8 @@ from experiments.reporting.runs import method_of
 PERCENT = 100
 _UNKNOWN = "black"
 _MARKERS = "osv^D*XP<>"
-_LARGEST = 30_000
-"""Pixels across a figure."""
+_LONGEST = 200  # characters of a title
+_LARGEST = 30_000  # pixels across a figure
 
 
 def _color(index: int) -> str | tuple[float, float, float]:
@@ -57,6 +57,11 @@ def legend(figure: Figure, axis: Axes) -> None:
     """Below the panels, what is in one of them."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+
+
+def short(title: str) -> str:
+    """The beginning of a title that is too long for a figure."""
+    return title if len(title) <= _LONGEST else title[: _LONGEST - 3] + "..."
 
 
 def drawn_half_width(gain: str = "gain") -> pl.Expr:

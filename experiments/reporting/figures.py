@@ -15,6 +15,7 @@ from experiments.reporting.drawing import (
     marker,
     panels,
     save,
+    short,
 )
 from experiments.reporting.runs import Study, defaults, method_of
 
@@ -41,7 +42,7 @@ def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> li
         }
         for name, figure in figures.items():
             if figure is not None:
-                figure.suptitle(title, fontsize="medium")
+                figure.suptitle(short(title), fontsize="medium")
                 drawn.append(save(figure, folder / f"{name}{suffix}.png"))
     if (figure := gain_against_memorisation(studies)) is not None:
         drawn.append(save(figure, folder / "gain-against-memorisation.png"))
@@ -189,7 +190,7 @@ def gain_against_memorisation(
                     label=None if label in known else label,
                 )
         if shown and len(studies) > 1:
-            axis.scatter([], [], marker=marker(number), color="black", label=title)
+            axis.scatter([], [], marker=marker(number), color="black", label=short(title))
     if not axis.collections:
         return None
     axis.axhline(0, color="black", linewidth=0.8)

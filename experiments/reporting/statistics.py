@@ -83,7 +83,9 @@ def differences(runs: pl.DataFrame, names: Sequence[str], pair: Sequence[str]) -
     """Label, noise, and by how much each run differs from the baseline's with the same `pair`, of
     those that have one."""
     baseline = runs.filter(label=BASELINE).select(*pair, *names)
-    both = runs.join(baseline, on=pair, suffix="_of_baseline", nulls_equal=True)
+    both = runs.join(
+        baseline, on=pair, suffix="_of_baseline", nulls_equal=True, maintain_order="left"
+    )
     return both.select(*_POINT, *(pl.col(name) - pl.col(f"{name}_of_baseline") for name in names))
 
 

@@ -9,7 +9,7 @@ from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.prune import Prune
 from experiments.methods.quant import Quant
 from experiments.reporting.action_units.runs import SCORES, ActionUnitRun
-from experiments.reporting.runs import FinishedRun
+from experiments.reporting.finished_run import FinishedRun
 
 SHA256 = "0123456789abcdef" * 4
 EPOCHS = 3

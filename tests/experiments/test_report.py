@@ -9,7 +9,8 @@ from run_folders import write_classification as write_run
 
 from experiments import report
 from experiments.reporting import figures, statistics, tables
-from experiments.reporting.runs import FinishedRun, defaults, find, studies, titles
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.runs import defaults, find, studies, titles
 
 
 def only_study(directory):

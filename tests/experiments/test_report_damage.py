@@ -13,8 +13,9 @@ from run_folders import AU_EPOCHS, EPOCHS, edit, write_action_units, write_class
 
 from experiments import report
 from experiments.reporting.action_units.runs import ActionUnitRun
+from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.reading import Number
-from experiments.reporting.runs import FinishedRun, find
+from experiments.reporting.runs import find
 
 KINDS = {
     "figures": (report.figures, FinishedRun, write_classification, EPOCHS, "summary.csv"),

@@ -196,6 +196,11 @@ def test_settings_without_a_baseline_are_no_error(tmp_path):
     assert figures.settings(*summed_up(tmp_path)) is None
 
 
+def test_long_titles_are_cut_in_figures():
+    assert drawing.short("digits, augment False") == "digits, augment False"
+    assert len(drawing.short("x" * 4000)) == 200
+
+
 def test_figure_too_large_for_an_image_is_drawn_with_fewer_points(tmp_path):
     figure, _ = drawing.panels(1, rows=1, height=500)
     assert drawing.save(figure, tmp_path / "high.png").stat().st_size > 0

@@ -81,6 +81,14 @@ def test_gains_are_paired_by_seed_and_wins_by_fold(three_seeds):
     assert (quant["test_f1_won"], quant["fold_pairs"]) == (7, 9)
 
 
+def test_summaries_of_the_same_runs_are_equal_to_the_last_bit(tmp_path):
+    for seed in range(7):
+        write_seed(tmp_path, "baseline", (0.3 + seed / 70, 0.4, 0.5), seed)
+        write_seed(tmp_path, "quant-w4a4", (0.3 + seed / 30, 0.4, 0.5), seed)
+    study, first = summed_up(tmp_path)
+    assert all(statistics.summary(study).equals(first) for _ in range(20))
+
+
 def test_tables_of_three_seeds(three_seeds):
     text = text_of(three_seeds)
     assert "## synthetic-au\n\n18 runs, seeds 0, 1, 2: dataset synthetic-au, " in text

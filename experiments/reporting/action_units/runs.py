@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from experiments.data.au import AU_DATASETS, SYNTHETIC
+from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.options import require_type
 from experiments.reporting.reading import COUNT, POSITIVE, SHARE, Fields, Number, shown
-from experiments.reporting.runs import FinishedRun, Study, name_seeds
+from experiments.reporting.runs import Study, name_seeds
 
 SCORES = ("test_f1", "test_f1_chosen", "test_f1_truth", "test_f1_truth_chosen")
 """Averages over the AUs: against the annotators or the truth, at probability 0.5 or at thresholds
