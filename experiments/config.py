@@ -251,11 +251,7 @@ class RunConfig:
     @property
     def label(self) -> str:
         """What is done, short, for names of runs."""
-        on = self.methods
-        stopping = on.get("early_stopping")
-        if stopping and self.recipe.selects_epoch and stopping.patience >= (self.epochs or 1):
-            del on["early_stopping"]  # every run does so
-        return methods.label(on)
+        return label_of(self.methods, self.recipe, self.epochs)
 
     def resolved(self, gpu: bool, threads: int) -> RunConfig:
         """These options, with what was left to a default filled in, for a machine with or without a
@@ -302,3 +298,11 @@ class RunConfig:
         # The methods that are on say what --method does.
         identity = {k: v for k, v in self.flat().items() if k not in WITHOUT_EFFECT | {"method"}}
         return identity | {"methods": list(self.methods)}
+
+
+def label_of(on: dict[str, methods.Method], suits: Recipe, epochs: int | None) -> str:
+    """The label of a run with these methods, where this recipe suits."""
+    stopping = on.get("early_stopping")
+    if stopping and suits.selects_epoch and stopping.patience >= (epochs or 1):
+        on = {name: method for name, method in on.items() if name != "early_stopping"}  # all do so
+    return methods.label(on)
