@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from experiments.checks import flag
 from experiments.config import RunConfig
 
 if TYPE_CHECKING:
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A model.safetensors: tensors by name, what the methods did to the network's shape, and who
-    was trained on."""
+    """A model.safetensors: tensors by name, what the methods did to the network's shape, which
+    samples were trained on, and the options that change what the network computes."""
 
     path: Path
     tensors: dict[str, Tensor]
     shapes: dict[str, dict[str, Any]]
     trained_on: dict[str, Any]
+    computed_with: dict[str, Any] | None
+    """None in files of older versions, which do not tell."""
     checksum: str
 
     @classmethod
@@ -35,13 +39,20 @@ class Weights:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                shapes, trained_on = (
-                    json.loads((file.metadata() or {}).get(name, "{}"))
-                    for name in ("methods", "trained_on")
+                metadata = file.metadata() or {}
+                shapes, trained_on, computed_with = (
+                    _object(name, metadata.get(name, "null"))
+                    for name in ("methods", "trained_on", "computed_with")
                 )
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"--weights: {path} is not a model.safetensors: {error}") from error
-        return cls(path, tensors, shapes, trained_on, checksum)
+        if computed_with is None:
+            warnings.warn(
+                f"--weights: {path} does not tell the options that it was trained with, such as "
+                "bits: those of this run are taken",
+                stacklevel=2,
+            )
+        return cls(path, tensors, shapes or {}, trained_on or {}, computed_with, checksum)
 
     @staticmethod
     def metadata(trainer: Trainer) -> dict[str, str]:
@@ -50,29 +61,70 @@ class Weights:
         return {
             "methods": json.dumps(shapes),
             "trained_on": json.dumps(_trained_on(trainer.config)),
+            "computed_with": json.dumps(_computed_with(trainer.config)),
         }
 
     def load_into(self, trainer: Trainer) -> None:
-        """Raises ValueError where the network of the run is another one, or was trained on faces
-        that the run tests or holds out."""
+        """Raises ValueError where the network of the run is another one, computes something else,
+        or was trained on other samples of the run's data set."""
+        self._check_options(trainer.config)
         here = _trained_on(trainer.config)
-        if self.trained_on.get("dataset") == here.get("dataset") and self.trained_on != here:
+        same_data = self.trained_on.get("dataset") == here["dataset"]
+        if same_data and any(here.get(name) != value for name, value in self.trained_on.items()):
+            whom = "who" if trainer.config.detects_action_units else "what"
             raise ValueError(
                 f"--weights: {self.path} was trained on {self.trained_on}, takes {here}: this run "
-                "would be tested on who it was trained on"
+                f"would be tested on {whom} it was trained on, or normalize its input otherwise"
             )
         try:
             trainer.load_weights(self.tensors, self.shapes)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"--weights: {self.path} does not fit this run's network; give the options of "
                 f"method and dataset that it was trained with. {error}"
             ) from error
 
+    def _check_options(self, config: RunConfig) -> None:
+        here = _computed_with(config)
+        there = here if self.computed_with is None else self.computed_with
+        differing = [name for name in here | there if here.get(name) != there.get(name)]
+        if differing:
+            had, has = (
+                ", ".join(
+                    f"{flag(name)} {options[name]}" if name in options else f"no {flag(name)}"
+                    for name in differing
+                )
+                for options in (there, here)
+            )
+            raise ValueError(
+                f"--weights: {self.path} does not fit this run's network: it was trained with "
+                f"{had}; this run has {has}"
+            )
+
+
+def _object(name: str, text: str) -> dict[str, Any] | None:
+    value = json.loads(text)
+    if isinstance(value, dict | None):
+        return value
+    raise ValueError(f"got {text} as {name}, takes an object")
+
+
+def _computed_with(config: RunConfig) -> dict[str, Any]:
+    """The options that change what the network makes of a picture, beside its weights."""
+    options = {}
+    for method in config.methods.values():
+        options |= method.evaluation_options()
+    if config.detects_action_units:
+        names = ("encoder", "pretrained", "au_head", "au_norm", "image_size")
+        options |= {name: getattr(config.faces, name) for name in names}
+    return options
+
 
 def _trained_on(config: RunConfig) -> dict[str, Any]:
-    """What says which subjects were trained on; nothing where there are no subjects."""
-    if not config.detects_action_units:
-        return {}
-    names = ("dataset", "fold", "validation", "seed")
+    """What says which samples were trained on, and so how the network's input is normalized."""
+    names = ["dataset", "train_size", "validation"]
+    if config.detects_action_units:
+        names += ["fold", "frames_per_subject"]
+    if config.validation:
+        names.append("seed")
     return {name: value for name, value in config.flat().items() if name in names}
