@@ -129,7 +129,12 @@ def _layer(place: str, tables: Any, sections: tuple[str, ...]) -> dict[str, Any]
 
 def _options(place: str, table: Any) -> Options:
     """The table, checked, with names as on the command line."""
-    options = {name.replace("_", "-"): value for name, value in _table(place, table).items()}
+    options = {}
+    for name, value in _table(place, table).items():
+        name = name.replace("_", "-")
+        if name in options:
+            raise ValueError(f"{place}: {name}: got it twice, with - and with _")
+        options[name] = value
     section = place.rpartition(".")[2]
     for name, value in options.items():
         if name not in _RUN_OPTIONS:

@@ -6,6 +6,7 @@ import torch
 
 from experiments import run, tasks
 from experiments.methods import METHODS
+from experiments.tasks.classification import Classification
 from experiments.training import NonFiniteLoss, Trainer
 
 EVERY_METHOD = ["baseline", *METHODS]
@@ -181,6 +182,21 @@ def test_checkpoint_of_another_format_is_refused():
     run = trainer()
     with pytest.raises(ValueError, match="the checkpoint has format 0, this version takes 2"):
         run.load_state_dict(run.state_dict() | {"format": 0})
+
+
+@pytest.mark.parametrize("arguments", ["--method prune", "--method quant --prune 0.5"])
+def test_methods_see_no_image_of_the_test_set(monkeypatch, arguments):
+    inputs = Classification.inputs
+
+    def of_many(task, part, samples):
+        assert part != "test" or len(samples) > 1
+        return inputs(task, part, samples)
+
+    monkeypatch.setattr(Classification, "inputs", of_many)  # the whole test set is evaluated
+    run, resumed = trainer(arguments), trainer(arguments)
+    list(run.epochs())
+    resumed.load_state_dict(saved(run.state_dict()))
+    resumed.result()
 
 
 def test_pruned_network_is_smaller_and_goes_on_learning():
