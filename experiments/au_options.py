@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.extras import literal_type_from_choices
 
-from experiments.checks import require, require_choice
+from experiments.checks import require, require_choice, require_whole
 from experiments.models import AU_NORMS
 
 _CHOICES = {
@@ -47,10 +47,11 @@ class ActionUnitOptions:
     before they are quantized (per-au)."""
 
     image_size: int | None = None
-    """faces: height and width in pixels (64 for small, 299 for inception_v3)."""
+    """faces: height and width in pixels, 32 to 1,024 (64 for small, 299 for inception_v3)."""
 
     frames_per_subject: int | None = None
-    """synthetic-au: pictures of each of the 41 subjects, a multiple of 32 (256)."""
+    """synthetic-au: pictures of each of the 41 subjects, a multiple of 32 (256); together at most
+    half of the machine's memory."""
 
     strict: bool = False
     """bp4d, disfa: stop at the first faults in the files, rather than leave those frames out."""
@@ -64,9 +65,9 @@ class ActionUnitOptions:
             value = getattr(self, name)
             if value is not None:
                 require_choice(name, value, choices)
-        fold, size, frames = self.fold, self.image_size, self.frames_per_subject
+        fold, frames = self.fold, self.frames_per_subject
         require("fold", fold, fold in (None, 1, 2, 3), "1, 2 or 3")
-        require("image_size", size, size is None or size >= 32, "a whole number from 32")
+        require_whole("image_size", self.image_size, 32, 1024)
         accepted = frames is None or (frames > 0 and frames % 32 == 0)
         require("frames_per_subject", frames, accepted, "a multiple of 32")
         if self.pretrained and self.encoder == "small":

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from experiments.files import atomic, read_regular
+from experiments.files import atomic, read_bytes, refuse_link
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 _FORMAT = 3
+_LARGEST = 1 << 34  # bytes
 _DIGEST = hashlib.sha256
 _DIGEST_SIZE = _DIGEST().digest_size
 
@@ -42,8 +43,9 @@ class Checkpoints:
         A ValueError names a file that is whole but no checkpoint of this run.
         """
         for path in (self.last, self.before):
+            refuse_link(path)
             try:
-                blob = read_regular(path)
+                blob = read_bytes(path, _LARGEST)
             except FileNotFoundError:
                 continue
             digest, payload = blob[:_DIGEST_SIZE], blob[_DIGEST_SIZE:]

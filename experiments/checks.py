@@ -1,14 +1,45 @@
 """The error that every option of the command line gives for a value it does not take."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+
+MOST_EPOCHS = 1_000_000
 
 
 def require(option: str, value: object, accepted: bool, takes: str) -> None:
     """Raises a ValueError that names the option, what it got and what it takes."""
     if not accepted:
-        raise ValueError(f"--{option.replace('_', '-')}: got {value}, takes {takes}")
+        raise ValueError(f"{flag(option)}: got {value}, takes {takes}")
+
+
+def flag(option: str) -> str:
+    """An option as it is on the command line."""
+    return "--" + option.replace("_", "-")
 
 
 def require_choice(option: str, value: object, choices: Collection[str]) -> None:
     """The same for an option that takes one of several names."""
     require(option, value, value in choices, "one of " + ", ".join(choices))
+
+
+def require_whole(option: str, value: int | None, first: int, last: int) -> None:
+    """The same for an option that takes whole numbers; None stands for its default."""
+    accepted = value is None or first <= value <= last
+    require(option, value, accepted, f"a whole number from {first} to {last:,}")
+
+
+def require_once(arguments: Iterable[str], **hints: str) -> None:
+    """Raises a ValueError for an option that a command line gives twice, of which only the last
+    would count; `hints` tell, by the option's name, what to do instead."""
+    seen = set()
+    for name in option_names(arguments):
+        if name in seen:
+            hint = f"; {hints[name]}" if name in hints else ""
+            raise ValueError(f"--{name}: got it twice, takes it once{hint}")
+        seen.add(name)
+
+
+def option_names(arguments: Iterable[str]) -> list[str]:
+    """The options in a command line, without dashes in front and as if all were positive: of
+    `--no-augment` that is augment."""
+    options = [text[2:].partition("=")[0] for text in arguments if text[:2] == "--"]
+    return [name.replace("_", "-").removeprefix("no-") for name in options if name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from tyro.extras import literal_type_from_choices
 
 from experiments import methods
 from experiments.au_options import ActionUnitOptions
-from experiments.checks import require, require_choice
+from experiments.checks import MOST_EPOCHS, flag, require, require_choice, require_whole
 from experiments.data import DATASETS
 from experiments.data.au import AU_DATASETS, SYNTHETIC
 from experiments.data.cifar10n import HUMAN_LABELS
@@ -35,6 +35,7 @@ _CHOICES = {
     "precision": PRECISIONS,
     "backend": (AUTO, *BACKENDS),
 }
+_MOST_THREADS = 16 * (os.cpu_count() or 1)
 # None of these changes a number in the results; the data are identified by their checksum.
 WITHOUT_EFFECT = {
     "backend",
@@ -68,10 +69,11 @@ class RunConfig:
     was interrupted. The default run needs no download and takes about two minutes on one CPU core.
     """
 
-    method: _choice("method") = methods.BASELINE
+    method: _choice("method") | None = None
     """What is done against wrong labels; baseline: nothing. Each method's own options follow, with
     its default in parentheses. Giving them beside another method combines the two, as in
-    --method quant --weight-decay 0.01."""
+    --method quant --weight-decay 0.01. If not given: what the options of methods say, or else
+    baseline."""
 
     options: Annotated[methods.Options, tyro.conf.arg(name="")] = _NO_METHOD
 
@@ -117,10 +119,12 @@ class RunConfig:
     data set."""
 
     weights: Path | None = None
-    """Start from the model.safetensors of another run of the same method."""
+    """Start from the model.safetensors of another run. Refused if that one was trained on other
+    samples of the same data set or its network computes something else, such as with other bits; an
+    older file does not tell its bits, and gives a warning."""
 
     batch_size: int | None = None
-    """Images in a step, over all processes. If not given: 128; 64 for faces."""
+    """Images in a step, over all processes, up to 65,536. If not given: 128; 64 for faces."""
 
     lr: float | None = None
     """First learning rate. If not given: 0.001; 0.0001 for inception_v3."""
@@ -154,7 +158,8 @@ class RunConfig:
     """Record the training step once and replay it: saves the time of launching kernels on a GPU."""
 
     threads: int | None = None
-    """CPU threads. They can change the last digits. If not given: what suits the data set."""
+    """CPU threads, up to 16 for each core of the machine. They can change the last digits. If not
+    given: what suits the data set."""
 
     backend: _choice("backend") = AUTO
     """What computes the quantizer; auto: NOISYQ_BACKEND, or else the fastest. Every choice gives
@@ -181,19 +186,22 @@ class RunConfig:
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), choices)
         if self.detects_action_units:
-            check(("noise",), lambda value: 0 <= value < math.inf, "a finite number from 0")
+            check(("noise",), lambda value: 0 <= value <= 1000, "a finite number from 0 to 1,000")
         else:
             check(("noise",), lambda value: 0 <= value <= 1, "a share from 0 to 1")
         check(("validation",), lambda value: 0 <= value < 1, "a share from 0 to less than 1")
-        check(
-            ("train_size", "batch_size", "threads", "evaluate_every"),
-            lambda value: value >= 1,
-            "a whole number from 1",
-        )
-        check(("epochs",), lambda value: value >= 0, "a whole number from 0")
+        check(("train_size",), lambda value: value >= 1, "a whole number from 1")
+        for name, first, last in (
+            ("epochs", 0, MOST_EPOCHS),
+            ("batch_size", 1, 2**16),
+            ("evaluate_every", 1, MOST_EPOCHS),
+            ("threads", 1, _MOST_THREADS),
+        ):
+            require_whole(name, getattr(self, name), first, last)
         check(("seed", "noise_seed"), lambda value: 0 <= value < 2**63, "0 to 2^63-1")
-        check(("lr",), lambda value: 0 < value < math.inf, "a finite number above 0")
+        check(("lr",), lambda value: 0 < value < 3.4e38, "a finite number above 0, below 3.4e38")
         on = self.methods  # refuses options that take no effect
+        self._check_baseline(on)
         if self.epochs == 0 and self.weights is None:
             raise ValueError("--epochs: got 0 without --weights, which it would evaluate")
         if self.noise_kind in HUMAN_LABELS and self.dataset != "cifar10":
@@ -206,11 +214,21 @@ class RunConfig:
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("--cuda-graph: got --device cpu, takes a GPU")
 
+    def _check_baseline(self, on: dict[str, methods.Method]) -> None:
+        if self.method != methods.BASELINE:
+            return
+        for name in on:
+            if name == "early_stopping" and self.recipe.selects_epoch:
+                continue  # the recipe's own
+            given = flag(getattr(self.options, name).changed()[0])
+            raise ValueError(
+                f"--method: got baseline with {given}, which turns {name} on; leave one of them out"
+            )
+
     def _check_faces(self) -> None:
         if not self.detects_action_units:
             for name in self.faces.given():
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: takes effect with {', '.join(AU_DATASETS)} only")
+                raise ValueError(f"{flag(name)}: takes effect with {', '.join(AU_DATASETS)} only")
             if self.noise_kind == ANNOTATORS:
                 takes = f"is for --dataset {', '.join(AU_DATASETS)}"
                 raise ValueError(f"--noise-kind: got {ANNOTATORS}, which {takes}")
@@ -219,6 +237,8 @@ class RunConfig:
             raise ValueError(f"--noise-kind: got {self.noise_kind} with faces, takes {ANNOTATORS}")
         if self.train_size is not None:
             raise ValueError(f"--train-size: got {self.train_size} with faces, which are all taken")
+        if self.batch_size == 1:
+            raise ValueError("--batch-size: got 1 with faces, takes 2 or more, as batch norm needs")
         if self.faces.au_norm == "folded" and "dropout" in self.methods:
             raise ValueError("--au-norm: got folded with dropout, whose zeros it would move")
         made = {
@@ -251,20 +271,19 @@ class RunConfig:
     @property
     def label(self) -> str:
         """What is done, short, for names of runs."""
-        on = self.methods
-        stopping = on.get("early_stopping")
-        if stopping and self.recipe.selects_epoch and stopping.patience >= (self.epochs or 1):
-            del on["early_stopping"]  # every run does so
-        return methods.label(on)
+        return label_of(self.methods, self.recipe, self.epochs)
 
     def resolved(self, gpu: bool, threads: int) -> RunConfig:
         """These options, with what was left to a default filled in, for a machine with or without a
         GPU and so many CPU threads."""
-        if self.cuda_graph and not gpu:
+        device = self.device
+        if device == "auto":
+            device = "cuda" if gpu else "cpu"
+        if self.cuda_graph and device == "cpu":
             raise ValueError("--cuda-graph: got a machine without a GPU, takes one with")
         on, faces = self.methods, self.faces
         if self.detects_action_units:
-            faces = faces.resolved(self.dataset == SYNTHETIC, gpu)
+            faces = faces.resolved(self.dataset == SYNTHETIC, gpu=device == "cuda")
         suits = recipe(self.dataset, faces.encoder)
         epochs = suits.epochs if self.epochs is None else self.epochs
         if suits.selects_epoch:
@@ -287,11 +306,12 @@ class RunConfig:
         }
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         options = dataclasses.replace(self.options, **on)
-        return dataclasses.replace(self, options=options, faces=faces, **missing)
+        return dataclasses.replace(self, device=device, options=options, faces=faces, **missing)
 
     def flat(self) -> dict[str, Any]:
         """All options by name; of methods and faces only where they are on."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        flat["method"] = self.method or methods.BASELINE
         del flat["options"], flat["faces"]
         for options in self.methods.values():
             flat |= dataclasses.asdict(options)
@@ -301,4 +321,15 @@ class RunConfig:
         """The options that can change a number in the results."""
         # The methods that are on say what --method does.
         identity = {k: v for k, v in self.flat().items() if k not in WITHOUT_EFFECT | {"method"}}
+        if self.device == "cpu":
+            # As runs on a CPU have always been written, so that they keep their names.
+            identity["device"] = "auto"
         return identity | {"methods": list(self.methods)}
+
+
+def label_of(on: dict[str, methods.Method], suits: Recipe, epochs: int | None) -> str:
+    """The label of a run with these methods, where this recipe suits."""
+    stopping = on.get("early_stopping")
+    if stopping and suits.selects_epoch and stopping.patience >= (epochs or 1):
+        on = {name: method for name, method in on.items() if name != "early_stopping"}  # all do so
+    return methods.label(on)

@@ -24,7 +24,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     An error inside ends this process without leaving the group in order, which would wait for the
     others; torchrun ends those.
     """
-    if not _in_group():
+    if started() <= 1:
         yield torch.device(device_type)
         return
     if device_type == "cuda":
@@ -38,9 +38,9 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def _in_group() -> bool:
-    """Whether torchrun started this process and others."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+def started() -> int:
+    """How many processes torchrun started, even before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def size() -> int:
@@ -52,7 +52,7 @@ def rank() -> int:
     """This process's number, from 0; torchrun's before it joins the others."""
     if size() > 1:
         return dist.get_rank()
-    return int(os.environ["RANK"]) if _in_group() else 0
+    return int(os.environ["RANK"]) if started() > 1 else 0
 
 
 def is_main() -> bool:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files that must not be somebody else's."""
+"""Files that are written whole or not at all, and read if they are regular and not too large."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 
 @contextmanager
@@ -57,27 +57,67 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_regular(path: Path) -> bytes:
-    """The content of a file; an OSError names what is a link, a pipe or the like instead."""
-    with _open(path, os.O_RDONLY, "rb") as file:
-        return file.read()
+REGULAR = "a regular file"
+_KINDS = {
+    stat.S_IFREG: REGULAR,
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
-def open_lock(path: Path) -> BinaryIO:
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Anything else, such as a FIFO, which would be waited for, is a ValueError that names the path;
+    a file that is not there or cannot be opened is an OSError.
+    """
+    if kind(path) != REGULAR:  # asked before it is opened, which a device may act on
+        raise ValueError(f"{path}: expected {REGULAR}, got {kind(path)}")
+    with open(path, "rb", opener=without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: replaced while it was opened; try again")
+        if status.st_size > limit:
+            raise ValueError(f"{path}: got {status.st_size:,} bytes, takes at most {limit:,}")
+        content = file.read(status.st_size + 1)
+    if len(content) != status.st_size:
+        raise ValueError(f"{path}: its size changed while it was read; try again")
+    return content
+
+
+def refuse_link(path: Path) -> None:
+    """Raises a ValueError where a file that this project wrote is a link, to somebody else's."""
+    if path.is_symlink():
+        raise ValueError(f"{path}: expected {REGULAR}, got a symbolic link")
+
+
+def kind(path: Path) -> str:
+    """What is at the path, in words."""
+    return _KINDS[stat.S_IFMT(path.stat().st_mode)]
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An opener for `open`: a FIFO that nobody reads is an OSError instead of a wait."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
+def open_lock(path: Path) -> IO[bytes]:
     """The file to lock, which is made if it is missing and keeps its content; an OSError names what
-    is a link, a pipe or the like instead."""
-    return _open(path, os.O_RDWR | os.O_CREAT, "r+b")
-
-
-def _open(path: Path, flags: int, mode: str) -> BinaryIO:
+    is a link, a FIFO or the like instead."""
     try:
-        # Without waiting for who writes into a pipe.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        file = open(path, "r+b", buffering=0, opener=_made_and_no_link)  # noqa: SIM115
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OSError(f"{path}: got a symbolic link, takes a regular file") from error
+            raise OSError(f"{path}: expected {REGULAR}, got a symbolic link") from error
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path}: got a folder, a pipe or a device, takes a regular file")
-    return os.fdopen(descriptor, mode)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path}: expected {REGULAR}, got {kind(path)}")
+    return file
+
+
+def _made_and_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)

@@ -2,31 +2,32 @@
 
 import json
 import math
-import sys
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments import tasks
 from experiments.config import WITHOUT_EFFECT, RunConfig
-from experiments.files import read_regular
+from experiments.files import refuse_link
 from experiments.output import run_name
+from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields
 
-# --method is told by the methods' own options, and --device auto is another word for a device.
+# --method is told by the methods' own options; the device of a CPU has had two names.
 _NOT_COMPARED = WITHOUT_EFFECT | {"method", "device"}
-_ABSENT = "not there"
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The options of a run and the checksums of what it reads: all that its numbers depend on."""
+    """The options of a run and what else its numbers depend on, such as checksums of its data."""
 
     config: RunConfig
-    checksums: dict[str, str]
+    beside: dict[str, Any]
 
     @property
     def name(self) -> str:
-        return run_name(self.config, self.checksums)
+        return run_name(self.config, self.beside)
 
     def facts(self) -> dict[str, Any]:
         """What result.json says of the run itself."""
@@ -39,99 +40,84 @@ class RunIdentity:
             "noise_kind": config.noise_kind,
             "seed": config.seed,
             "epochs": config.epochs,
-            "data_sha256": self.checksums["data"],
+            "data_sha256": self.beside["data"],
         }
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """The outcome of the run in its folder; None unless it is finished there.
 
-        A ValueError or OSError names the file that is damaged, or of another run.
+        A ValueError names the file that is damaged, or of another run.
         """
-        path = folder / "config.json"
-        config = _read(path)
-        if config is not None:
-            self._check_config(config, path)
-        result = _read(folder / "result.json")
-        if result is None:
-            return None
-        if config is None:
-            raise _refused(path, "is missing, though the run is finished")
-        self._check_result(result, folder / "result.json")
-        _check_metrics(folder / "metrics.jsonl", result)
-        return result
-
-    def _check_config(self, config: dict[str, Any], path: Path) -> None:
-        own = json.loads(json.dumps(self.config.flat(), default=str))
-        _compare(config, own, sorted((own.keys() | config.keys()) - _NOT_COMPARED), path)
-
-    def _check_result(self, result: dict[str, Any], path: Path) -> None:
-        facts = self.facts()
-        if "run" not in result:
-            del facts["run"]  # written by an older version
-        _compare(result, facts, list(facts), path)
-        task = tasks.kind(self.config)
-        for name in ("epochs_trained", "seconds", f"test_{task.SCORE}"):
-            _require_number(result.get(name), name, path)
         try:
-            task.summary(result)
-        except (KeyError, TypeError, ValueError) as error:
-            raise _refused(path, f"lacks a score ({error!r})") from error
+            return self._result(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; --restart runs it anew") from error
+
+    def _result(self, folder: Path) -> dict[str, Any] | None:
+        config = _fields(folder / "config.json")
+        if config:
+            own = json.loads(json.dumps(self.config.flat(), default=str))
+            _compare(config, own, sorted((own.keys() | config.content.keys()) - _NOT_COMPARED))
+        result = _fields(folder / "result.json")
+        if not result:
+            return None
+        if not config:
+            raise ValueError(f"{folder}: config.json is missing")
+        self._check(result)
+        _check_metrics(folder / "metrics.jsonl", result)
+        return result.content
+
+    def _check(self, result: Fields) -> None:
+        # Older versions did not write which run it is.
+        facts = {k: v for k, v in self.facts().items() if k != "run" or k in result.content}
+        _compare(result, facts, facts)
+        result.number("epochs_trained", COUNT)
+        result.number("seconds", POSITIVE)
+        result.number(f"test_{tasks.kind(self.config).SCORE}", SHARE)
+        if self.config.detects_action_units:
+            result.object("thresholds")
+        _require_finite(result)
 
 
-def _compare(content: dict[str, Any], own: dict[str, Any], names: list[str], path: Path) -> None:
+def _compare(fields: Fields, own: dict[str, Any], names: Iterable[str]) -> None:
     for name in names:
-        got, takes = content.get(name, _ABSENT), own.get(name, _ABSENT)
+        got, takes = (content.get(name, "nothing") for content in (fields.content, own))
         if got != takes:
-            raise _refused(
-                path, f"is of another run: got {name} {got!s:.100}, this run has {takes}"
+            raise ValueError(
+                f"{fields.place}: of another run: got {got!s:.200} as {name}, takes {takes}"
             )
 
 
-def _check_metrics(path: Path, result: dict[str, Any]) -> None:
+def _check_metrics(path: Path, result: Fields) -> None:
     """Whether they are the epochs of this result, all of them."""
-    try:
-        lines = read_regular(path).splitlines()
-    except FileNotFoundError:
-        lines = []
-    epochs = [_object(line, path) for line in lines]
-    trained = result["epochs_trained"]
-    numbers = [epoch.get("epoch") for epoch in epochs]
-    if len(epochs) != trained or numbers != list(range(1, len(epochs) + 1)):
-        raise _refused(path, f"does not list the {trained} epochs of result.json")
-    for epoch in epochs:
-        _require_number(epoch.get("seconds"), "seconds", path)
-    if not math.isclose(sum(epoch["seconds"] for epoch in epochs), result["seconds"]):
-        raise _refused(path, "lists other epochs than those of result.json: they took other times")
+    there = os.path.lexists(path)
+    if there:
+        refuse_link(path)
+    epochs = list(Fields.of_lines(path)) if there else []
+    for number, epoch in enumerate(epochs, 1):
+        epoch.require("epoch", epoch.number("epoch", COUNT) == number, str(number))
+        _require_finite(epoch)
+    trained = result.content["epochs_trained"]
+    if len(epochs) != trained:
+        raise ValueError(f"{path}: got {len(epochs)} epochs, result.json has {trained}")
+    seconds = sum(epoch.number("seconds", POSITIVE) for epoch in epochs)
+    if not math.isclose(seconds, result.content["seconds"]):
+        took = result.content["seconds"]
+        raise ValueError(
+            f"{path}: of another run: its epochs took {seconds} s, those of result.json {took} s"
+        )
 
 
-def _require_number(value: object, name: str, path: Path) -> None:
-    # Its size, as there are whole numbers that are no floats.
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise _refused(path, f"got {value!r:.100} as {name}, takes a number")
+def _require_finite(fields: Fields) -> None:
+    for name, value in fields.content.items():
+        if isinstance(value, float):
+            fields.number(name, FINITE)
+        elif isinstance(value, dict):
+            _require_finite(fields.object(name))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return _object(read_regular(path), path)
-    except FileNotFoundError:
+def _fields(path: Path) -> Fields | None:
+    if not os.path.lexists(path):
         return None
-
-
-def _object(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise _refused(path, f"is malformed: {error}") from error
-    if not isinstance(content, dict):
-        raise _refused(path, f"is malformed: got {content!r:.100}, takes an object")
-    return content
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"got {text}, takes finite numbers")
-    return float(text)
-
-
-def _refused(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}; --restart runs it anew")
+    refuse_link(path)
+    return Fields.of_file(path)

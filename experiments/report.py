@@ -9,19 +9,22 @@ if not __package__:
     # Run as a script: import from the project root, not from this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import matplotlib
 import polars as pl
 import tyro
 
 from experiments.files import atomic
+from experiments.reporting import escaping, statistics, tables
 from experiments.reporting import figures as classification_figures
-from experiments.reporting import statistics, tables
 from experiments.reporting.action_units import figure as action_unit_figure
 from experiments.reporting.action_units import statistics as action_unit_statistics
 from experiments.reporting.action_units import tables as action_unit_tables
 from experiments.reporting.action_units.runs import ActionUnitRun, ActionUnitStudy
-from experiments.reporting.runs import FinishedRun, Study, find, studies, titles
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.runs import Study, find, studies, titles
 
 Runs = tyro.conf.Positional[Path]
+_NAMED = 10  # of the runs that are left out, in one line
 
 
 def figures(runs: Runs = Path("runs"), out: Path | None = None) -> None:
@@ -34,6 +37,10 @@ def figures(runs: Runs = Path("runs"), out: Path | None = None) -> None:
     (loss curves), figure 2 (accuracy and gain over noise, the published curves dashed), figure 3
     (settings of quantization, dropout and pruning), memorisation over noise, and gain against
     memorisation.
+
+    A run whose files are damaged or contradict each other is left out; so are several results of
+    one run, but for the first where all are equal. The report and stderr say which and why. In the
+    CSV files, text that a spreadsheet would take for a formula begins with an apostrophe.
 
     Args:
         runs: directory of the runs, as given to run.py or sweep.py with --out; also below it.
@@ -49,7 +56,8 @@ def table1(runs: Runs = Path("runs"), out: Path | None = None) -> None:
     the same. Writes report.md (table 1 beside the published one, the gain over the baseline with
     its confidence interval, memorisation, costs, and which runs are missing), runs.csv (one line a
     run), table1.csv (means over folds and seeds) and table1.png (the gain of each method, and that
-    of quantization for each AU).
+    of quantization for each AU). What is left out, and what is text in the CSV files, is as with
+    figures.
 
     Args:
         runs: directory of the runs, as given to run.py or sweep.py with --out; also below it.
@@ -97,27 +105,35 @@ _ACTION_UNITS = _Kind(
 
 
 def _report(kind: _Kind, runs: Path, out: Path) -> None:
-    finished, unfinished, others = find(runs, kind.run)
-    left_out = f"Other runs, left out: {others}; report.py {kind.others} is for them."
+    finished, unfinished, left_out, others = find(runs, kind.run)
+    of_others = f"Other runs, left out: {others}; report.py {kind.others} is for them."
     if not finished:
-        hint = left_out if others else "experiments/run.py makes one."
-        raise ValueError(f"{runs}: no finished run on {kind.name} in it. {hint}")
+        why = f" that can be reported: {'; '.join(left_out[:_NAMED])}" if left_out else ""
+        hint = of_others if others else "experiments/run.py makes one."
+        raise ValueError(f"{runs}: no finished run on {kind.name} in it{why}. {hint}")
+    for reason in left_out:
+        print(f"left out: {escaping.one_line(reason)}", file=sys.stderr)
     found = studies(finished, kind.study)
     names = titles(found)
     summaries = list(map(kind.summary, found))
     sections = list(map(kind.section, names, found, summaries))
     if unfinished:
-        sections.append(tables.unfinished_section(unfinished))
+        folders = [folder.name for folder in unfinished]
+        sections.append(tables.bullets_section("Unfinished runs, left out", folders))
+    if left_out:
+        sections.append(tables.bullets_section("Left out", left_out))
     if others:
-        sections.append(left_out)
+        sections.append(of_others)
     text = "\n\n".join(sections) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     _write_csv([statistics.by_run(study) for study in found], names, out / "runs.csv")
     _write_csv(summaries, names, out / kind.csv)
     with atomic(out / "report.md") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     print(text)
-    for path in kind.draw(list(zip(names, found, summaries, strict=True)), out):
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        drawn = kind.draw(list(zip(names, found, summaries, strict=True)), out)
+    for path in drawn:
         print(f"drawn to {path}")
     print(f"written to {out}")
 
@@ -128,10 +144,13 @@ def _write_csv(tables: list[pl.DataFrame], names: list[str], path: Path) -> None
         for name, table in zip(names, tables, strict=True)
     ]
     with atomic(path) as temporary:
-        pl.concat(named, how="diagonal_relaxed").write_csv(temporary)
+        table = pl.concat(named, how="diagonal_relaxed")
+        texts = pl.col(pl.String).map_elements(escaping.csv, return_dtype=pl.String)
+        table.with_columns(texts).write_csv(temporary)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"figures": figures, "table1": table1},
@@ -139,4 +158,4 @@ if __name__ == "__main__":
             config=(tyro.conf.DisallowNone,),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {escaping.one_line(str(error))}")

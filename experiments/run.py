@@ -23,8 +23,10 @@ import noisyq_fast
 from experiments import distributed, tasks
 from experiments.allocator import keep_freed_memory
 from experiments.checkpoints import Checkpoints
+from experiments.checks import require_once
 from experiments.config import RunConfig
 from experiments.identity import RunIdentity
+from experiments.methods import BASELINE
 from experiments.output import Busy, RunFolder
 from experiments.tensorboard import open_log
 from experiments.training import EpochMetrics, NonFiniteLoss, Trainer
@@ -56,12 +58,13 @@ def prepare(config: RunConfig) -> Run:
     """Chooses the backend, reads the data and names the run."""
     if config.backend != AUTO:
         noisyq_fast.use_backend(config.backend)
-    gpu = _device_type(config.device) == "cuda"
-    config = config.resolved(gpu, threads=torch.get_num_threads())
+    config = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
     data = tasks.read(config)
     weights = Weights.read(config.weights) if config.weights else None
-    checksums = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
-    return Run(RunIdentity(config, checksums), data, weights)
+    beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
+    if distributed.started() > 1:
+        beside["processes"] = distributed.started()  # whose sums have other last digits
+    return Run(RunIdentity(config, beside), data, weights)
 
 
 def execute(run: Run, device: torch.device) -> str:
@@ -140,7 +143,7 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder | None) -> None:
 def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
     config, history, score = run.config, trainer.history, trainer.task.SCORE
     return {
-        "method": "+".join(config.methods) or config.method,
+        "method": "+".join(config.methods) or BASELINE,
         **run.identity.facts(),
         **trainer.result(),
         "epoch_chosen": trainer.states.get("early_stopping", {}).get("epoch", len(history)),
@@ -162,11 +165,10 @@ def _at_best_validation(history: list[EpochMetrics], score: str) -> float | None
     return max(history, key=lambda metrics: metrics.validation_score).scores[test]
 
 
-def _device_type(wanted: str) -> str:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
+def check_device(wanted: str) -> None:
+    """Raises ValueError where this machine lacks it."""
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but PyTorch finds no GPU")
-    return "cuda" if available and wanted != "cpu" else "cpu"
 
 
 def _device_name(device: torch.device) -> str:
@@ -180,20 +182,30 @@ def _summary(run: Run, result: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> RunConfig:
     """The options in `arguments`, or else in the command line."""
+    if arguments is None:
+        check_once(sys.argv[1:])
     # A partial, because tyro would put a class's own errors into a box.
     parser = functools.partial(RunConfig)
     return tyro.cli(parser, args=arguments, config=(tyro.conf.DisallowNone,))
+
+
+def check_once(arguments: list[str]) -> None:
+    """Raises ValueError where a command line gives an option twice."""
+    hint = "methods are combined by their options, as in --method quant --dropout 0.1"
+    require_once(arguments, method=hint)
 
 
 def main() -> int:
     """Returns the exit status; what a user can mend is told in one line."""
     try:
         with _told_once():
-            run = prepare(parse())
+            config = parse()
+            check_device(config.device)
+            run = prepare(config)
     except (ValueError, OSError, RuntimeError) as error:
         return fail(error, status=2)
     try:
-        with distributed.process_group(_device_type(run.config.device)) as device:
+        with distributed.process_group(run.config.device) as device:
             _tell(execute(run, device))
     except Busy as error:
         return fail(error, BUSY)

@@ -15,18 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 import tyro
 from tyro.extras import literal_type_from_choices
 
 from experiments import run
-from experiments.checks import require
+from experiments.checks import require, require_once, require_whole
 from experiments.sweeping.engines import ENGINES, Task
 from experiments.sweeping.grid import Grid, narrowed
 from experiments.sweeping.planning import tasks
 from experiments.sweeping.progress import Progress, is_finished, state
 
 LOG_LINES = 5
+MOST_JOBS = 16 * (os.cpu_count() or 1)
 LEFT_TO_OTHERS = 3  # exit status
 SHIPPED = Path(__file__).with_name("sweeps")
 
@@ -75,11 +75,12 @@ class SweepConfig:
     """local: processes on this machine. ray: tasks of Ray (pip install 'noisyq_fast[ray]'), on the
     cluster that RAY_ADDRESS names or that runs on this machine, or else on a new one of this
     machine alone. Several machines must share, under the same paths, --out, the data, this project
-    and its Python environment."""
+    and its Python environment. Where only others than this one have GPUs, give --device cuda after
+    --."""
 
     jobs: int | None = None
-    """local: how many runs at a time. If not given: as many as fit on the CPU cores with their
-    --threads, or 1 with a GPU."""
+    """local: how many runs at a time, up to 16 for each CPU core. If not given: as many as fit on
+    the cores with their --threads, or 1 with a GPU."""
 
     gpus_per_run: float | None = None
     """ray: GPUs of each run, such as 0.25 for four runs on one. If not given: 1 where there are
@@ -89,9 +90,10 @@ class SweepConfig:
     """List the runs and how far they are, and end."""
 
     def __post_init__(self) -> None:
-        require("jobs", self.jobs, self.jobs is None or self.jobs >= 1, "a whole number from 1")
+        require_whole("jobs", self.jobs, 1, MOST_JOBS)
         gpus = self.gpus_per_run
-        require("gpus_per_run", gpus, gpus is None or gpus >= 0, "a number from 0")
+        accepted = gpus is None or 0 <= gpus <= 1 or gpus in range(1001)
+        require("gpus_per_run", gpus, accepted, "0 to 1, or a whole number up to 1,000")
         if self.jobs is not None and self.engine != "local":
             raise ValueError(f"--jobs: takes effect with --engine local only, got {self.engine}")
         if gpus is not None and self.engine != "ray":
@@ -102,7 +104,7 @@ class SweepConfig:
     @property
     def path(self) -> Path:
         shipped = {path.stem: path for path in SHIPPED.glob("*.toml")}
-        if self.file not in shipped and not Path(self.file).is_file():
+        if self.file not in shipped and not os.path.lexists(self.file):
             raise ValueError(
                 f"{self.file}: no such file; those that come along are {', '.join(sorted(shipped))}"
             )
@@ -177,8 +179,9 @@ def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task,
     if config.engine == "ray":
         return ENGINES["ray"](tasks, gpus_per_run=config.gpus_per_run)
     jobs = config.jobs
-    if jobs is None and torch.cuda.is_available() and any(task.gpu for task in tasks):
-        jobs = 1
+    if any(task.gpu for task in tasks):
+        run.check_device("cuda")
+        jobs = jobs or 1
     cores = len(os.sched_getaffinity(0))
     jobs = jobs or max(1, cores // max(task.threads for task in tasks))
     return ENGINES["local"](tasks, jobs=jobs)
@@ -197,6 +200,8 @@ def main() -> int:
     """Gives the exit status; what a user can mend is told in one line."""
     own, extra = _split(sys.argv[1:])
     try:
+        require_once(own, only="all belong to one, as in --only method=quant seed=0")
+        run.check_once(extra)
         # A partial, because tyro would put a class's own errors into a box.
         parser = functools.partial(SweepConfig)
         config = tyro.cli(parser, args=own, config=(tyro.conf.DisallowNone,))

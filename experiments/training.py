@@ -240,7 +240,7 @@ class Trainer:
         torch.manual_seed(mixed(self.config.seed, STEPS, epoch, distributed.rank()))
 
     def _example(self) -> Tensor:
-        return self.task.inputs("test", torch.tensor([0]))
+        return self.task.inputs("trained", torch.tensor([0]))
 
     # What came of it.
 

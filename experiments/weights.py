@@ -4,44 +4,58 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
+from experiments.checks import flag
 from experiments.config import RunConfig
+from experiments.files import read_bytes
 
 if TYPE_CHECKING:
     from experiments.training import Trainer
 
+_LARGEST = 2 << 30
+"""InceptionV3 has 0.1 GB."""
+
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A model.safetensors: tensors by name, what the methods did to the network's shape, and who
-    was trained on."""
+    """A model.safetensors: tensors by name, what the methods did to the network's shape, which
+    samples were trained on, and the options that change what the network computes."""
 
     path: Path
     tensors: dict[str, Tensor]
     shapes: dict[str, dict[str, Any]]
     trained_on: dict[str, Any]
+    computed_with: dict[str, Any] | None
+    """None in files of older versions, which do not tell."""
     checksum: str
 
     @classmethod
     def read(cls, path: Path) -> Weights:
         """Raises ValueError where the file is not what a run writes."""
-        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                shapes, trained_on = (
-                    json.loads((file.metadata() or {}).get(name, "{}"))
-                    for name in ("methods", "trained_on")
-                )
-        except (SafetensorError, json.JSONDecodeError) as error:
+            blob = read_bytes(path, _LARGEST)
+        except ValueError as error:
+            raise ValueError(f"--weights: {error}") from error
+        try:
+            tensors = load(blob)
+            shapes, trained_on, computed_with = _metadata(blob)
+        except Exception as error:  # a malformed file can raise almost anything
             raise ValueError(f"--weights: {path} is not a model.safetensors: {error}") from error
-        return cls(path, tensors, shapes, trained_on, checksum)
+        if computed_with is None:
+            warnings.warn(
+                f"--weights: {path} does not tell the options that it was trained with, such as "
+                "bits: those of this run are taken",
+                stacklevel=2,
+            )
+        checksum = hashlib.sha256(blob).hexdigest()
+        return cls(path, tensors, shapes or {}, trained_on or {}, computed_with, checksum)
 
     @staticmethod
     def metadata(trainer: Trainer) -> dict[str, str]:
@@ -50,29 +64,75 @@ class Weights:
         return {
             "methods": json.dumps(shapes, allow_nan=False),
             "trained_on": json.dumps(_trained_on(trainer.config), allow_nan=False),
+            "computed_with": json.dumps(_computed_with(trainer.config), allow_nan=False),
         }
 
     def load_into(self, trainer: Trainer) -> None:
-        """Raises ValueError where the network of the run is another one, or was trained on faces
-        that the run tests or holds out."""
+        """Raises ValueError where the network of the run is another one, computes something else,
+        or was trained on other samples of the run's data set."""
+        self._check_options(trainer.config)
         here = _trained_on(trainer.config)
-        if self.trained_on.get("dataset") == here.get("dataset") and self.trained_on != here:
+        same_data = self.trained_on.get("dataset") == here["dataset"]
+        if same_data and any(here.get(name) != value for name, value in self.trained_on.items()):
+            whom = "who" if trainer.config.detects_action_units else "what"
             raise ValueError(
                 f"--weights: {self.path} was trained on {self.trained_on}, takes {here}: this run "
-                "would be tested on who it was trained on"
+                f"would be tested on {whom} it was trained on, or normalize its input otherwise"
             )
         try:
             trainer.load_weights(self.tensors, self.shapes)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"--weights: {self.path} does not fit this run's network; give the options of "
                 f"method and dataset that it was trained with. {error}"
             ) from error
 
+    def _check_options(self, config: RunConfig) -> None:
+        here = _computed_with(config)
+        there = here if self.computed_with is None else self.computed_with
+        differing = [name for name in here | there if here.get(name) != there.get(name)]
+        if differing:
+            had, has = (
+                ", ".join(
+                    f"{flag(name)} {options[name]}" if name in options else f"no {flag(name)}"
+                    for name in differing
+                )
+                for options in (there, here)
+            )
+            raise ValueError(
+                f"--weights: {self.path} does not fit this run's network: it was trained with "
+                f"{had}; this run has {has}"
+            )
+
+
+def _computed_with(config: RunConfig) -> dict[str, Any]:
+    """The options that change what the network makes of a picture, beside its weights."""
+    options = {}
+    for method in config.methods.values():
+        options |= method.evaluation_options()
+    if config.detects_action_units:
+        names = ("encoder", "pretrained", "au_head", "au_norm", "image_size")
+        options |= {name: getattr(config.faces, name) for name in names}
+    return options
+
+
+def _metadata(blob: bytes) -> list[dict[str, Any] | None]:
+    """What the methods did to the network's shape, who was trained on, and with which options;
+    None where the file does not tell. The format begins with the length of a header in JSON."""
+    length = int.from_bytes(blob[:8], "little")
+    texts = json.loads(blob[8 : 8 + length]).get("__metadata__") or {}
+    names = ("methods", "trained_on", "computed_with")
+    found = [json.loads(texts.get(name, "null")) for name in names]
+    if not all(isinstance(content, dict | None) for content in found):
+        raise ValueError("its metadata are no objects")
+    return found
+
 
 def _trained_on(config: RunConfig) -> dict[str, Any]:
-    """What says which subjects were trained on; nothing where there are no subjects."""
-    if not config.detects_action_units:
-        return {}
-    names = ("dataset", "fold", "validation", "seed")
+    """What says which samples were trained on, and so how the network's input is normalized."""
+    names = ["dataset", "train_size", "validation"]
+    if config.detects_action_units:
+        names += ["fold", "frames_per_subject"]
+    if config.validation:
+        names.append("seed")
     return {name: value for name, value in config.flat().items() if name in names}

@@ -74,6 +74,11 @@ def given_range(
 ) -> tuple[Tensor, Tensor, int, int | None]:
     x, largest_code, axis = dynamic(x, bits, axis)
     _one_per_group("running_absmax", running_absmax, x, axis)
+    if running_absmax.requires_grad:
+        raise ValueError(
+            "running_absmax: got a tensor that requires grad, takes one that does not: ranges "
+            "have no gradient"
+        )
     return x, running_absmax, largest_code, axis
 
 
@@ -81,7 +86,9 @@ def ema(
     x: Tensor, running_absmax: Tensor, bits: int, axis: int | None, constant: float
 ) -> tuple[Tensor, Tensor, int, int | None, float]:
     averaging_constant(constant)
-    return *given_range(x, running_absmax, bits, axis), constant
+    arguments = given_range(x, running_absmax, bits, axis)
+    _written_in_place("running_absmax", running_absmax, x)
+    return *arguments, constant
 
 
 def delayed(
@@ -98,6 +105,7 @@ def delayed(
 def grad_and_clipped(grad: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
     _dtype("grad", grad, FLOAT_DTYPES)
     _dtype("clipped", clipped, (torch.uint8,))
+    _same_device("clipped", clipped, grad)
     expected = [packed_size(grad)]
     if list(clipped.shape) != expected:
         raise ValueError(f"clipped: got shape {list(clipped.shape)}, takes {expected}")
@@ -161,14 +169,51 @@ def _dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 
 def _one_per_group(name: str, value: Tensor, x: Tensor, axis: int | None) -> None:
     _dtype(name, value, (torch.float32,))
-    shape = [] if axis is None else [x.shape[axis]]
-    if list(value.shape) != shape:
+    if value.shape != (() if axis is None else (x.shape[axis],)):
+        shape = [] if axis is None else [x.shape[axis]]
         raise ValueError(
             f"{name}: got shape {list(value.shape)}, takes {shape} for a tensor of shape "
             f"{list(x.shape)} with axis {axis}"
         )
+    _same_device(name, value, x)
+
+
+def _same_device(name: str, value: Tensor, x: Tensor) -> None:
     if value.device != x.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, takes one on {x.device}")
+
+
+def _written_in_place(name: str, value: Tensor, x: Tensor) -> None:
+    """``value`` (0-d or 1-d) must have its memory to itself: what a backend has read of ``x`` when
+    it writes ``value`` differs."""
+    if value.dim() > 0 and value.stride(0) == 0 and len(value) > 1:
+        raise ValueError(f"{name}: got an expanded tensor, takes one with memory for each range")
+    if torch._C._is_alias_of(x, value):
+        (start, end), (x_start, x_end) = _extent(value), _extent(x)
+        if start < x_end and x_start < end:
+            raise ValueError(f"{name}: got a tensor that overlaps x in memory, takes its own")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends in its storage, in bytes."""
+    if x.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    start = x.storage_offset()
+    return start * x.itemsize, (start + last + 1) * x.itemsize
+
+
+def has_memory(name: str, value: Tensor | list[Tensor]) -> None:
+    """Raises for a tensor whose storage was freed (``untyped_storage().resize_(0)``, as sharded
+    training does between forwards): a kernel would take its address for "none"."""
+    if isinstance(value, list):
+        for i, x in enumerate(value):
+            has_memory(f"{name}[{i}]", x)
+    elif value.data_ptr() == 0 and value.numel() > 0:
+        raise ValueError(
+            f"{name}: got a tensor of shape {list(value.shape)} whose memory was freed, takes one "
+            "with its values"
+        )
 
 
 def _one_of(values: tuple[object, ...]) -> str:

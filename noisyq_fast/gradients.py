@@ -1,6 +1,6 @@
-"""The gradients of the operators.
+"""The gradients of the operators, in reverse mode and in forward mode.
 
-Each function takes ``below_autograd``, which computes the operator, and then its arguments.
+Each class takes ``below_autograd``, which computes the operator, and then its arguments.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from noisyq_fast import checks
 
 
-class StraightThrough(torch.autograd.Function):
+class Gradient(torch.autograd.Function):
+    """A `torch.autograd.Function` that also works inside `torch.func.grad`, `jvp` and the like."""
+
+    @classmethod
+    def apply(cls, below_autograd: Callable, *arguments: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return super().apply(below_autograd, *arguments)
+        # torch.func calls an operator once for each of its nested transforms: this is one of them.
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, cls).apply(
+                lambda: unrecorded(below_autograd), *arguments
+            )
+
+
+def wanted() -> bool:
+    """Whether derivatives are recorded now. Forward mode does not heed no_grad()."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def unrecorded(below_autograd: Callable) -> Any:
+    """Its value, of which this transform records nothing but those further out may."""
+    further_out = torch._C._are_functorch_transforms_active()
+    with torch.set_grad_enabled(further_out), forward_ad._set_fwd_grad_enabled(further_out):
+        return below_autograd()
+
+
+class StraightThrough(Gradient):
     """dy/dx = 1. Nothing is computed and nothing is saved."""
 
     @staticmethod
@@ -24,20 +52,23 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, grad, *[None] * ctx.others
 
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, *others: object) -> Tensor:
+        return tangent
 
-class StraightThroughEach:
+
+class StraightThroughEach(Gradient):
     """`StraightThrough` for each tensor of a list: none has to wait for another's gradient."""
 
-    @staticmethod
-    def apply(below_autograd: Callable, tensors: list[Tensor], *_: object) -> list[Tensor]:
-        with torch.no_grad():
-            outputs = below_autograd()
+    @classmethod
+    def apply(cls, below_autograd: Callable, tensors: list[Tensor], *_: object) -> list[Tensor]:
+        outputs = unrecorded(below_autograd)
         return [
             StraightThrough.apply(lambda y=y: y, x) for x, y in zip(tensors, outputs, strict=True)
         ]
 
 
-class ClippedStraightThrough(torch.autograd.Function):
+class ClippedStraightThrough(Gradient):
     """dy/dx = 0 where the code was clamped, otherwise 1. Saves a bit for each element; where the
     operator was not asked for those, dy/dx = 1."""
 
@@ -49,20 +80,27 @@ class ClippedStraightThrough(torch.autograd.Function):
         y, clipped = below_autograd()
         ctx.strides = y.stride()
         ctx.save_for_backward(clipped)
+        ctx.save_for_forward(clipped)
         ctx.mark_non_differentiable(clipped)
         return y, clipped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ClippedStraightThrough._masked(ctx, grad), *[None] * ctx.others
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, *others: object) -> tuple[Tensor, None]:
+        return ClippedStraightThrough._masked(ctx, tangent), None
+
+    @staticmethod
+    def _masked(ctx: Any, derivative: Tensor) -> Tensor:
         (clipped,) = ctx.saved_tensors
-        if clipped.numel() > 0:
-            if grad.stride() != ctx.strides:
-                grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
-            grad = torch.ops.noisyq.zero_clipped(grad, clipped)
-        return None, grad, *[None] * ctx.others
+        if clipped.numel() == 0:
+            return derivative
+        return torch.ops.noisyq.zero_clipped(_laid_out(derivative, ctx.strides), clipped)
 
 
-class ZeroClipped(torch.autograd.Function):
+class ZeroClipped(Gradient):
     """Linear in the gradient that it masks."""
 
     @staticmethod
@@ -70,16 +108,20 @@ class ZeroClipped(torch.autograd.Function):
         masked = below_autograd()
         ctx.strides = masked.stride()
         ctx.save_for_backward(clipped)
+        ctx.save_for_forward(clipped)
         return masked
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ZeroClipped.jvp(ctx, None, grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, *others: object) -> Tensor:
         (clipped,) = ctx.saved_tensors
-        grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
-        return None, torch.ops.noisyq.zero_clipped(grad, clipped), None
+        return torch.ops.noisyq.zero_clipped(_laid_out(tangent, ctx.strides), clipped)
 
 
-class Dequantize(torch.autograd.Function):
+class Dequantize(Gradient):
     """dy/dscale = codes."""
 
     @staticmethod
@@ -87,6 +129,7 @@ class Dequantize(torch.autograd.Function):
         ctx: Any, below_autograd: Callable, codes: Tensor, scale: Tensor, axis: int | None
     ) -> Tensor:
         ctx.save_for_backward(codes)
+        ctx.save_for_forward(codes)
         ctx.axis = checks.front_axis(axis, codes)
         return below_autograd()
 
@@ -96,3 +139,15 @@ class Dequantize(torch.autograd.Function):
         others = [d for d in range(codes.dim()) if d != ctx.axis]
         products = grad * codes
         return None, None, products.sum(others) if others else products, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, codes_tangent: None, tangent: Tensor, axis: None) -> Tensor:
+        (codes,) = ctx.saved_tensors
+        return torch.ops.noisyq.dequantize(codes, tangent, ctx.axis)
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x`` with the strides of the tensor whose bits were saved."""
+    if x.stride() == strides:
+        return x
+    return x.new_empty_strided(x.shape, strides).copy_(x)

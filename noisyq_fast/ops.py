@@ -35,7 +35,7 @@ def _declare(
     *,
     check: Callable,
     shape: Callable,
-    gradient: type | None,
+    gradient: type[gradients.Gradient] | None,
     check_values: Callable | None = None,
 ) -> torch._ops.OpOverload:
     """Declares an operator, for which every backend has a function of the same name.
@@ -49,9 +49,16 @@ def _declare(
     """
     name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(torch.ops.noisyq, name).default
+    named = [
+        (i, argument.name)
+        for i, argument in enumerate(operator._schema.arguments)
+        if "Tensor" in str(argument.type)
+    ]
 
     def compute(*arguments: Any) -> Any:
         arguments = check(*arguments)
+        for i, argument in named:
+            checks.has_memory(argument, arguments[i])
         if check_values is not None:
             check_values(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
@@ -62,16 +69,15 @@ def _declare(
 
     def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         keys &= _AFTER_AUTOGRAD
-        if not torch.is_grad_enabled():
+        if not gradients.wanted():
             return operator.redispatch(keys, *arguments)
 
         def below_autograd() -> Any:
             return operator.redispatch(keys, *arguments)
 
-        if gradient is not None:
-            return gradient.apply(below_autograd, *arguments)
-        with torch.no_grad():
-            return below_autograd()
+        if gradient is None:
+            return gradients.unrecorded(below_autograd)
+        return gradient.apply(below_autograd, *arguments)
 
     _library.impl(name, compute, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)
@@ -255,8 +261,9 @@ def fake_quantize_ema(
 
     Raises:
         TypeError: wrong type or dtype of an argument.
-        ValueError: an argument out of range, shapes or devices that do not fit, or, on the CPU, a
-            range without a value outside training.
+        ValueError: an argument out of range, shapes or devices that do not fit, a
+            ``running_absmax`` that requires grad or shares its memory with ``x``, or, on the CPU,
+            a range without a value outside training.
 
     Example:
         >>> import torch, noisyq_fast

@@ -14,7 +14,16 @@ from noisyq_fast import (
 
 X = torch.randn(4, 5)
 ONE = torch.tensor(1.0)
+BUFFER = torch.randn(30)
 INT8 = torch.zeros(4, 5, dtype=torch.int8)
+
+
+def freed(*shape, dtype=torch.float32):
+    """As sharded training leaves a parameter between forwards."""
+    x = torch.ones(shape, dtype=dtype)
+    x.untyped_storage().resize_(0)
+    return x
+
 
 CASES = [
     (lambda: fake_quantize([1.0], 4), TypeError, "x: got list, takes a torch.Tensor"),
@@ -75,6 +84,50 @@ CASES = [
         ValueError,
         "ste: got 'none', takes identity or clipped",
     ),
+    (
+        lambda: fake_quantize_ema(X, torch.ones([], requires_grad=True), 4),
+        ValueError,
+        "running_absmax: got a tensor that requires grad",
+    ),
+    (
+        lambda: fake_quantize_ema(X, torch.ones([], requires_grad=True), 4, training=False),
+        ValueError,
+        "running_absmax: got a tensor that requires grad",
+    ),
+    (
+        lambda: fake_quantize_ema(BUFFER[4:24].view(4, 5), BUFFER[9], 4),
+        ValueError,
+        "running_absmax: got a tensor that overlaps x in memory",
+    ),
+    (
+        lambda: fake_quantize_ema(BUFFER[:20].view(4, 5), BUFFER[18:23], 4, axis=1),
+        ValueError,
+        "running_absmax: got a tensor that overlaps x in memory",
+    ),
+    (
+        lambda: fake_quantize_ema(X, ONE.expand(4), 4, axis=0),
+        ValueError,
+        "running_absmax: got an expanded tensor",
+    ),
+    (lambda: fake_quantize(freed(4, 5), 4), ValueError, r"x: got .* \[4, 5\] whose memory"),
+    (lambda: fake_quantize(freed(4, 5, dtype=torch.half), 4, 1), ValueError, "x: got .* freed"),
+    (lambda: fake_quantize_many([X, freed(2)], 4), ValueError, r"tensors\[1\]: got .* freed"),
+    (
+        lambda: fake_quantize_ema(X, freed(), 4),
+        ValueError,
+        "running_absmax: got .* memory was freed",
+    ),
+    (
+        lambda: fake_quantize_ema(X, freed(4), 4, axis=0, training=False),
+        ValueError,
+        "running_absmax: got .* memory was freed",
+    ),
+    (lambda: dequantize(INT8, freed()), ValueError, "scale: got .* memory was freed"),
+    (
+        lambda: torch.ops.noisyq.zero_clipped(X, torch.zeros(3, dtype=torch.uint8, device="meta")),
+        ValueError,
+        "clipped: got a tensor on meta, takes one on cpu",
+    ),
     (lambda: dequantize(X, ONE), TypeError, "codes: got torch.float32, takes torch.int8"),
     (lambda: dequantize(INT8, 1.0), TypeError, "scale: got float"),
     (lambda: dequantize(INT8, ONE, 0), ValueError, r"scale: got shape \[\], takes \[4\]"),
@@ -100,3 +153,14 @@ def test_a_bad_call_leaves_the_range(backend):
     with pytest.raises(ValueError, match="bits"):
         noisyq_fast.fake_quantize_ema(X, running, 99)
     assert running == 1
+
+
+def test_a_range_beside_x_in_one_buffer_is_fine(backend):
+    buffer = torch.randn(21)
+    buffer[20] = float("nan")
+    fake_quantize_ema(buffer[:20].view(4, 5), buffer[20], 4)
+    assert buffer[20] == buffer[:20].abs().max()
+
+
+def test_tensors_without_elements_have_no_memory_to_lose(backend):
+    assert fake_quantize(torch.empty(0, 3), 4).shape == (0, 3)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -41,6 +42,25 @@ def test_the_backend_that_is_chosen_computes(monkeypatch):
     assert called == [7]
 
 
+def test_a_thread_that_is_choosing_does_not_undo_a_later_choice(monkeypatch):
+    """Asked for while another thread looks for the fastest backend."""
+    looks, may_go_on = threading.Event(), threading.Event()
+
+    def unavailable():
+        looks.set()
+        assert may_go_on.wait(30)
+
+    with noisyq_fast.use_backend("auto"):
+        monkeypatch.setattr(backends.cpu, "unavailable", unavailable)
+        thread = threading.Thread(target=backends.select, args=("cpu",))
+        thread.start()
+        assert looks.wait(30)
+        with noisyq_fast.use_backend("reference"):
+            may_go_on.set()
+            thread.join()
+            assert noisyq_fast.current_backend("cpu") == "reference"
+
+
 def test_unknown_names_are_refused_and_change_nothing():
     before = backends.requested()
     with pytest.raises(ValueError, match="use_backend: got 'fast', takes one of auto, cpu, cuda"):
@@ -50,7 +70,7 @@ def test_unknown_names_are_refused_and_change_nothing():
 
 def test_a_backend_that_cannot_be_used_says_why(monkeypatch):
     monkeypatch.setattr(backends.cpu, "unavailable", lambda: "no library")
-    backends._selected.clear()
+    backends._request(backends.AUTO)
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot be used here: no library"):
         noisyq_fast.use_backend("cpu")
     with noisyq_fast.use_backend("auto"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from noisyq_fast import (
     dequantize,
@@ -107,3 +108,61 @@ def test_second_derivatives_of_a_straight_line_are_none(backend):
     (first,) = torch.autograd.grad((fake_quantize(x, 8) ** 2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     assert torch.equal(second, torch.full((3,), 2.0))
+
+
+RANGE = torch.tensor(7.0)
+CODES = torch.tensor([1, 2, 3], dtype=torch.int8)
+# Each with its derivative at x, where a code of 8 is clipped.
+DIFFERENTIABLE = {
+    "fake_quantize": (lambda x: fake_quantize(x, 4, axis=0), [1, 1, 1]),
+    "fake_quantize_many": (lambda x: fake_quantize_many([x, 2 * x], 4)[1], [2, 2, 2]),
+    "fake_quantize_ema": (lambda x: fake_quantize_ema(x, RANGE.clone(), 4), [1, 1, 1]),
+    "given range": (lambda x: fake_quantize_ema(x, RANGE, 4, training=False), [1, 1, 1]),
+    "clipped": (
+        lambda x: fake_quantize_ema(x, RANGE, 4, training=False, ste="clipped"),
+        [1, 1, 0],
+    ),
+    "dequantize": (
+        lambda x: dequantize(torch.tensor([1, 2, 3], dtype=torch.int8), x, 0),
+        [1, 2, 3],
+    ),
+}
+
+
+@pytest.mark.parametrize(("f", "derivative"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_forward_mode(backend, f, derivative, grad_enabled):
+    tangent = torch.tensor([1.0, 10.0, 100.0])
+    with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
+        y = f(forward_ad.make_dual(torch.tensor([1.0, -2.0, 8.0]), tangent))
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, tangent * torch.tensor(derivative))
+
+
+@pytest.mark.parametrize(("f", "derivative"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+def test_transforms_of_torch_func(backend, f, derivative):
+    x = torch.tensor([1.0, -2.0, 8.0])
+    derivative = torch.tensor(derivative).float()
+    jacobian = torch.diag(derivative)
+    assert torch.equal(torch.func.jacrev(f)(x), jacobian)
+    assert torch.equal(torch.func.jacfwd(f)(x), jacobian)
+
+    def energy(x):
+        return f(x).square().sum()
+
+    (expected,) = torch.autograd.grad(energy(x.requires_grad_()), x)
+    x = x.detach()
+    assert torch.equal(torch.func.grad(energy)(x), expected)
+    second = torch.diag(2 * derivative.square())
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        for inner in (torch.func.jacrev, torch.func.jacfwd):
+            assert torch.equal(outer(inner(energy))(x), second)
+
+
+def test_no_grad_inside_a_transform_is_heeded(backend):
+    def energy(x):
+        with torch.no_grad():
+            y = fake_quantize(x, 4)
+        return (x * y).sum()
+
+    x = torch.tensor([1.0, -2.0, 7.0])
+    assert torch.equal(torch.func.grad(energy)(x), x)

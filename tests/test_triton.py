@@ -12,6 +12,7 @@ from assert_same import assert_same
 from every_operator import every_operator
 from strategies import DTYPES, VALUES
 
+import noisyq_fast
 from noisyq_fast.backends import geometry, reference, triton
 from noisyq_fast.backends import select as select_backend
 from noisyq_fast.backends.progress import progress
@@ -214,5 +215,5 @@ def test_triton_is_imported_where_it_computes_and_not_before():
 def test_the_interpreter_is_not_chosen_by_itself(device_type, monkeypatch):
     for name in ("cpu", "cuda"):
         monkeypatch.setattr(f"noisyq_fast.backends.{name}.unavailable", lambda: "not now")
-    monkeypatch.setattr("noisyq_fast.backends._selected", {})
-    assert select_backend(device_type) is reference
+    with noisyq_fast.use_backend("auto"):
+        assert select_backend(device_type) is reference

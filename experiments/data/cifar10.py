@@ -1,9 +1,12 @@
 """CIFAR-10 from its official Python release, as a folder or as the archive."""
 
+import gzip
 import hashlib
+import io
+import os
+import reprlib
 import tarfile
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 
 from experiments.data import unpickle
 from experiments.data.dataset import Dataset
+from experiments.files import read_bytes
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -46,6 +50,13 @@ _ASYMMETRIC_FLIPS = {
     "deer": "horse",
 }
 _ROWS = 10_000
+# The release has 8 members, batches of 31 MB, and is 170 MB packed and 186 MB unpacked. A pickle of
+# an older protocol is up to four times as large.
+_LARGEST_BATCH = 128 << 20
+_LARGEST_ARCHIVE = 512 << 20
+_LARGEST_UNPACKED = 1 << 30
+_LARGEST_HEADER = 8 << 10
+_MOST_MEMBERS = 100
 
 
 def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
@@ -59,7 +70,8 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
             f"no CIFAR-10 in {root}: looked for {FOLDER} and {ARCHIVE}; "
             "say where it is with --data-dir, or fetch it with --download"
         )
-    blobs = _read_archive(source) if source.is_file() else _read_folder(source)
+    is_folder = source.is_dir() and source.name != ARCHIVE
+    blobs = _read_folder(source) if is_folder else _read_archive(source)
     missing = BATCH_MD5.keys() - blobs.keys()
     if missing:
         raise FileNotFoundError(
@@ -88,10 +100,12 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
 
 
 def _find(root: Path) -> Path | None:
-    if root.is_file() or any((root / name).is_file() for name in BATCH_MD5):
+    """What is there, even if it is no regular file: reading it says so."""
+    is_archive = os.path.lexists(root) and not root.is_dir()
+    if is_archive or any(os.path.lexists(root / name) for name in BATCH_MD5):
         return root
     candidates = (root / FOLDER, root / ARCHIVE)
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if os.path.lexists(path)), None)
 
 
 def _fetch(root: Path) -> Path:
@@ -103,20 +117,58 @@ def _fetch(root: Path) -> Path:
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
     paths = (folder / name for name in BATCH_MD5)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return {path.name: read_bytes(path, _LARGEST_BATCH) for path in paths if os.path.lexists(path)}
 
 
 def _read_archive(archive: Path) -> dict[str, bytes]:
-    blobs = {}
+    packed = io.BytesIO(read_bytes(archive, _LARGEST_ARCHIVE))
     try:
-        with tarfile.open(archive, "r:gz") as members:
-            for member in members:
-                name = Path(member.name).name
-                if member.isfile() and name in BATCH_MD5:
-                    blobs[name] = members.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        with tarfile.open(fileobj=_Unpacked(packed), mode="r|", tarinfo=_Member) as members:
+            return _read_members(members)
+    except Exception as error:  # a malformed archive can raise almost anything
         raise ValueError(f"{archive}: not a readable archive: {error}") from error
+
+
+def _read_members(members: tarfile.TarFile) -> dict[str, bytes]:
+    blobs = {}
+    for count, member in enumerate(members, 1):
+        if count > _MOST_MEMBERS:
+            raise ValueError(f"it has more than {_MOST_MEMBERS} members")
+        member.require_size(_LARGEST_BATCH)  # which another header can have changed
+        name = Path(member.name).name
+        if name in blobs:
+            raise ValueError(f"it has two members {name}")
+        if member.isfile() and name in BATCH_MD5:
+            blobs[name] = members.extractfile(member).read()
     return blobs
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose size is checked before tarfile reads or skips it."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Member":
+        member = super().frombuf(buf, encoding, errors)
+        is_file = member.type in tarfile.REGULAR_TYPES
+        member.require_size(_LARGEST_BATCH if is_file else _LARGEST_HEADER)
+        return member
+
+    def require_size(self, limit: int) -> None:
+        if not 0 <= self.size <= limit:
+            got = f"{self.name[:80]!r} has {self.size:,} bytes"
+            raise ValueError(f"its member {got}, takes at most {limit:,}")
+
+
+class _Unpacked(gzip.GzipFile):
+    """The content of a gzip file, as far as a release can reach."""
+
+    def __init__(self, packed: io.BytesIO) -> None:
+        super().__init__(fileobj=packed)
+
+    def read(self, size: int) -> bytes:
+        if self.tell() + size > _LARGEST_UNPACKED:
+            raise ValueError(f"it unpacks to more than {_LARGEST_UNPACKED:,} bytes")
+        return super().read(size)
 
 
 def _warn_of_other_data(source: Path, blobs: dict[str, bytes]) -> None:
@@ -138,9 +190,13 @@ def _parse(blob: bytes, source: str) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(batch, dict):
         raise ValueError(f"{source}: got a {type(batch).__name__}, takes a dict")
     # Re-packed copies have text keys where the release, written by Python 2, has bytes.
-    batch = {key.encode() if isinstance(key, str) else key: value for key, value in batch.items()}
+    batch = {
+        key.encode(errors="backslashreplace") if isinstance(key, str) else key: value
+        for key, value in batch.items()
+    }
     if not {b"data", b"labels"} <= batch.keys():
-        raise ValueError(f"{source}: got the keys {list(batch)}, takes b'data' and b'labels'")
+        keys = reprlib.repr(list(batch))
+        raise ValueError(f"{source}: got the keys {keys}, takes b'data' and b'labels'")
     return _images(batch[b"data"], source), _labels(batch[b"labels"], source)
 
 
@@ -162,5 +218,6 @@ def _labels(labels: object, source: str) -> np.ndarray:
     classes = range(len(CLASS_NAMES))
     for label in labels:
         if type(label) is not int or label not in classes:
-            raise ValueError(f"{source}: got the label {label!r}, takes 0 to {classes[-1]}")
+            got = reprlib.repr(label)
+            raise ValueError(f"{source}: got the label {got}, takes 0 to {classes[-1]}")
     return np.array(labels, dtype=np.int64)

@@ -5,6 +5,8 @@ Annotations", arXiv 2110.12088.
 """
 
 import io
+import os
+import reprlib
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from experiments.data import unpickle
 from experiments.data.dataset import Dataset
 from experiments.data.noise import NoisyLabels
+from experiments.files import read_bytes
 
 FILE = "CIFAR-10_human.pt"
 URL = f"https://github.com/UCSC-REAL/cifar-10-100n/raw/main/data/{FILE}"
@@ -31,16 +34,18 @@ HUMAN_LABELS = {
 are one of them each, `aggregate` is their majority and `worst` is a wrong one if there is any."""
 _TRUE_KEY = "clean_label"
 _ROWS, _CLASSES = 50_000, 10
+_LARGEST = 16 << 20
+"""Of the file and of the pickle in it, which have 2.4 MB."""
 
 
 def find(data_dir: Path | None = None, download: bool = False) -> Path:
     """The file in `data_dir` or in the user's cache, after fetching it if it may be."""
     cache = Path(pooch.os_cache("noisyq_fast"))
     root = data_dir or cache
-    if root.is_file():  # the archive of the images
+    if root.exists() and not root.is_dir():  # the archive of the images
         root = root.parent
     for folder in (root, cache):
-        if (folder / FILE).is_file():
+        if os.path.lexists(folder / FILE):  # reading it says what it is
             return folder / FILE
     if not download:
         raise FileNotFoundError(
@@ -78,13 +83,13 @@ def human(kind: str, path: Path, dataset: Dataset) -> NoisyLabels:
 
 def _read(path: Path) -> dict:
     """What `torch.save` wrote: a zip archive that has it all, but for tensors, in one pickle."""
-    blob = path.read_bytes()
+    blob = read_bytes(path, _LARGEST)
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(names) != 1:
-                raise ValueError(f"got {len(names)} members data.pkl, takes one")
-            pickled = archive.read(names[0])
+            members = [m for m in archive.infolist() if m.filename.endswith("/data.pkl")]
+            if len(members) != 1:
+                raise ValueError(f"got {len(members)} members data.pkl, takes one")
+            pickled = _read_member(archive, members[0])
     except Exception as error:  # a malformed archive can raise almost anything
         raise ValueError(f"{path}: not a readable file of torch.save: {error}") from error
     columns = unpickle.loads(pickled, str(path))
@@ -93,9 +98,19 @@ def _read(path: Path) -> dict:
     return columns
 
 
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("its data.pkl is neither stored nor deflated")  # not read piece by piece
+    if member.file_size > _LARGEST:
+        got = f"{member.file_size:,} bytes"
+        raise ValueError(f"its data.pkl has {got}, takes at most {_LARGEST:,}")
+    with archive.open(member) as file:
+        return file.read(_LARGEST)  # bounded, as what is deflated can be more than it says
+
+
 def _column(columns: dict, key: str, path: Path) -> Tensor:
     if key not in columns:
-        raise ValueError(f"{path}: got the keys {list(columns)}, takes {key!r}")
+        raise ValueError(f"{path}: got the keys {reprlib.repr(list(columns))}, takes {key!r}")
     labels = columns[key]
     if not isinstance(labels, np.ndarray):
         raise ValueError(f"{path}: got a {type(labels).__name__} as {key}, takes an array")

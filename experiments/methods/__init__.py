@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments.checks import flag
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.label_smoothing import LabelSmoothing
@@ -39,24 +40,19 @@ Options = dataclasses.make_dataclass(
 """The options of all methods, each method's under its name."""
 
 
-def chosen(name: str, options: Options) -> dict[str, Method]:
+def chosen(name: str | None, options: Options) -> dict[str, Method]:
     """The methods that are on: the one called `name` and those whose options were given."""
-    methods = {key: getattr(options, key) for key in METHODS}
-    methods = {
-        key: method.with_defaults() if key == name or method.on else method
-        for key, method in methods.items()
-    }
-    for key, method in methods.items():
-        if not method.on and method.changed():
-            option, turns_on = map(_flag, (method.changed()[0], next(iter(method.DEFAULTS))))
-            raise ValueError(f"{option}: takes effect with --method {key} or {turns_on} only")
-    return {key: method for key, method in methods.items() if method.on}
+    on = {}
+    for key in METHODS:
+        method = getattr(options, key)
+        if key == name or method.on:
+            on[key] = method.with_defaults()
+        elif method.changed():
+            turns_on = " or ".join([f"--method {key}", *map(flag, list(method.DEFAULTS)[:1])])
+            raise ValueError(f"{flag(method.changed()[0])}: takes effect with {turns_on} only")
+    return on
 
 
 def label(methods: dict[str, Method]) -> str:
     """All that is on, short, for names of runs."""
     return "+".join(method.label for method in methods.values()) or BASELINE
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")

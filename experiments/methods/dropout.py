@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch.nn.functional as F
@@ -62,6 +62,9 @@ class Dropout(Method):
                 stage.register_forward_hook(self._replace_output)
         classifier(model).register_forward_pre_hook(self._replace_input)
         return model
+
+    def evaluation_options(self) -> dict[str, Any]:
+        return asdict(self) if self.dropout_test_factor == "drop" else {}
 
     def _dropped(self, x: Tensor, training: bool) -> Tensor:
         if training:

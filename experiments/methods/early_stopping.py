@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from experiments.checks import require
+from experiments.checks import MOST_EPOCHS, require_whole
 from experiments.finite import require_finite
 from experiments.methods.method import Method
 
@@ -24,9 +24,7 @@ class EarlyStopping(Method):
     (10). Needs --validation, which is then 0.1 unless given. Always on for faces."""
 
     def __post_init__(self) -> None:
-        patience = self.patience
-        accepted = patience is None or patience >= 1
-        require("patience", patience, accepted, "a whole number from 1")
+        require_whole("patience", self.patience, 1, MOST_EPOCHS)
 
     @property
     def label(self) -> str:

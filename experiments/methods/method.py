@@ -58,11 +58,17 @@ class Method:
         """Options of `torch.optim.AdamW` for the weights of convolutions and linear layers."""
         return {}
 
+    def evaluation_options(self) -> dict[str, Any]:
+        """The options, by name, that change what the network computes outside training and that
+        neither its weights nor `shape` tell: --weights takes a file with the same ones only."""
+        return {}
+
     def begin_epoch(
         self, model: nn.Module, state: dict[str, Any], epoch: int, epochs: int, example: Tensor
     ) -> bool:
         """Before `epoch`, counted from 0; tells whether it replaced parameters of the network,
-        which the trainer then gives to a new optimizer. `example` is an input batch of one image.
+        which the trainer then gives to a new optimizer. `example` is an input batch of one
+        image that is trained on.
         """
         return False
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import cost
-from experiments.checks import require, require_choice
+from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
 from noisyq_fast import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.layers import QuantLayer
@@ -48,8 +48,8 @@ class Prune(Method):
     the learning rate is high, so that what is left can learn anew within the same epochs."""
 
     prune_steps: int = 1
-    """prune: removes the filters in so many equal steps, evenly over the first half of the epochs
-    that are left."""
+    """prune: removes the filters in so many equal steps, up to 100, evenly over the first half of
+    the epochs that are left."""
 
     prune_scope: Scope = "layer"
     """prune: the share holds in each layer, or in all of them together (global)."""
@@ -58,10 +58,10 @@ class Prune(Method):
     """prune: the filters of lowest L1 norm go, or those of highest, as the paper's text says."""
 
     def __post_init__(self) -> None:
-        share, after, steps = self.prune, self.prune_after, self.prune_steps
+        share, after = self.prune, self.prune_after
         require("prune", share, share is None or 0 <= share < 1, "a number from 0 to below 1")
         require("prune_after", after, 0 <= after < 1, "a number from 0 to below 1")
-        require("prune_steps", steps, steps >= 1, "a whole number from 1")
+        require_whole("prune_steps", self.prune_steps, 1, 100)
         for name, choices in (("prune_scope", Scope), ("prune_order", Order)):
             require_choice(name, getattr(self, name), get_args(choices))
 

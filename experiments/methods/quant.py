@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 import noisyq_fast
-from experiments.checks import require
+from experiments.checks import require, require_whole
 from experiments.methods.method import Method
 from noisyq_fast.layers import PER_GROUP
 
@@ -29,14 +29,16 @@ class Quant(Method):
 
     def __post_init__(self) -> None:
         for name in self.DEFAULTS:
-            value = getattr(self, name)
-            require(name, value, value is None or 2 <= value <= 8, "a whole number from 2 to 8")
+            require_whole(name, getattr(self, name), 2, 8)
         constant = self.averaging_constant
         require("averaging_constant", constant, 0 < constant <= 1, "a number above 0, up to 1")
 
     @property
     def label(self) -> str:
         return f"quant-w{self.weight_bits}a{self.activation_bits}"
+
+    def evaluation_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.DEFAULTS}
 
     def network(self, model: nn.Module) -> nn.Module:
         return noisyq_fast.quantize_model_(

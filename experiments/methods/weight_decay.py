@@ -31,7 +31,8 @@ class WeightDecay(Method):
 
     def __post_init__(self) -> None:
         factor = self.weight_decay
-        require("weight_decay", factor, factor is None or 0 <= factor < 1e6, "a number from 0")
+        accepted = factor is None or 0 <= factor < 1e6
+        require("weight_decay", factor, accepted, "a number from 0 to below 1,000,000")
         require_choice("weight_decay_form", self.weight_decay_form, get_args(Form))
 
     @property

@@ -1,5 +1,6 @@
 """What all figures have in common."""
 
+import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,36 @@ from matplotlib.figure import Figure
 
 from experiments.files import atomic
 from experiments.methods import BASELINE, METHODS
+from experiments.reporting.runs import method_of
 
 PERCENT = 100
-COLORS = dict(
-    zip([BASELINE, *METHODS], [f"C{index}" for index in (7, 0, 1, 2, 3, 4, 5)], strict=True)
-)
+_UNKNOWN = "black"
+_MARKERS = "osv^D*XP<>"
+_LONGEST = 200  # characters of a title
+_LARGEST = 30_000  # pixels across a figure
+
+
+def _color(index: int) -> str | tuple[float, float, float]:
+    """One for each of any number of methods: first matplotlib's own, without the baseline's grey
+    and what is hard to tell from it, then hues that lie the golden ratio apart."""
+    first = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]
+    if index < len(first):
+        return first[index]
+    return colorsys.hsv_to_rgb(index * 0.618 % 1, 0.9, 0.6)
+
+
+COLORS = {BASELINE: "C7"} | {name: _color(index) for index, name in enumerate(METHODS)}
 """By the name of the method."""
 
 
-def color(label: str) -> str:
+def color(label: str) -> str | tuple[float, float, float]:
     """That of the first method in a label."""
-    names = {name.replace("_", "-"): name for name in COLORS}
-    return next(COLORS[name] for start, name in names.items() if label.startswith(start))
+    return COLORS.get(method_of(label), _UNKNOWN)
+
+
+def marker(index: int) -> str | tuple[int, int, float]:
+    """One for each of any number of studies: after the named ones stars with ever more points."""
+    return _MARKERS[index] if index < len(_MARKERS) else (index, 1, 0.0)
 
 
 def panels(
@@ -40,6 +59,11 @@ def legend(figure: Figure, axis: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
 
 
+def short(title: str) -> str:
+    """The beginning of a title that is too long for a figure."""
+    return title if len(title) <= _LONGEST else title[: _LONGEST - 3] + "..."
+
+
 def drawn_half_width(gain: str = "gain") -> pl.Expr:
     """Half of a gain's confidence interval from 3 seeds on; that of 2 would fill the figure."""
     return pl.when(pl.col("pairs") > 2).then(pl.col(f"{gain}_half_width")).fill_null(0.0)
@@ -47,6 +71,7 @@ def drawn_half_width(gain: str = "gain") -> pl.Expr:
 
 def save(figure: Figure, path: Path) -> Path:
     """As PNG."""
+    dpi = min(150, _LARGEST / max(figure.get_size_inches()))
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
     return path

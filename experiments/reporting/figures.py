@@ -7,8 +7,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.methods import BASELINE
-from experiments.reporting.drawing import COLORS, PERCENT, drawn_half_width, legend, panels, save
-from experiments.reporting.runs import Study, defaults
+from experiments.reporting.drawing import (
+    COLORS,
+    PERCENT,
+    drawn_half_width,
+    legend,
+    marker,
+    panels,
+    save,
+    short,
+)
+from experiments.reporting.runs import Study, defaults, method_of
 
 PAPER = Path(__file__).with_name("paper_figure2.csv")
 _PAPER_COLUMNS = {
@@ -18,7 +27,6 @@ _PAPER_COLUMNS = {
     "early_stopping": "gain_early_stopping",
     "weight_decay": "gain_weight_decay",
 }
-_MARKERS = "osv^D*XP<>"
 
 
 def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> list[Path]:
@@ -34,7 +42,7 @@ def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> li
         }
         for name, figure in figures.items():
             if figure is not None:
-                figure.suptitle(title, fontsize="medium")
+                figure.suptitle(short(title), fontsize="medium")
                 drawn.append(save(figure, folder / f"{name}{suffix}.png"))
     if (figure := gain_against_memorisation(studies)) is not None:
         drawn.append(save(figure, folder / "gain-against-memorisation.png"))
@@ -45,7 +53,7 @@ def curves(study: Study) -> Figure | None:
     """Figure 1: training and test loss over the epochs, float against quantized, for the noise and
     seed with the most evaluations."""
     pair = {defaults()[name]: name for name in ("baseline", "quant")}
-    runs = [run for run in study.runs if run.label in pair]
+    runs = [run for run in study.runs if run.label in pair and run.epochs]
     points: dict[tuple, list] = {}
     for run in runs:
         points.setdefault((run.noise, run.seeds), []).append(run)
@@ -116,7 +124,7 @@ def settings(study: Study, summary: pl.DataFrame) -> Figure | None:
         for name in ("quant", "dropout", "prune")
     }
     families = {name: labels for name, labels in families.items() if len(labels) > 1}
-    if not families:
+    if not families or summary["gain"].is_null().all():
         return None
     figure, (axes,) = panels(len(families))
     low, high = summary["gain"].min(), summary["gain"].max()
@@ -163,7 +171,7 @@ def gain_against_memorisation(
     """What each method gains, by how many wrong labels the baseline fits: its share of the wrong
     ones times their share of all. A colour a method, a marker a study."""
     figure, ((axis,),) = panels(1, width=7)
-    for marker, (title, _, summary) in zip(_MARKERS, studies, strict=False):
+    for number, (title, _, summary) in enumerate(studies):
         memorised = _memorised_by_baseline(summary)
         shown = False
         for name, label, rows in _defaults(summary):
@@ -177,12 +185,12 @@ def gain_against_memorisation(
                 known = axis.get_legend_handles_labels()[1]
                 axis.scatter(
                     *zip(*points, strict=True),
-                    marker=marker,
+                    marker=marker(number),
                     color=COLORS[name],
                     label=None if label in known else label,
                 )
         if shown and len(studies) > 1:
-            axis.scatter([], [], marker=marker, color="black", label=title)
+            axis.scatter([], [], marker=marker(number), color="black", label=short(title))
     if not axis.collections:
         return None
     axis.axhline(0, color="black", linewidth=0.8)
@@ -232,4 +240,4 @@ def _line(axis: Axes, rows: pl.DataFrame, mean: str, spread: str, name: str, lab
 
 
 def _is_setting_of(label: str, name: str) -> bool:
-    return "+" not in label and label.startswith(name)
+    return "+" not in label and method_of(label) == name

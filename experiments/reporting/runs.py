@@ -2,135 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from experiments.config import WITHOUT_EFFECT
-from experiments.data.au import AU_DATASETS
 from experiments.methods import BASELINE, METHODS
-
-# Where and how a run was made, rather than what it is.
-_CIRCUMSTANCES = WITHOUT_EFFECT | {"device", "threads"}
-_OF_METHODS = {"method"}.union(*({f.name for f in fields(method)} for method in METHODS.values()))
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run on classification wrote: its options, its metrics by epoch, and its result."""
-
-    folder: Path
-    config: dict[str, Any]
-    epochs: list[dict[str, Any]]
-    result: dict[str, Any]
-
-    MEASURED: ClassVar[tuple[str, ...]] = (
-        "wrong_labels",
-        "test_accuracy",
-        "test_loss",
-        "test_calibration_error",
-        "test_accuracy_at_best_validation",
-        "train_accuracy_clean",
-        "train_accuracy_flipped",
-        "flipped_predicted_true",
-        "accuracy_gap",
-        "loss_gap",
-        "epochs_trained",
-        "parameters",
-        "size_in_bits",
-        "macs",
-    )
-    """The numbers of the result that are compared."""
-
-    VARIED: ClassVar[set[str]] = {"noise", "seed", "noise_seed"}
-    """The options, beside those of methods, in which runs that are compared may differ."""
-
-    @classmethod
-    def read(cls, folder: Path) -> FinishedRun:
-        """A ValueError tells which file is missing or malformed."""
-        metrics = folder / "metrics.jsonl"
-        try:
-            return cls(
-                folder,
-                config=_read(folder / "config.json"),
-                epochs=[
-                    _object(line, f"{metrics}, line {number}")
-                    for number, line in enumerate(metrics.read_bytes().splitlines(), 1)
-                ],
-                result=_read(folder / "result.json"),
-            )
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder}: {Path(error.filename).name} is missing") from error
-
-    @staticmethod
-    def is_on(dataset: str | None) -> bool:
-        """Whether runs on a data set are of this kind."""
-        return dataset not in AU_DATASETS
-
-    @property
-    def label(self) -> str:
-        """The methods and their settings."""
-        return self.of_result("label")
-
-    @property
-    def noise(self) -> float | None:
-        """The share of labels that noise touched; of human labels, the share that is wrong."""
-        noise = self.option("noise")
-        return self.of_result("wrong_labels") if noise is None else noise
-
-    @property
-    def seeds(self) -> tuple[int, int]:
-        """Of the training and of the noise: runs that share them are a pair."""
-        return self.option("seed"), self.option("noise_seed")
-
-    @property
-    def coordinates(self) -> dict[str, Any]:
-        """What tells the run from those that it is compared with."""
-        noise, (seed, noise_seed) = self.noise, self.seeds
-        return {
-            "label": self.label,
-            "noise": None if noise is None else float(noise),
-            "seed": seed,
-            "noise_seed": noise_seed,
-        }
-
-    @property
-    def setup(self) -> dict[str, Any]:
-        """All that must be equal for two runs to be compared."""
-        ignored = _CIRCUMSTANCES | _OF_METHODS | self.VARIED
-        options = {key: value for key, value in self.config.items() if key not in ignored}
-        return options | {"data": self.data}
-
-    @property
-    def data(self) -> str:
-        """The beginning of the data's checksum."""
-        return self.of_result("data_sha256")[:8]
-
-    def measured(self) -> dict[str, float | None]:
-        """The numbers that are compared, by name; None where there is none."""
-        return {name: self.number(name, self.of_result(name)) for name in self.MEASURED}
-
-    def option(self, name: str) -> Any:
-        """An option of the run; a ValueError names the file where it is not."""
-        return self._get("config.json", self.config, name)
-
-    def of_result(self, name: str) -> Any:
-        """A value of the result; a ValueError names the file where it is not."""
-        return self._get("result.json", self.result, name)
-
-    def number(self, name: str, value: Any) -> float | None:
-        """The value of the result; a ValueError names the file where it is no number."""
-        if value is None or isinstance(value, int | float):
-            return value
-        raise ValueError(f"{self.folder}/result.json: got {value!r} as {name}, takes a number")
-
-    def _get(self, file: str, content: dict[str, Any], name: str) -> Any:
-        if name not in content:
-            raise ValueError(f"{self.folder}/{file}: lacks {name}")
-        return content[name]
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.reading import Fields
 
 
 @dataclass(frozen=True)
@@ -178,6 +60,19 @@ def defaults() -> dict[str, str]:
     return {BASELINE: BASELINE} | labels
 
 
+def method_of(label: str) -> str | None:
+    """The name of the first method in a label; None where this version has no such method."""
+    by_label = {label: name for name, label in defaults().items()}
+    if label in by_label:
+        return by_label[label]
+    starts = {name.replace("_", "-"): name for name in (BASELINE, *METHODS)}
+    # The longest, as one method's name may begin like another's.
+    for start in sorted(starts, key=len, reverse=True):
+        if re.match(re.escape(start) + r"(?![^\W\d_])", label):
+            return starts[start]
+    return None
+
+
 def _order(label: str) -> tuple[int, str]:
     known = list(defaults().values())
     return (known.index(label) if label in known else len(known)), label
@@ -190,30 +85,68 @@ class Found(NamedTuple):
     """The runs of the kind that was asked for."""
     unfinished: list[Path]
     """The folders of those that have not ended."""
+    left_out: list[str]
+    """Of every folder that cannot be reported, which it is and why."""
     others: int
     """How many runs are of another kind."""
 
 
 def find(directory: Path, kind: type[FinishedRun] = FinishedRun) -> Found:
-    """The runs of a kind anywhere under a directory."""
-    configs = {path.parent: _read(path) for path in sorted(directory.rglob("config.json"))}
-    folders = [folder for folder in configs if kind.is_on(configs[folder].get("dataset"))]
-    finished = [folder for folder in folders if (folder / "result.json").exists()]
-    unfinished = [folder for folder in folders if folder not in finished]
-    return Found(list(map(kind.read, finished)), unfinished, len(configs) - len(folders))
+    """The runs of a kind anywhere under a directory, each once."""
+    finished, unfinished, left_out, others = [], [], [], 0
+    for folder in _folders(directory):
+        try:
+            if not kind.is_on(_dataset(folder)):
+                others += 1
+            elif os.path.lexists(folder / "result.json"):
+                finished.append(kind.read(folder))
+            else:
+                unfinished.append(folder)
+        except ValueError as error:
+            left_out.append(str(error))
+    kept, doubles = _without_doubles(finished)
+    return Found(kept, unfinished, left_out + doubles, others)
+
+
+def _folders(directory: Path) -> list[Path]:
+    walked = os.walk(directory)
+    return sorted(
+        Path(folder)
+        for folder, inner, files in walked
+        if not {"config.json", "result.json"}.isdisjoint(inner + files)
+    )
+
+
+def _dataset(folder: Path) -> str | None:
+    config = Fields.of_file(folder / "config.json")
+    return config.text("dataset") if "dataset" in config.content else None
+
+
+def _without_doubles(runs: list[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
+    """Of the folders of one run the first, if all have the same numbers, or else none; and what is
+    left out."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.study, *run.coordinates.values()].append(run)
+    kept, left_out = [], []
+    for first, *others in groups.values():
+        if all(run.numbers == first.numbers for run in others):
+            kept.append(first)
+            left_out += [
+                f"{run.folder}: the same run as {first.folder}, with the same numbers"
+                for run in others
+            ]
+        else:
+            folders = ", ".join(str(run.folder) for run in (first, *others))
+            left_out.append(f"{folders}: the same run with different numbers; keep one")
+    return kept, left_out
 
 
 def studies(runs: Iterable[FinishedRun], kind: type[Study] = Study) -> list[Study]:
-    """The runs by setup, the largest study first; two results of one run are refused."""
+    """The runs by setup, the largest study first."""
     groups = defaultdict(list)
     for run in runs:
-        groups[json.dumps(run.setup, sort_keys=True)].append(run)
-    for group in groups.values():
-        first: dict[tuple[Any, ...], FinishedRun] = {}
-        for run in group:
-            other = first.setdefault(tuple(run.coordinates.values()), run)
-            if other is not run:
-                raise ValueError(f"{run.folder} and {other.folder} are the same run; keep one")
+        groups[run.study].append(run)
     found = [kind(group[0].setup, group) for group in groups.values()]
     return sorted(found, key=lambda study: -len(study.runs))
 
@@ -230,17 +163,3 @@ def titles(studies: list[Study]) -> list[str]:
         ", ".join([study.setup["dataset"], *(f"{n} {study.setup.get(n)}" for n in differing)])
         for study in studies
     ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return _object(path.read_bytes(), str(path))
-
-
-def _object(text: bytes, place: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: malformed: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{place}: malformed: got {content!r}, takes an object")
-    return content

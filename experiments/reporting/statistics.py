@@ -6,6 +6,7 @@ import polars as pl
 from scipy.stats import t as student_t
 
 from experiments.methods import BASELINE
+from experiments.reporting.escaping import one_line
 from experiments.reporting.runs import Study
 
 CONFIDENCE = 0.95
@@ -16,7 +17,7 @@ _PAIR = ["noise", "seed", "noise_seed"]
 def by_run(study: Study) -> pl.DataFrame:
     """One row a run: its coordinates, all that was measured, and where it comes from."""
     rows = [
-        {**run.coordinates, **run.measured(), "data": run.data, "folder": run.folder.name}
+        {**run.coordinates, **run.measured, "data": run.data, "folder": one_line(run.folder.name)}
         for run in study.runs
     ]
     table = pl.DataFrame(rows, infer_schema_length=None)
@@ -37,7 +38,7 @@ def summary(study: Study) -> pl.DataFrame:
 
 def numbers(runs: pl.DataFrame, study: Study) -> list[str]:
     """What was measured in any of the runs."""
-    return [name for name in study.runs[0].measured() if runs[name].dtype.is_numeric()]
+    return [name for name in study.runs[0].measured if runs[name].dtype.is_numeric()]
 
 
 def in_order(table: pl.DataFrame, study: Study, *by: str) -> pl.DataFrame:
@@ -49,7 +50,7 @@ def in_order(table: pl.DataFrame, study: Study, *by: str) -> pl.DataFrame:
 def means(runs: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """One row for each label and noise: `NAME_mean` and `NAME_std` (over `seeds` seeds, with n - 1;
     null for one)."""
-    return runs.group_by(_POINT).agg(
+    return runs.group_by(_POINT, maintain_order=True).agg(
         pl.len().alias("seeds"),
         *(pl.col(name).mean().alias(f"{name}_mean") for name in names),
         *(pl.col(name).std().alias(f"{name}_std") for name in names),
@@ -68,7 +69,7 @@ def gains(runs: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     to_half_width = pairs.map_elements(_quantile, return_dtype=pl.Float64) / pairs.sqrt()
     return (
         differences(runs, names, _PAIR)
-        .group_by(_POINT)
+        .group_by(_POINT, maintain_order=True)
         .agg(
             pl.len().alias("pairs"),
             *(pl.col(name).mean().alias(f"{name}_gain") for name in names),
@@ -82,7 +83,9 @@ def differences(runs: pl.DataFrame, names: Sequence[str], pair: Sequence[str]) -
     """Label, noise, and by how much each run differs from the baseline's with the same `pair`, of
     those that have one."""
     baseline = runs.filter(label=BASELINE).select(*pair, *names)
-    both = runs.join(baseline, on=pair, suffix="_of_baseline", nulls_equal=True)
+    both = runs.join(
+        baseline, on=pair, suffix="_of_baseline", nulls_equal=True, maintain_order="left"
+    )
     return both.select(*_POINT, *(pl.col(name) - pl.col(f"{name}_of_baseline") for name in names))
 
 

@@ -1,12 +1,12 @@
 """Markdown."""
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import polars as pl
 
+from experiments.reporting import escaping
 from experiments.reporting.runs import Study
 
 Row = dict[str, Any]
@@ -49,20 +49,20 @@ def study_section(title: str, study: Study, summary: pl.DataFrame) -> str:
 
 def introduction(title: str, study: Study) -> list[str]:
     """The title, and all that the runs of the study have in common."""
-    setup = ", ".join(f"{name} {value}" for name, value in study.setup.items())
+    setup = escaping.markdown(", ".join(f"{name} {value}" for name, value in study.setup.items()))
     seeds = ", ".join(map(str, sorted({seed for seed, _ in study.seeds})))
-    return [f"## {title}", f"{len(study.runs)} runs, seeds {seeds}: {setup}."]
+    return [f"## {escaping.markdown(title)}", f"{len(study.runs)} runs, seeds {seeds}: {setup}."]
 
 
 def missing(study: Study, what: str) -> list[str]:
     """The runs that the study lacks for every method to have `what`."""
-    lines = [f"- {line}" for line in study.missing()]
-    return [f"Missing, for every method to have {what}:", "\n".join(lines)] if lines else []
+    lines = study.missing()
+    return [f"Missing, for every method to have {what}:", _bullets(lines)] if lines else []
 
 
-def unfinished_section(folders: list[Path]) -> str:
-    """The runs that are left out because they have not ended."""
-    return "\n\n".join(["## Unfinished runs, left out", *(f"- {f.name}" for f in folders)])
+def bullets_section(title: str, lines: list[str]) -> str:
+    """What stands in no table, such as the runs that are left out."""
+    return f"## {title}\n\n{_bullets(lines)}"
 
 
 def grid(
@@ -123,7 +123,14 @@ def cell(
     return f"{factor * value:{form}}{around}{of}"
 
 
-def markdown(header: list[str], body: list[list[str]]) -> str:
-    """A table, its first column left-aligned."""
+def markdown(header: list[str], body: list[list[str]], italic: Collection[int] = ()) -> str:
+    """A table, its first column left-aligned, some rows in italics."""
+    header, *body = [[escaping.markdown(text) for text in line] for line in (header, *body)]
+    for row in italic:
+        body[row] = [f"*{text}*" for text in body[row]]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {escaping.markdown(line)}" for line in lines)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,12 +13,16 @@ from typing import Any
 from experiments import methods
 from experiments.au_options import ActionUnitOptions
 from experiments.config import RunConfig
+from experiments.files import read_bytes
 
 Options = dict[str, Any]
 """Options of a run, named as on the command line, without the dashes in front."""
 
 OWN = {"out", "restart"}
 """Options of a run that are the sweep's business."""
+
+_LARGEST = 1 << 20  # bytes of a file
+_MOST_RUNS = 100_000
 
 _RUN_OPTIONS = {
     option.name.replace("_", "-")
@@ -39,10 +44,14 @@ class Grid:
     def read(cls, path: Path, scale: str | None) -> "Grid":
         """A ValueError names the file and what is wrong in it."""
         try:
-            return cls._of(tomllib.loads(path.read_text()), scale)
+            content = read_bytes(path, _LARGEST)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
+        try:
+            if not content.strip():
+                raise ValueError("got an empty file, takes a grid of runs")
+            return cls._of(tomllib.loads(content.decode()), scale)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -74,6 +83,9 @@ class Grid:
                 found.append("follow")
             if len(found) > 1 and found != ["base", "variants"]:
                 raise ValueError(f"{name}: is both in {' and in '.join(found)}")
+        count = _combinations_count(self.grid) * sum(map(_combinations_count, self.variants))
+        if count > _MOST_RUNS:
+            raise ValueError(f"got {count:,} runs, takes at most {_MOST_RUNS:,}")
 
     @property
     def varied(self) -> set[str]:
@@ -96,6 +108,10 @@ def _combinations(options: Options) -> Iterator[Options]:
         yield dict(zip(options, combination, strict=True))
 
 
+def _combinations_count(options: Options) -> int:
+    return math.prod(len(value) for value in options.values() if isinstance(value, list))
+
+
 def _layer(place: str, tables: Any, sections: tuple[str, ...]) -> dict[str, Any]:
     prefix = f"{place}." if place else ""
     layer = {}
@@ -113,7 +129,12 @@ def _layer(place: str, tables: Any, sections: tuple[str, ...]) -> dict[str, Any]
 
 def _options(place: str, table: Any) -> Options:
     """The table, checked, with names as on the command line."""
-    options = {name.replace("_", "-"): value for name, value in _table(place, table).items()}
+    options = {}
+    for name, value in _table(place, table).items():
+        name = name.replace("_", "-")
+        if name in options:
+            raise ValueError(f"{place}: {name}: got it twice, with - and with _")
+        options[name] = value
     section = place.rpartition(".")[2]
     for name, value in options.items():
         if name not in _RUN_OPTIONS:

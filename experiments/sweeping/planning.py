@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments import run
+from experiments.checks import option_names
 from experiments.config import RunConfig
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import OWN, Grid, Options
@@ -22,7 +23,7 @@ _APART = ("seed", "noise-seed", "noise")
 
 def tasks(file: Path, grid: Grid, runs: list[Options], out: Path, extra: list[str]) -> list[Task]:
     """The runs, with their options checked and their folders named."""
-    given = _given(extra)
+    given = set(option_names(extra))
     for name in sorted(given):
         if name in grid.varied:
             raise ValueError(f"--{name} after --: the runs of {file} differ in it; see --only")
@@ -50,9 +51,10 @@ def _task(options: Options, extra: tuple[str, ...]) -> Task:
         raise ValueError(_refused(options)) from None
     config = prepared.config
     # What changes the name and can depend on the machine or the process.
-    found = {"threads": config.threads}
+    found = {"threads": config.threads, "device": config.device}
     if config.detects_action_units:
         found["encoder"] = config.faces.encoder
+    found = {name: value for name, value in found.items() if name not in option_names(extra)}
     return Task(
         arguments=(*_arguments(options | found), *extra),
         folder=prepared.path,
@@ -112,9 +114,3 @@ def _arguments(options: Options) -> tuple[str, ...]:
         else:
             arguments += [f"--{name}", str(value)]
     return tuple(arguments)
-
-
-def _given(arguments: list[str]) -> set[str]:
-    """The names of the options in a command line."""
-    names = {text[2:].partition("=")[0].replace("_", "-") for text in arguments if text[:2] == "--"}
-    return names | {name.removeprefix("no-") for name in names}

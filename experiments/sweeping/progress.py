@@ -2,8 +2,10 @@
 
 from tqdm import tqdm
 
-from experiments.files import read_regular
+from experiments.files import read_bytes
 from experiments.sweeping.engines import Task
+
+_LARGEST = 2**26  # bytes of metrics
 
 
 def is_finished(task: Task) -> bool:
@@ -17,8 +19,8 @@ def is_finished(task: Task) -> bool:
 def epochs_done(task: Task) -> int:
     """Those of which the run's folder has the metrics."""
     try:
-        return read_regular(task.folder / "metrics.jsonl").count(b"\n")
-    except OSError:
+        return read_bytes(task.folder / "metrics.jsonl", _LARGEST).count(b"\n")
+    except (ValueError, OSError):
         return 0
 
 

@@ -25,8 +25,19 @@ BACKENDS: dict[str, ModuleType] = {
 }
 AUTO = "auto"
 
-_requested = os.environ.get("NOISYQ_BACKEND", AUTO)
-_selected: dict[str, ModuleType] = {}
+
+class _Choice:
+    """The backend that was asked for, and what was chosen so far for each device type.
+
+    Another choice is another object: a thread that is choosing meanwhile writes to the old one.
+    """
+
+    def __init__(self, requested: str) -> None:
+        self.requested = requested
+        self.selected: dict[str, ModuleType] = {}
+
+
+_choice = _Choice(os.environ.get("NOISYQ_BACKEND", AUTO))
 
 
 class use_backend:
@@ -54,7 +65,7 @@ class use_backend:
     def __init__(self, name: str) -> None:
         if name != AUTO:
             _usable(name, "use_backend")
-        self._previous = _requested
+        self._previous = _choice.requested
         _request(name)
 
     def __enter__(self) -> None:
@@ -79,29 +90,29 @@ def current_backend(device_type: str = "cpu") -> str:
 
 def requested() -> str:
     """The name given to `use_backend` or ``NOISYQ_BACKEND``, or ``"auto"``."""
-    return _requested
+    return _choice.requested
 
 
 def select(device_type: str) -> ModuleType:
     """The backend for a device type; the choice is made once and then remembered."""
-    backend = _selected.get(device_type)
+    choice = _choice
+    backend = choice.selected.get(device_type)
     if backend is None:
-        backend = _selected[device_type] = _choose(device_type)
+        backend = choice.selected[device_type] = _choose(choice.requested, device_type)
     return backend
 
 
 def _request(name: str) -> None:
-    global _requested
-    _requested = name
-    _selected.clear()
+    global _choice
+    _choice = _Choice(name)
 
 
-def _choose(device_type: str) -> ModuleType:
-    if _requested != AUTO:
-        backend = _usable(_requested, "NOISYQ_BACKEND")
+def _choose(requested: str, device_type: str) -> ModuleType:
+    if requested != AUTO:
+        backend = _usable(requested, "NOISYQ_BACKEND")
         if not _computes_on(backend, device_type):
             raise ValueError(
-                f"backend {_requested!r} takes tensors on {' or '.join(backend.DEVICE_TYPES)}, "
+                f"backend {requested!r} takes tensors on {' or '.join(backend.DEVICE_TYPES)}, "
                 f"got one on {device_type}"
             )
         return backend

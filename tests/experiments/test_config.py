@@ -1,11 +1,14 @@
 import math
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from experiments import run
+from experiments import methods, run
 from experiments.config import RunConfig
+from experiments.output import run_name
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,15 @@ from experiments.config import RunConfig
         ("noise_seed", 2**63, "--noise-seed: got"),
         ("lr", 0.0, "--lr: got 0.0, takes a finite number above 0"),
         ("lr", math.inf, "--lr: got inf"),
+        # What no machine can do, or no run needs.
+        ("lr", 1e300, r"--lr: got 1e\+300, takes a finite number above 0, below 3.4e38"),
+        ("lr", math.nan, "--lr: got nan"),
+        ("epochs", 10**12, "--epochs: got 1000000000000, takes a whole number from 0 to 1,000,000"),
+        ("batch_size", 10**18, "--batch-size: got 1000000000000000000, takes .* 1 to 65,536"),
+        ("evaluate_every", 10**30, "--evaluate-every: got 10*, takes .* 1 to 1,000,000"),
+        ("threads", 10**8, f"--threads: got 100000000, takes .* 1 to {16 * os.cpu_count():,}"),
+        ("seed", 10**30, "--seed: got 10*, takes 0 to 2"),
+        ("validation", math.nan, "--validation: got nan"),
     ],
 )
 def test_error_names_the_option_what_it_got_and_what_it_takes(option, value, message):
@@ -61,6 +73,16 @@ def test_error_names_the_option_what_it_got_and_what_it_takes(option, value, mes
         ("--weight-decay -1", "--weight-decay: got -1"),
         ("--label-smoothing 2", "--label-smoothing: got 2"),
         ("--patience 0", "--patience: got 0, takes a whole number from 1"),
+        ("--patience 1000001", "--patience: got 1000001, takes a whole number from 1 to 1,000,000"),
+        ("--prune 0.5 --prune-steps 101", "--prune-steps: got 101, takes .* from 1 to 100"),
+        ("--weight-decay 1e300", r"--weight-decay: got 1e\+300, takes a number from 0 to below"),
+        ("--method baseline --weight-bits 4", "--method: got baseline with --weight-bits, which"),
+        ("--method baseline --weight-decay 0", "--method: got baseline with --weight-decay"),
+        ("--method baseline --patience 3", "--method: got baseline with --patience"),
+        (
+            "--method baseline --dataset synthetic-au --patience 3 --dropout 0.1",
+            "--method: got baseline with --dropout",
+        ),
         ("--fold 2", "--fold: takes effect with synthetic-au, bp4d, disfa only"),
         ("--dataset disfa --fold 4", "--fold: got 4, takes 1, 2 or 3"),
         ("--dataset bp4d --noise 0.5", "--noise: got 0.5, takes no effect with bp4d"),
@@ -72,9 +94,12 @@ def test_error_names_the_option_what_it_got_and_what_it_takes(option, value, mes
         ("--dataset synthetic-au --frames-per-subject 40", "--frames-per-subject: got 40, takes a"),
         ("--dataset synthetic-au --noise-kind pair", "--noise-kind: got pair with faces, takes"),
         ("--dataset synthetic-au --noise -1", "--noise: got -1.0, takes a finite number from 0"),
+        ("--dataset synthetic-au --noise 1e300", r"--noise: got 1e\+300, takes .* to 1,000"),
         ("--dataset synthetic-au --train-size 9", "--train-size: got 9 with faces"),
+        ("--dataset synthetic-au --batch-size 1", "--batch-size: got 1 with faces, takes 2"),
         ("--dataset synthetic-au --validation 0", "--validation: got 0"),
         ("--dataset synthetic-au --image-size 16", "--image-size: got 16, takes a whole number"),
+        ("--dataset bp4d --image-size 1025", "--image-size: got 1025, takes .* from 32 to 1,024"),
         (
             "--dataset bp4d --au-head shared --au-norm folded",
             "--au-norm: got folded with --au-head",
@@ -116,7 +141,7 @@ def test_defaults_are_filled_in_only_where_nothing_was_said():
     given = RunConfig(
         epochs=5, threads=1, noise=0.0, noise_kind="pair", validation=0.25, batch_size=3, lr=0.1
     )
-    given = replace(given, schedule="constant")
+    given = replace(given, schedule="constant", device="cpu")
     assert given.resolved(gpu=False, threads=3) == given
     for dataset in ("digits", "synthetic-au"):
         config = resolved(f"--dataset {dataset} --method quant")
@@ -205,3 +230,60 @@ def test_one_combination_has_one_identity():
     by_options = run.parse(["--method", "dropout", "--weight-bits", "4", "--out", "there"])
     assert by_method.identity() == by_options.identity()
     assert by_method.out == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "on"),
+    [
+        ("", "baseline", []),
+        ("--method baseline", "baseline", []),
+        ("--weight-bits 4", "baseline", ["quant"]),
+        ("--method quant --dropout 0.1", "quant", ["quant", "dropout"]),
+        # Early stopping is part of every run on faces.
+        ("--dataset synthetic-au --method baseline", "baseline", ["early_stopping"]),
+        ("--dataset synthetic-au --method baseline --patience 3", "baseline", ["early_stopping"]),
+    ],
+)
+def test_baseline_is_what_is_left_where_no_method_is_on(arguments, method, on):
+    config = resolved(arguments)
+    assert (config.flat()["method"], list(config.methods)) == (method, on)
+
+
+def test_a_method_without_options_is_on_under_its_name(monkeypatch):
+    @dataclass(frozen=True)
+    class Plain(methods.Method):
+        label = "plain"
+
+    options = SimpleNamespace(plain=Plain())
+    monkeypatch.setattr(methods, "METHODS", {"plain": Plain})
+    assert methods.chosen("plain", options) == {"plain": Plain()}
+    assert methods.chosen(None, options) == {}
+
+
+@pytest.mark.parametrize("arguments", ["", "--method quant", "--dataset synthetic-au"])
+def test_runs_on_a_gpu_have_another_name(arguments):
+    def name(device, gpu):
+        config = resolved(f"{arguments} --device {device}", gpu)
+        return config.device, run_name(config, {"data": "x"})
+
+    assert name("auto", gpu=False) == name("cpu", gpu=False) == name("cpu", gpu=True)
+    assert name("auto", gpu=True) == name("cuda", gpu=True)
+    assert (name("auto", gpu=False)[0], name("auto", gpu=True)[0]) == ("cpu", "cuda")
+    assert name("auto", gpu=False)[1] != name("auto", gpu=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("", "digits-baseline-noise0.4-seed0-4aa50f78"),
+        ("--weight-bits 4", "digits-quant-w4a4-noise0.4-seed0-bc109300"),
+        (
+            "--method dropout --seed 7 --noise 0.2 --validation 0.1",
+            "digits-dropout0.1-noise0.2-seed7-3d975715",
+        ),
+        ("--dataset bp4d --threads 2", "bp4d-baseline-annotators-fold1-seed0-af17911a"),
+    ],
+)
+def test_runs_on_a_cpu_keep_their_names_for_ever(arguments, name):
+    """Or else nobody finds the results that there are."""
+    assert run_name(resolved(arguments), {"data": "x"}) == name

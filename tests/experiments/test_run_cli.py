@@ -116,6 +116,19 @@ def main(monkeypatch, tmp_path, capsys):
         (["--noise", "1.5"], "--noise: got 1.5, takes a share from 0 to 1"),
         (["--train-size", "9999"], "--train-size: got 9999, takes 1 to 1438 for digits"),
         (["--dataset", "cifar10", "--data-dir", "nowhere"], "no CIFAR-10 in nowhere: looked for"),
+        (
+            ["--method", "quant", "--method", "dropout"],
+            "--method: got it twice, takes it once; methods are combined by their options, as in",
+        ),
+        (["--method=quant", "--method=quant"], "--method: got it twice"),
+        (["--weight-bits", "4", "--weight_bits=8"], "--weight-bits: got it twice, takes it once"),
+        (["--augment", "--no-augment"], "--augment: got it twice"),
+        (["--restart", "--seed", "1", "--restart"], "--restart: got it twice"),
+        (["--threads", "100000000"], "--threads: got 100000000, takes a whole number from 1 to"),
+        (
+            ["--dataset", "synthetic-au", "--frames-per-subject", "32" + "0" * 400],
+            "--frames-per-subject: got 320",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_told_in_one_line(main, arguments, message):
@@ -241,6 +254,17 @@ def test_processes_together_match_one(tmp_path):
         (metrics,) = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         losses[processes] = [metrics[key] for key in ("loss", "validation_loss", "test_loss")]
     assert losses[2] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_runs_in_several_processes_have_another_name(monkeypatch):
+    config = run.parse(["--train-size", "32"])
+    paths = []
+    for processes in ("1", "2", "3"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        paths.append(run.prepare(config).path)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert run.prepare(config).path == paths[0]
+    assert len(set(paths)) == 3
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,7 @@ def test_a_result_that_is_not_finite_is_not_written(whole, tmp_path, monkeypatch
     assert executed(out) == whole
 
 
+@pytest.mark.filterwarnings("ignore:--weights")
 @pytest.mark.parametrize("epochs", [0, 3])
 def test_weights_that_are_not_finite_are_refused(finished, tmp_path, epochs):
     (path,) = finished[0].glob("*/model.safetensors")

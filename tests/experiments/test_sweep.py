@@ -19,6 +19,7 @@ from experiments.data import digits
 from experiments.output import RunFolder
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import Grid
+from experiments.sweeping.planning import tasks
 from experiments.sweeping.progress import Progress, state
 
 EPOCHS = 10
@@ -128,6 +129,7 @@ def test_scale_replaces_and_the_first_is_the_default(grid):
     [
         ("[base", "Expected ']' at the end of a table declaration (at end of document)"),
         ("[bse]", "bse: no such name, did you mean base?"),
+        ("[base]\nlabel-smoothing = 0.1\nlabel_smoothing = 0.2", "base: label-smoothing: got it"),
         ("[base]\nnois = 0.1", "base: nois: no such name, did you mean noise?"),
         ("[base]\nout = 'x'", "base: out: no such name"),
         ("[base]\nnoise = [0.1]", "base: noise: got [0.1], takes one value"),
@@ -179,6 +181,17 @@ def test_wrong_grid_is_told_in_one_line_before_anything_runs(main, tmp_path, tex
     [
         (["--scale", "big"], "grid.toml: no scale big, it has none"),
         (["--jobs", "0"], "--jobs: got 0, takes a whole number from 1"),
+        (["--jobs", "1000000"], "--jobs: got 1000000, takes a whole number from 1 to"),
+        (["--engine", "ray", "--gpus-per-run", "inf"], "--gpus-per-run: got inf, takes 0 to 1, or"),
+        (["--engine", "ray", "--gpus-per-run", "-1"], "--gpus-per-run: got -1.0, takes 0 to 1"),
+        (["--engine", "ray", "--gpus-per-run", "1.5"], "--gpus-per-run: got 1.5, takes 0 to 1"),
+        (
+            ["--only", "method=quant", "--only", "noise=0"],
+            "--only: got it twice, takes it once; all belong to one, as in --only method=quant",
+        ),
+        (["--", "--seed", "1", "--seed=2"], "--seed: got it twice, takes it once"),
+        (["--", "--train-size", "9", "--train_size", "8"], "--train-size: got it twice"),
+        (["--", "--weight-decay", "1"], "grid.toml: --method: got baseline with --weight-decay"),
         (["--jobs", "2", "--engine", "ray"], "--jobs: takes effect with --engine local only"),
         (["--gpus-per-run", "1"], "--gpus-per-run: takes effect with --engine ray only"),
         (["--only", "method=prune"], "--only: got method=prune, takes baseline, quant"),
@@ -246,6 +259,26 @@ def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
         assert methods == ["baseline", "dropout0.1", "prune0.75", "quant"]
 
 
+@pytest.mark.parametrize("extra", [[], ["--threads", "1", "--device=cpu"], ["--no-augment"]])
+def test_a_run_gets_every_option_once(grid, tmp_path, extra):
+    runs = grid(LINE + "[base]\naugment = true")
+    todo = tasks(Path("grid.toml"), Grid(), runs, tmp_path, extra)
+    for task in todo:
+        run.check_once(task.arguments)
+        config = run.parse(list(task.arguments))
+        assert (config.threads, config.device) == (1, "cpu")
+        assert run.prepare(config).path == task.folder
+
+
+def test_runs_on_a_gpu_that_is_missing_are_refused_before_they_start(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "grid.toml"
+    path.write_text(LINE)
+    status, _, errors = main(path, "--out", tmp_path / "out", "--", "--device", "cuda")
+    assert (status, errors) == (2, "error: --device: got cuda, but PyTorch finds no GPU\n")
+    assert not (tmp_path / "out").exists()
+
+
 # The runs.
 
 
@@ -304,7 +337,9 @@ def test_sweep_carries_out_what_it_can(swept):
     assert finished == ["digits-baseline-noise0.4", "digits-quant-w4a4-noise0.4"]
     (failed,) = {path.name for path in out.iterdir()} - results(out).keys()
     assert f"failed {out / failed} (exit status 1), its log.txt ends:\n" in output
-    assert re.search(r"    error: .* in epoch 1, at learning rate 1e\+30; last checkpoint: ", output)
+    assert re.search(
+        r"    error: .* in epoch 1, at learning rate 1e\+30; last checkpoint: ", output
+    )
     assert output.endswith(
         "finished before      0\n"
         "finished now         2\n"

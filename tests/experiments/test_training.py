@@ -6,6 +6,7 @@ import torch
 
 from experiments import run, tasks
 from experiments.methods import METHODS
+from experiments.tasks.classification import Classification
 from experiments.training import NonFiniteLoss, Trainer
 
 EVERY_METHOD = ["baseline", *METHODS]
@@ -175,6 +176,21 @@ def test_resumed_run_ends_bit_identical(arguments, stopped_after):
     assert resumed.result() == whole.result()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("arguments", ["--method prune", "--method quant --prune 0.5"])
+def test_methods_see_no_image_of_the_test_set(monkeypatch, arguments):
+    inputs = Classification.inputs
+
+    def of_many(task, part, samples):
+        assert part != "test" or len(samples) > 1
+        return inputs(task, part, samples)
+
+    monkeypatch.setattr(Classification, "inputs", of_many)  # the whole test set is evaluated
+    run, resumed = trainer(arguments), trainer(arguments)
+    list(run.epochs())
+    resumed.load_state_dict(saved(run.state_dict()))
+    resumed.result()
 
 
 def test_pruned_network_is_smaller_and_goes_on_learning():

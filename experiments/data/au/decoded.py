@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from experiments.data.au.alignment import Crop
 from experiments.data.au.decoding import Job, decode
-from experiments.files import atomic
+from experiments.files import atomic, read_bytes
 
 _TO_DO, _DONE = 0, 1
 
@@ -70,7 +70,8 @@ def _open(path: Path, count: int, stride: int) -> np.memmap:
         if state.exists():
             print(f"{path}: damaged, so the pictures are decoded anew")
         state.unlink(missing_ok=True)
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             file.truncate(count * stride)
         with atomic(state) as temporary:
             temporary.write_bytes(bytes([_TO_DO]) * count)
@@ -78,9 +79,12 @@ def _open(path: Path, count: int, stride: int) -> np.memmap:
 
 
 def _is_whole(path: Path, state: Path, count: int, stride: int) -> bool:
-    if not (path.is_file() and state.is_file() and path.stat().st_size == count * stride):
+    if not (path.is_file() and path.stat().st_size == count * stride):
         return False
-    rows = state.read_bytes()
+    try:
+        rows = read_bytes(state, count)
+    except (OSError, ValueError):
+        return False
     return len(rows) == count and set(rows) <= {_TO_DO, _DONE}
 
 

@@ -1,22 +1,29 @@
-"""Decodes pictures in processes of their own."""
+"""Decodes JPEG and PNG pictures in processes of their own."""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from experiments.data.au.alignment import Crop, cut
+from experiments.files import read_bytes
 
 _CHUNK = 32
+_LARGEST = 64 << 20  # bytes of a picture's file
+_MOST_PIXELS = 50_000_000  # of a picture; those of the releases have 1.4 million
+_FORMATS = ("JPEG", "PNG")
 
 
 class Job(NamedTuple):
@@ -59,8 +66,7 @@ def _decode(jobs: list[Job], size: int, file: Path) -> dict[int, str | None]:
     with file.open("r+b") as pixels:
         for row, picture, crop in jobs:
             try:
-                with Image.open(picture) as image:
-                    shown = cut(image, crop, size)
+                shown = _shown(picture, crop, size)
             except Exception as error:  # a malformed picture can raise almost anything
                 outcomes[row] = str(error)
             else:
@@ -70,3 +76,19 @@ def _decode(jobs: list[Job], size: int, file: Path) -> dict[int, str | None]:
         pixels.flush()
         os.fsync(pixels.fileno())
     return outcomes
+
+
+def _shown(picture: Path, crop: Crop | None, size: int) -> np.ndarray:
+    file = io.BytesIO(read_bytes(picture, _LARGEST))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except UnidentifiedImageError:
+            takes = f"takes {' or '.join(_FORMATS)}"
+            raise ValueError(f"cannot identify image file, {takes}") from None
+    with image:
+        if image.width * image.height > _MOST_PIXELS:
+            got = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"got {got}, takes at most {_MOST_PIXELS:,}")
+        return cut(image, crop, size)

@@ -6,6 +6,7 @@ doi:10.1109/T-AFFC.2013.4. Eight of the AUs are in use; one is positive from int
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import polars as pl
@@ -53,7 +54,7 @@ def _sequences(root: Path) -> list[Sequence]:
 
 def _read(sequence: Sequence, faults: Faults) -> pl.DataFrame | None:
     """Labels from a file for each AU, whose lines are a frame, counted from 1, and an intensity."""
-    missing = [path for path in sequence.labels if not path.is_file()]
+    missing = [path for path in sequence.labels if not os.path.lexists(path)]
     for path in missing:
         faults.add("missing AU", path, "not there")
     if missing:

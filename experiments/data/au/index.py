@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 
 import polars as pl
@@ -13,8 +14,9 @@ from experiments.data.au.alignment import Crop
 from experiments.data.au.faults import Faults
 from experiments.data.au.labels import au_column
 from experiments.data.au.release import Release, Sequence
+from experiments.files import kind
 
-_VERSION = 1
+_VERSION = 2
 """To be raised when another index or other pixels come of the same files."""
 
 
@@ -61,7 +63,7 @@ def build(release: Release, root: Path) -> tuple[pl.DataFrame, Faults]:
     by_subject = itertools.groupby(release.sequences(root), lambda sequence: sequence.subject)
     for subject, group in by_subject:
         sequences = list(group)
-        labelled = [any(path.is_file() for path in sequence.labels) for sequence in sequences]
+        labelled = [any(map(os.path.lexists, sequence.labels)) for sequence in sequences]
         if not any(labelled):
             faults.add("missing subject", sequences[0].labels[0], f"{subject} has no labels")
             continue
@@ -96,7 +98,10 @@ def _shown(
 ) -> pl.DataFrame | None:
     """The labels of frames that have a picture, with its name."""
     if not sequence.images.is_dir():
-        faults.add("missing pictures", sequence.images, "no such folder")
+        what = "no such folder"
+        if sequence.images.exists():
+            what = f"expected a folder, got {kind(sequence.images)}"
+        faults.add("missing pictures", sequence.images, what)
         return None
     found = pictures.numbered(sequence.images, faults)
     early = found.filter(pl.col("frame") < release.first_frame)["frame"].to_list()
@@ -116,7 +121,7 @@ def _shown(
 def _aligned(sequence: Sequence, shown: pl.DataFrame, faults: Faults) -> pl.DataFrame | None:
     """The frames that have landmarks, with their crops; all where there is no landmark file."""
     shown = shown.drop("line")
-    if not sequence.landmarks.is_file():
+    if not os.path.lexists(sequence.landmarks):  # a broken link to them is a fault
         return shown.with_columns(pl.lit(None, pl.Float32).alias(name) for name in Crop._fields)
     crops = alignment.read_crops(sequence.landmarks, faults)
     if crops is None:

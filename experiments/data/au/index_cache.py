@@ -13,8 +13,10 @@ import polars as pl
 from experiments.data.au import index
 from experiments.data.au.faults import Fault, Faults
 from experiments.data.au.release import Release
-from experiments.files import atomic
+from experiments.files import atomic, read_bytes
 
+_LARGEST = 256 << 20
+"""Of a file in the cache. The index of BP4D has a few MB."""
 _FAULTS = {"kind": pl.String, "file": pl.String, "line": pl.Int64, "what": pl.String}
 
 
@@ -58,11 +60,11 @@ class _Store:
         if not self.manifest.exists():
             return None
         try:
-            content = json.loads(self.manifest.read_text())
+            content = json.loads(read_bytes(self.manifest, _LARGEST))
             if content["tree"] != tree:
                 print(f"{self.manifest}: the data set has changed, so the index is made anew")
                 return None
-            blobs = [path.read_bytes() for path in self.tables]
+            blobs = [read_bytes(path, _LARGEST) for path in self.tables]
             if content["sha256"] != [_sha256(blob) for blob in blobs]:
                 raise ValueError("checksum")
             return tuple(pl.read_parquet(io.BytesIO(blob)) for blob in blobs)

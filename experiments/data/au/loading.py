@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +61,9 @@ def _find(release: Release, data_dir: Path | None) -> Path:
     if data_dir is None:
         raise FileNotFoundError(f"--data-dir: got none for {release.name}, {whence}")
     sequences = release.sequences(data_dir)
-    if not any(path.is_file() for sequence in sequences for path in sequence.labels):
+    if not any(os.path.lexists(path) for sequence in sequences for path in sequence.labels):
         raise FileNotFoundError(f"--data-dir: no labels of {release.name} in {data_dir}, {whence}")
-    if not any(sequence.images.is_dir() for sequence in sequences):
+    if not any(os.path.lexists(sequence.images) for sequence in sequences):
         raise FileNotFoundError(
             f"--data-dir: no pictures of {release.name} in {data_dir}, {whence}"
         )

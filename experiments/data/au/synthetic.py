@@ -1,11 +1,14 @@
 """Faces drawn by formula, as a data set of action units: nothing to download, the truth known."""
 
 import hashlib
+import os
 
 import torch
 
 from experiments.data.au.frames import Frames
 from experiments.data.faces import AUS, Faces
+
+_SUBJECTS = 41
 
 
 def draw(image_size: int, frames_per_subject: int, disagreement: float, seed: int) -> Frames:
@@ -13,7 +16,16 @@ def draw(image_size: int, frames_per_subject: int, disagreement: float, seed: in
 
     The pictures are the same at every `disagreement` (0 gives the truth) and every `seed`.
     """
+    size = _SUBJECTS * frames_per_subject * 3 * image_size**2
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if size > most:
+        raise ValueError(
+            f"--frames-per-subject: got {frames_per_subject}, which are {size // 10**9:,} GB of "
+            f"pictures at --image-size {image_size}; takes {most // 10**9:,} GB at most, half of "
+            "this machine's memory"
+        )
     faces = Faces.generate(
+        subjects=_SUBJECTS,
         frames_per_subject=frames_per_subject,
         size=image_size,
         disagreement=disagreement,

@@ -1,4 +1,8 @@
-"""Tables of comma-separated text, whose lines can be named in a complaint."""
+"""Tables of comma-separated text, whose lines can be named in a complaint.
+
+A file has at most 64 MiB, 20,000 lines and 10,000 cells a line. OpenFace's landmarks of the longest
+video have 26 MB, 4,845 lines and 714 cells a line.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ from pathlib import Path
 import polars as pl
 
 from experiments.data.au.faults import Faults
+from experiments.files import read_bytes
+
+_LARGEST = 64 << 20
+_MOST_LINES = 20_000
+_MOST_CELLS = 10_000
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,11 @@ class Table:
         file without any good line is one too and gives None.
         """
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            texts = _lines(path)
+        except (OSError, ValueError) as error:
             faults.add(kind, path, f"not a readable text: {error}")
             return None
-        lines = pl.DataFrame({"text": text.splitlines()}, schema={"text": pl.String})
+        lines = pl.DataFrame({"text": texts}, schema={"text": pl.String})
         rows = (
             lines.with_row_index("line", offset=1)
             .filter(pl.col("text").str.strip_chars() != "")
@@ -54,3 +63,13 @@ class Table:
         cells = pl.col("cells").list
         columns = {name: cells.get(n).str.strip_chars() for name, n in positions.items()}
         return self.rows.select("line", **columns)
+
+
+def _lines(path: Path) -> list[str]:
+    lines = read_bytes(path, _LARGEST).decode("utf-8-sig").splitlines()
+    if len(lines) > _MOST_LINES:
+        raise ValueError(f"got {len(lines):,} lines, takes at most {_MOST_LINES:,}")
+    cells = max((line.count(",") + 1 for line in lines), default=0)
+    if cells > _MOST_CELLS:
+        raise ValueError(f"got a line of {cells:,} cells, takes at most {_MOST_CELLS:,}")
+    return lines

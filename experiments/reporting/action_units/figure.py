@@ -17,6 +17,7 @@ from experiments.reporting.drawing import (
     legend,
     panels,
     save,
+    short,
 )
 from experiments.reporting.runs import defaults
 
@@ -29,7 +30,7 @@ def draw_all(studies: list[tuple[str, ActionUnitStudy, pl.DataFrame]], folder: P
     for number, (title, study, summary) in enumerate(studies, 1):
         if (figure := gains(study, summary)) is not None:
             suffix = f"-{number}" if len(studies) > 1 else ""
-            figure.suptitle(title, fontsize="medium")
+            figure.suptitle(short(title), fontsize="medium")
             drawn.append(save(figure, folder / f"table1{suffix}.png"))
     return drawn
 

@@ -31,7 +31,8 @@ class Published:
         if table.columns[1:] != [*map(str, study.aus), AVERAGE]:
             return None
         labels = defaults()
-        return cls({labels[row.pop("method")]: row for row in table.to_dicts()})
+        rows = {row.pop("method"): row for row in table.to_dicts()}
+        return cls({labels[name]: row for name, row in rows.items() if name in labels})
 
     def gain(self, label: str, column: int | str = AVERAGE) -> float | None:
         """Points over the baseline of an AU or the average; None where nothing is published."""

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from experiments.data.au import AU_DATASETS, SYNTHETIC
-from experiments.reporting.runs import FinishedRun, Study, name_seeds
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.options import require_type
+from experiments.reporting.reading import COUNT, POSITIVE, SHARE, Fields, Number, shown
+from experiments.reporting.runs import Study, name_seeds
 
 SCORES = ("test_f1", "test_f1_chosen", "test_f1_truth", "test_f1_truth_chosen")
 """Averages over the AUs: against the annotators or the truth, at probability 0.5 or at thresholds
 chosen on held-out training subjects."""
+_FOLD = Number(1, 3, "1, 2 or 3", whole=True)
 
 
 @dataclass(frozen=True)
 class ActionUnitRun(FinishedRun):
     """What a run on action units wrote."""
 
-    MEASURED: ClassVar[tuple[str, ...]] = (
-        "wrong_labels",
-        *SCORES,
-        "validation_f1",
-        "train_f1",
-        "test_loss",
-        "train_right_fitted",
-        "train_wrong_fitted",
-        "epoch_chosen",
-        "epochs_trained",
-        "parameters",
-        "size_in_bits",
-        "macs",
-    )
+    fold: int
+    aus: tuple[int, ...]
+    """Ascending."""
+
+    MEASURED: ClassVar[dict[str, Number]] = {
+        "wrong_labels": SHARE.or_null,
+        "test_f1": SHARE,
+        "test_f1_chosen": SHARE,
+        "test_f1_truth": SHARE.or_null,
+        "test_f1_truth_chosen": SHARE.or_null,
+        "validation_f1": SHARE,
+        "train_f1": SHARE,
+        "test_loss": POSITIVE,
+        "train_right_fitted": SHARE.or_null,
+        "train_wrong_fitted": SHARE.or_null,
+        "epoch_chosen": COUNT,
+        "epochs_trained": COUNT,
+        "parameters": COUNT,
+        "size_in_bits": COUNT,
+        "macs": COUNT,
+    }
+    BY_EPOCH: ClassVar[dict[str, Number]] = {"loss": POSITIVE}
     VARIED: ClassVar[set[str]] = FinishedRun.VARIED | {"fold", "au_norm"}
 
     @staticmethod
@@ -38,35 +52,67 @@ class ActionUnitRun(FinishedRun):
         return dataset in AU_DATASETS
 
     @property
-    def label(self) -> str:
-        """The methods and their settings, and the norm of the head where it is not the usual."""
-        norm = self.option("au_norm")
-        return super().label + ("" if norm in (None, "per-au") else f", norm {norm}")
-
-    @property
-    def noise(self) -> float | None:
-        """How far drawn faces' annotators disagree; None where people were the annotators."""
-        return self.option("noise")
-
-    @property
     def coordinates(self) -> dict[str, Any]:
-        return super().coordinates | {"fold": self.option("fold")}
+        return super().coordinates | {"fold": self.fold}
 
     @property
-    def setup(self) -> dict[str, Any]:
-        setup = super().setup
-        if self.option("dataset") == SYNTHETIC:
-            del setup["data"]  # other labels have another checksum; the options tell the pictures
-        return setup
+    def study(self) -> Hashable:
+        return super().study, self.aus
 
-    def measured(self) -> dict[str, float | None]:
-        """The numbers that are compared, those of single AUs as in `of_au`."""
-        single = {
-            of_au(score, au): self.number(of_au(score, au), value)
+    @classmethod
+    def _checked(cls, config: Fields, result: Fields) -> dict[str, Any]:
+        checked = super()._checked(config, result)
+        config.text("encoder")
+        last = checked["measured"]["epochs_trained"]
+        chosen = checked["measured"]["epoch_chosen"]
+        result.require("epoch_chosen", chosen <= last, f"at most {last}, the epochs trained")
+        aus = _aus(result.object(f"{SCORES[0]}_per_au"))
+        checked["measured"] |= {
+            of_au(score, au): value
             for score in SCORES
-            for au, value in (self.of_result(f"{score}_per_au") or {}).items()
+            for au, value in _by_au(result, score, aus).items()
         }
-        return super().measured() | single
+        checked["label"] += cls._norm(config)
+        if checked["setup"]["dataset"] == SYNTHETIC:
+            # Other labels have another checksum; the options tell the pictures.
+            del checked["setup"]["data"]
+        return checked | {"fold": config.number("fold", _FOLD), "aus": aus}
+
+    @staticmethod
+    def _norm(config: Fields) -> str:
+        """The norm of the head where it is not the usual, as it stands in a label."""
+        require_type(config, "au_norm")
+        norm = config.content["au_norm"]
+        return "" if norm in (None, "per-au") else f", norm {norm}"
+
+    @classmethod
+    def _noise(cls, config: Fields, measured: dict[str, float | None]) -> float | None:
+        """How far drawn faces' annotators disagree; None where people were the annotators."""
+        if config.content["dataset"] == SYNTHETIC:
+            return config.number("noise", POSITIVE)
+        config.require("noise", config.value("noise") is None, "null for filmed faces")
+        return None
+
+
+def _aus(by_au: Fields) -> tuple[int, ...]:
+    """The action units that have a score."""
+    accepted = all(re.fullmatch("[1-9][0-9]?", au) for au in by_au.content)
+    if not accepted or not by_au.content:
+        raise ValueError(f"{by_au.place}: got {shown(list(by_au.content))}, takes numbers of AUs")
+    return tuple(sorted(map(int, by_au.content)))
+
+
+def _by_au(result: Fields, score: str, aus: tuple[int, ...]) -> dict[int, float | None]:
+    """A score of each action unit; None where it was not measured on average either."""
+    name = f"{score}_per_au"
+    if result.content[score] is None:
+        result.require(name, result.value(name) is None, f"null, like {score}")
+        return dict.fromkeys(aus)
+    by_au = result.object(name)
+    if _aus(by_au) != aus:
+        got = shown(list(by_au.content))
+        raise ValueError(f"{by_au.place}: got {got}, takes the AUs of {SCORES[0]}_per_au")
+    return {au: by_au.number(str(au), SHARE) for au in aus}
 
 
 def of_au(score: str, au: int | str) -> str:
@@ -81,12 +127,12 @@ class ActionUnitStudy(Study):
     @property
     def folds(self) -> list[int]:
         """Those that any run has, ascending."""
-        return sorted({run.option("fold") for run in self.runs})
+        return sorted({run.fold for run in self.runs})
 
     @property
     def aus(self) -> list[int]:
         """Ascending."""
-        return sorted(map(int, self.runs[0].of_result(f"{SCORES[0]}_per_au")))
+        return list(self.runs[0].aus)
 
     @property
     def noise_varies(self) -> bool:
@@ -99,7 +145,7 @@ class ActionUnitStudy(Study):
 
     def missing(self) -> list[str]:
         """What lacks for every method to have every noise, seed and fold that any has."""
-        there = {(run.label, run.noise, run.seeds, run.option("fold")) for run in self.runs}
+        there = {(run.label, run.noise, run.seeds, run.fold) for run in self.runs}
         lines = []
         for label in self.labels:
             for noise in self.noises:

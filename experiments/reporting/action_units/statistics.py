@@ -20,7 +20,7 @@ def summary(study: ActionUnitStudy) -> pl.DataFrame:
     runs = complete(study)
     names = statistics.numbers(runs, study)
     scores = [name for name in SCORES if name in names]
-    seeds = runs.group_by(_SEED).agg(pl.col(names).mean())
+    seeds = runs.group_by(_SEED, maintain_order=True).agg(pl.col(names).mean())
     parts = [
         statistics.gains(seeds, [name for name in names if name.startswith(SCORES)]),
         _won(runs, scores),
@@ -44,4 +44,4 @@ def complete(study: ActionUnitStudy) -> pl.DataFrame:
 def _won(runs: pl.DataFrame, scores: list[str]) -> pl.DataFrame:
     pairs = statistics.differences(runs, scores, ["noise", "seed", "noise_seed", "fold"])
     won = [(pl.col(score) > 0).sum().alias(f"{score}_won") for score in scores]
-    return pairs.group_by(_POINT).agg(pl.len().alias("fold_pairs"), *won)
+    return pairs.group_by(_POINT, maintain_order=True).agg(pl.len().alias("fold_pairs"), *won)

@@ -6,7 +6,7 @@ import statistics
 import polars as pl
 
 from experiments.methods import BASELINE
-from experiments.reporting import tables
+from experiments.reporting import escaping, tables
 from experiments.reporting.action_units.published import AS_PUBLISHED, AVERAGE, Published
 from experiments.reporting.action_units.runs import SCORES, ActionUnitStudy, of_au
 from experiments.reporting.tables import Row, cell, gain_cell, markdown, mean_cell
@@ -51,7 +51,7 @@ def study_section(title: str, study: ActionUnitStudy, summary: pl.DataFrame) -> 
         _READING.format(folds=", ".join(map(str, study.folds))),
     ]
     if paper:
-        ours = {name: study.setup[name] for name in ("encoder", "dataset")}
+        ours = {name: escaping.markdown(study.setup[name]) for name in ("encoder", "dataset")}
         is_same = ours == {"encoder": "inception_v3", "dataset": "bp4d"}
         parts.append(_PUBLISHED + ("" if is_same else _NOT_THE_SAME.format(**ours)))
     if study.drawn_differently():
@@ -85,7 +85,7 @@ def _table1(
     study: ActionUnitStudy, rows: dict[str, Row], score: str, paper: Published | None
 ) -> str:
     header = [f"F1 {_TITLES[score]}, %", *(f"AU {au}" for au in study.aus), AVERAGE, "± over AUs"]
-    body = []
+    body, italic = [], []
     for label in study.labels:
         row = rows.get(label)
         of_aus = [cell(row and row[f"{of_au(score, au)}_mean"], ".1f", 100) for au in study.aus]
@@ -94,8 +94,9 @@ def _table1(
         if paper and label in paper.f1:
             of_aus = [paper.f1[label][str(au)] for au in study.aus]
             values = [*of_aus, paper.f1[label][AVERAGE], statistics.stdev(of_aus)]
-            body.append([f"*{label}, published*", *(f"*{value:.1f}*" for value in values)])
-    return markdown(header, body)
+            italic.append(len(body))
+            body.append([f"{label}, published", *(f"{value:.1f}" for value in values)])
+    return markdown(header, body, italic)
 
 
 def _gains(
