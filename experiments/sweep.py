@@ -172,7 +172,7 @@ def carry_out(config: SweepConfig, todo: list[Task]) -> tuple[list[Task], list[T
                     failed.append(task)
                     progress.end(task, _failure(task, status))
             progress.update()
-    return failed, busy
+    return failed, [task for task in busy if not is_finished(task)]  # by now
 
 
 def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task, int]]]:

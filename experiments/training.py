@@ -298,6 +298,8 @@ class Trainer:
         try:
             self._load(**state)
             self.require_finite("in the checkpoint")
+        except torch.OutOfMemoryError:
+            raise  # of the device, and not of the checkpoint
         except Exception as error:  # there can be anything in it
             what = f"{type(error).__name__}: {error}".replace("\n", " ")
             raise ValueError(f"does not fit this run ({what:.300})") from error
