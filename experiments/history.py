@@ -39,7 +39,7 @@ def read_history(saved: list[dict[str, Any]], epochs: int, score: str) -> list[E
     for metrics in history:
         where = f"in epoch {metrics.epoch}"
         optional = metrics.scores
-        kinds = {"epoch": COUNT, "loss": POSITIVE, "seconds": POSITIVE}
+        kinds = {"epoch": COUNT, "seconds": POSITIVE}
         kinds |= dict.fromkeys((f"validation_{score}", f"test_{score}"), SHARE)
         for name, value in metrics.flat().items():
             kind = kinds.get(name, FINITE)
