@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.finite import require_finite_scores
+from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,16 @@ def read_history(saved: list[dict[str, Any]], epochs: int, score: str) -> list[E
         raise ValueError(f"has the epochs {numbers}, takes 1, 2 and so on up to {epochs}")
     for metrics in history:
         where = f"in epoch {metrics.epoch}"
-        known, optional = metrics.flat(), metrics.scores
-        for name, value in known.items():
-            if not isinstance(value, int | float) and not (value is None and name in optional):
-                raise TypeError(f"{name} is {value!r} {where}, takes a number")
-        require_finite_scores(known, where)
+        optional = metrics.scores
+        kinds = {"epoch": COUNT, "seconds": POSITIVE}
+        kinds |= dict.fromkeys((f"validation_{score}", f"test_{score}"), SHARE)
+        for name, value in metrics.flat().items():
+            kind = kinds.get(name, FINITE)
+            kind = kind.or_null if name in optional else kind
+            if not kind.accepts(value):
+                raise ValueError(f"{name} is {value!r:.100} {where}, takes {kind.takes}")
         if optional[f"validation_{score}"] != metrics.validation_score:
             raise ValueError(f"has two scores on held-out samples {where}")
-        if f"test_{score}" not in optional:
-            raise ValueError(f"has no test_{score} {where}")
+        if f"test_{score}" not in optional or optional.keys() != history[0].scores.keys():
+            raise ValueError(f"has other scores {where}")
     return history

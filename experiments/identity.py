@@ -1,7 +1,6 @@
 """Which run it is, and whether the files in a folder are its own."""
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from experiments import tasks
 from experiments.config import WITHOUT_EFFECT, RunConfig
 from experiments.files import refuse_link
 from experiments.output import run_name
+from experiments.reporting import agreement
 from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields
 
 # --method is told by the methods' own options; the device of a CPU has had two names.
@@ -100,12 +100,7 @@ def _check_metrics(path: Path, result: Fields) -> None:
     trained = result.content["epochs_trained"]
     if len(epochs) != trained:
         raise ValueError(f"{path}: got {len(epochs)} epochs, result.json has {trained}")
-    seconds = sum(epoch.number("seconds", POSITIVE) for epoch in epochs)
-    if not math.isclose(seconds, result.content["seconds"]):
-        took = result.content["seconds"]
-        raise ValueError(
-            f"{path}: of another run: its epochs took {seconds} s, those of result.json {took} s"
-        )
+    agreement.check_seconds(path, epochs, result)
 
 
 def _require_finite(fields: Fields) -> None:

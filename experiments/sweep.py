@@ -175,7 +175,7 @@ def carry_out(config: SweepConfig, todo: list[Task]) -> tuple[list[Task], list[T
     return failed, [task for task in busy if not is_finished(task)]  # by now
 
 
-def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task, int]]]:
+def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task, int | OSError]]]:
     if config.engine == "ray":
         return ENGINES["ray"](tasks, gpus_per_run=config.gpus_per_run)
     jobs = config.jobs
@@ -187,7 +187,9 @@ def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task,
     return ENGINES["local"](tasks, jobs=jobs)
 
 
-def _failure(task: Task, status: int) -> str:
+def _failure(task: Task, status: int | OSError) -> str:
+    if isinstance(status, OSError):
+        return f"failed {task.folder}, which could not be started: {status}"
     how = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
     try:
         lines = task.log.read_text(errors="replace").splitlines()[-LOG_LINES:]

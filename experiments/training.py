@@ -316,8 +316,9 @@ class Trainer:
             raise ValueError(f"got methods {list(methods)}, takes {list(self.methods)}")
         self.states = methods
         self.load_weights(model, methods)
+        self.history = read_history(history, self.config.epochs, self.task.SCORE)
         for name, method in self.methods.items():
-            method.check(self.model, methods[name])
+            method.check(self.model, methods[name], self.history)
         # The options are those of the configuration, wherever the checkpoint had them.
         options = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": optimizer, "param_groups": options})
@@ -327,9 +328,12 @@ class Trainer:
         for name, parameter in parameters.items():
             shape = parameter.shape
             takes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-            if {k: v.shape for k, v in self.optimizer.state[parameter].items()} != takes:
+            state = self.optimizer.state[parameter]
+            if {k: v.shape for k, v in state.items()} != takes:
                 raise ValueError(f"the optimizer's state of {name} has other names or shapes")
-        self.history = read_history(history, self.config.epochs, self.task.SCORE)
+            for key in ("exp_avg", "exp_avg_sq"):
+                # The fused step takes them to lie in memory as the parameter does.
+                state[key] = torch.empty_like(parameter, requires_grad=False).copy_(state[key])
         if not isinstance(stopped, bool):
             raise TypeError(f"stopped: got {stopped!r}, takes True or False")
         self.stopped = stopped

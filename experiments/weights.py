@@ -81,10 +81,11 @@ class Weights:
             )
         try:
             trainer.load_weights(self.tensors, self.shapes)
-        except (RuntimeError, AttributeError, LookupError, TypeError) as error:
+        except Exception as error:  # there can be anything in it
+            what = str(error).replace("\n", " ")
             raise ValueError(
                 f"--weights: {self.path} does not fit this run's network; give the options of "
-                f"method and dataset that it was trained with. {error}"
+                f"method and dataset that it was trained with. {what:.500}"
             ) from error
 
     def _check_options(self, config: RunConfig) -> None:

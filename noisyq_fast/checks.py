@@ -186,6 +186,11 @@ def _same_device(name: str, value: Tensor, x: Tensor) -> None:
 def _written_in_place(name: str, value: Tensor, x: Tensor) -> None:
     """``value`` (0-d or 1-d) must have its memory to itself: what a backend has read of ``x`` when
     it writes ``value`` differs."""
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: got a tensor made in inference mode, which is for use there only; takes an "
+            "ordinary one, such as its clone"
+        )
     if value.dim() > 0 and value.stride(0) == 0 and len(value) > 1:
         raise ValueError(f"{name}: got an expanded tensor, takes one with memory for each range")
     if torch._C._is_alias_of(x, value):

@@ -25,6 +25,11 @@ def freed(*shape, dtype=torch.float32):
     return x
 
 
+def of_inference():
+    with torch.inference_mode():
+        return torch.tensor(1.0)
+
+
 CASES = [
     (lambda: fake_quantize([1.0], 4), TypeError, "x: got list, takes a torch.Tensor"),
     (lambda: fake_quantize(X.double(), 4), TypeError, "x: got torch.float64, takes torch.float32"),
@@ -108,6 +113,16 @@ CASES = [
         lambda: fake_quantize_ema(X, ONE.expand(4), 4, axis=0),
         ValueError,
         "running_absmax: got an expanded tensor",
+    ),
+    (
+        lambda: fake_quantize_ema(X, of_inference(), 4),
+        ValueError,
+        "running_absmax: got a tensor made in inference mode",
+    ),
+    (
+        lambda: fake_quantize_ema(X, of_inference(), 4, delayed=True),
+        ValueError,
+        "running_absmax: got a tensor made in inference mode",
     ),
     (lambda: fake_quantize(freed(4, 5), 4), ValueError, r"x: got .* \[4, 5\] whose memory"),
     (lambda: fake_quantize(freed(4, 5, dtype=torch.half), 4, 1), ValueError, "x: got .* freed"),

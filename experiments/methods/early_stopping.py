@@ -48,10 +48,11 @@ class EarlyStopping(Method):
         model.load_state_dict(state["weights"])
         return f"weights of epoch {state['epoch']} restored, validation score {state['score']:.2%}"
 
-    def check(self, model: nn.Module, state: dict[str, Any]) -> None:
+    def check(self, model: nn.Module, state: dict[str, Any], history: list[Any]) -> None:
         score, epoch, weights = state["score"], state["epoch"], state["weights"]
-        if not isinstance(score, float) or not isinstance(epoch, int):
-            raise TypeError(f"the best epoch: got {epoch!r} with score {score!r}, takes numbers")
+        scores = [(metrics.epoch, metrics.validation_score) for metrics in history]
+        if type(epoch) is not int or (epoch, score) not in scores:
+            raise ValueError(f"got epoch {epoch!r} as the best, with a score that it did not have")
         if _shapes(weights) != _shapes(model.state_dict()):
             raise ValueError("the weights of the best epoch have other names or shapes")
         require_finite(weights.items(), "in the best epoch")

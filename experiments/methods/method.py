@@ -88,6 +88,6 @@ class Method:
         """Gives a freshly built network the shape that this method gave another, so that it can
         take the other's weights."""
 
-    def check(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Raises an error where a `state` that was read does not belong to `model`, which has the
-        shape and the weights that were read with it."""
+    def check(self, model: nn.Module, state: dict[str, Any], history: list[Any]) -> None:
+        """Raises an error where a `state` that was read does not belong to `model` and to the
+        metrics of the epochs so far, which were read with it."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 
 from experiments import methods
 from experiments.config import label_of
 from experiments.methods import BASELINE, METHODS, Method
 from experiments.recipes import recipe
-from experiments.reporting.reading import Fields, shown
+from experiments.reporting.reading import POSITIVE, Fields, shown
 
 _IN_BOTH = ("dataset", "noise", "noise_kind", "seed", "epochs", "fold")
 
@@ -23,6 +25,16 @@ def check(config: Fields, result: Fields) -> None:
             takes = f"{shown(expected)} as in config.json"
             result.require(name, result.content[name] == expected, takes)
     _check_methods(config, result)
+
+
+def check_seconds(path: Path, epochs: list[Fields], result: Fields) -> None:
+    """The same for the epochs in metrics.jsonl: those of two runs never take the same time."""
+    took = result.number("seconds", POSITIVE)
+    seconds = sum(epoch.number("seconds", POSITIVE) for epoch in epochs)
+    if not math.isclose(seconds, took):
+        raise ValueError(
+            f"{path}: of another run: its epochs took {seconds} s, those of result.json {took} s"
+        )
 
 
 def _check_methods(config: Fields, result: Fields) -> None:

@@ -148,12 +148,13 @@ class FinishedRun:
         result.require("epochs_trained", min(planned, 1) <= trained <= planned, takes)
         if not planned and not os.path.lexists(path):
             return []  # an evaluation
-        epochs = []
-        for number, line in enumerate(Fields.of_lines(path), 1):
+        epochs, lines = [], list(Fields.of_lines(path))
+        for number, line in enumerate(lines, 1):
             line.require("epoch", line.number("epoch", COUNT) == number, str(number))
             values = {name: line.number(name, kind) for name, kind in cls.BY_EPOCH.items()}
             epochs.append({"epoch": number} | values)
         if len(epochs) != trained:
             takes = f"the {trained} that result.json says were trained"
             raise ValueError(f"{path}: got {len(epochs)} epochs, takes {takes}")
+        agreement.check_seconds(path, lines, result)
         return epochs

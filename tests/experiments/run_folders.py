@@ -60,6 +60,7 @@ def write_classification(
         {
             "epoch": epoch,
             "loss": 1 / epoch,
+            "seconds": 2.0,
             "test_loss": 2.0 if epoch == EPOCHS else None,
             "train_accuracy_flipped": flipped,
             "test_accuracy": accuracy if epoch == EPOCHS else None,
@@ -105,7 +106,9 @@ def write_action_units(
         step = 0.2 / (len(aus) - 1)
         by_au = {str(au): average - 0.1 + step * place for place, au in enumerate(aus)}
         result |= {score: average if known else None, f"{score}_per_au": by_au if known else None}
-    epochs = [{"epoch": epoch, "loss": 1 / epoch} for epoch in range(1, AU_EPOCHS + 1)]
+    epochs = [
+        {"epoch": epoch, "loss": 1 / epoch, "seconds": 2.0} for epoch in range(1, AU_EPOCHS + 1)
+    ]
     name = f"{label}-{noise}-{seed}-{fold}-{'-'.join(map(str, options.values()))}"
     return _write(directory / name, config, epochs, result)
 
@@ -125,6 +128,7 @@ def _in_both(config, label):
         **counts,
         "label": label,
         "epochs_trained": config["epochs"],
+        "seconds": 2.0 * config["epochs"],
         "data_sha256": SHA256,
     }
 

@@ -142,6 +142,7 @@ DAMAGES = [
         result(epochs_trained=0, epoch_chosen=0),
         "/result.json: got 0 as epochs_trained, takes 1 to ",
     ),
+    (result(seconds=7.0), "/metrics.jsonl: of another run: its epochs took "),
     (result(epochs_trained=99), "/result.json: got 99 as epochs_trained, takes 1 to "),
     (result(data_sha256="+" * 64), "as data_sha256, takes 8 to 64 hexadecimal digits"),
     (result(test_loss=float("nan")), "/result.json: got nan as test_loss, takes a finite number"),
@@ -269,7 +270,7 @@ def test_an_evaluation_without_epochs_is_reported_too(kind, tmp_path):
 def test_equal_results_of_one_run_count_once(kind, tmp_path):
     _, run, write, *_ = kind
     first, second = (write(tmp_path / name) for name in "ab")
-    edit(second / "result.json", seconds=7.0)
+    edit(second / "result.json", backend="reference")
     found = find(tmp_path, run)
     assert [run.folder for run in found.finished] == [first]
     assert found.left_out == [f"{second}: the same run as {first}, with the same numbers"]

@@ -1,6 +1,5 @@
 """Reports on hand-made runs on action units, with known answers."""
 
-import json
 import math
 import subprocess
 import sys
@@ -11,7 +10,9 @@ import pytest
 from run_folders import write_action_units as write_run
 
 from experiments import report, sweep
+from experiments.config import RunConfig
 from experiments.data.faces import AUS
+from experiments.identity import RunIdentity
 from experiments.reporting.action_units import figure, statistics, tables
 from experiments.reporting.action_units.published import PAPER, Published
 from experiments.reporting.action_units.runs import SCORES, ActionUnitRun, ActionUnitStudy
@@ -348,7 +349,9 @@ def test_command_line_names_both_commands(arguments):
 
 
 @pytest.mark.parametrize(("dataset", "command"), [("bp4d", "table1"), ("cifar10", "figures")])
-def test_sweep_names_the_command_for_its_runs(tmp_path, dataset, command):
-    (tmp_path / "config.json").write_text(json.dumps({"dataset": dataset}))
-    task = Task((), tmp_path, epochs=1, threads=1, gpu=False, script=Path(), directory=tmp_path)
+def test_sweep_names_the_command_for_its_runs(dataset, command):
+    identity = RunIdentity(RunConfig(dataset=dataset), {})
+    task = Task(
+        (), Path(), 1, threads=1, gpu=False, script=Path(), directory=Path(), identity=identity
+    )
     assert sweep.report_of(task) == command

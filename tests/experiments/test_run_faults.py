@@ -251,12 +251,21 @@ NAN = torch.tensor(float("nan"))
         deeper("methods", value={"quant": {}}),
         deeper("methods", "early_stopping", value={}),
         deeper("methods", "early_stopping", "score", value="high"),
+        deeper("methods", "early_stopping", "score", value=float("nan")),
+        deeper("methods", "early_stopping", "score", value=2.0),
+        deeper("methods", "early_stopping", "epoch", value=10**9),
+        deeper("methods", "early_stopping", "epoch", value=True),
         deeper("methods", "early_stopping", "weights", "conv.weight", value=torch.ones(2)),
         deeper("methods", "early_stopping", "weights", "classifier.bias", value=NAN.expand(10)),
         deeper("history", 0, "epoch", value=2),
         deeper("history", 0, "loss", value="low"),
         deeper("history", 0, "loss", value=float("nan")),
         deeper("history", 0, "seconds", value=None),
+        deeper("history", 0, "seconds", value=-1.0),
+        deeper("history", 0, "loss", value=True),
+        deeper("history", 0, "loss", value=10**400),
+        deeper("history", 0, "epoch", value=1.0),
+        deeper("history", 0, "scores", "test_accuracy", value=57.0),
         deeper("history", 0, "scores", value={}),
         deeper("history", 0, "scores", "test_loss", value=torch.inf),
         deeper("history", 0, "validation_score", value=None),
@@ -277,6 +286,23 @@ def test_a_checkpoint_with_other_content_is_refused(stopped, tmp_path, edit):
     assert told.endswith("--restart starts anew without it")
     assert "\n" not in told
     checkpoints.last.write_bytes(before)
+
+
+@pytest.mark.parametrize("lay_out", [lambda x: x[..., :1].expand_as(x), lambda x: x.mT.clone().mT])
+def test_moments_lie_in_memory_as_their_parameter(stopped, lay_out):
+    """The optimizer reads and writes them as one block, beyond the end of what takes less."""
+    asked = prepared(stopped)
+    state = Checkpoints(asked.path, asked.identity.name).load()
+    for moments in state["optimizer"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = lay_out(moments[key]) if moments[key].dim() > 1 else moments[key]
+    device = torch.device("cpu")
+    trainer = Trainer(asked.config, run.tasks.make(asked.config, asked.data, device), device)
+    trainer.load_state_dict(state)
+    for parameter, moments in trainer.optimizer.state.items():
+        assert moments["exp_avg"].stride() == parameter.stride()
+        assert moments["exp_avg_sq"].stride() == parameter.stride()
+        assert not moments["exp_avg"].requires_grad
 
 
 @pytest.fixture(scope="module")

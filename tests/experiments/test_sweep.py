@@ -415,17 +415,27 @@ def test_a_result_that_is_none_is_told(main, file, tmp_path, result):
     assert output.endswith("1 runs, 0 finished\n")
 
 
-def test_a_log_that_is_a_link_is_told_and_its_target_kept(main, file, tmp_path):
-    only = ("--only", "method=baseline")
-    _, output, _ = main(file, "--out", tmp_path, *only, "--dry-run")
-    folder = tmp_path / output.splitlines()[0].split()[-1]
-    folder.mkdir()
+@pytest.mark.parametrize(
+    "make", [lambda log: log.symlink_to("../precious"), os.mkfifo, lambda log: log.mkdir()]
+)
+def test_an_odd_log_fails_its_run_alone(main, file, tmp_path, monkeypatch, make):
+    _, output, _ = main(file, "--out", tmp_path, "--dry-run")
+    first, *others = [tmp_path / line.split()[-1] for line in output.splitlines()[:-1]]
+    first.mkdir()
     (tmp_path / "precious").write_text("precious")
-    (folder / "log.txt").symlink_to("../precious")
-    status, _, errors = main(file, "--out", tmp_path, *only)
-    assert status == 2
-    assert errors.startswith("error: ")
-    assert errors.endswith(f"'{folder}/log.txt'\n")
+    make(first / "log.txt")
+    started = Task.start
+
+    def start(task):
+        """Nothing but a log."""
+        return started(dataclasses.replace(task, script=tmp_path / "missing.py"))
+
+    monkeypatch.setattr(Task, "start", start)
+    status, output, _ = main(file, "--out", tmp_path, "--jobs", "1")
+    told = f"failed {first}, which could not be started: {first}/log.txt: expected a regular file"
+    assert told in output
+    assert status == 1
+    assert all("missing.py" in (folder / "log.txt").read_text() for folder in others)
     assert (tmp_path / "precious").read_text() == "precious"
 
 

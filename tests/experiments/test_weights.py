@@ -129,7 +129,7 @@ def test_malformed_metadata_is_told(save, metadata):
         Weights.read(save(DIGITS, metadata=metadata))
 
 
-@pytest.mark.parametrize("removed", [[{"nowhere": [0]}], [{"conv": "x"}], [3], 3])
+@pytest.mark.parametrize("removed", [[{"": [0]}], [{"nowhere": [0]}], [{"conv": "x"}], [3], 3])
 def test_malformed_shape_of_a_pruned_network_is_told(save, removed):
     shapes = json.dumps({"prune": {"removed": removed}})
     path = save(DIGITS, metadata={"methods": shapes, "computed_with": "{}"})

@@ -8,8 +8,8 @@ from experiments.sweeping.engines.task import Task
 
 __all__ = ["ENGINES", "Engine", "Task"]
 
-Engine = Callable[..., Iterator[list[tuple[Task, int]]]]
-"""Takes tasks; yields, about every second, those that have ended since, each with its exit status.
-Whatever still runs when the iterator is closed is stopped."""
+Engine = Callable[..., Iterator[list[tuple[Task, int | OSError]]]]
+"""Takes tasks; yields, about every second, those that have ended since, each with its exit status
+or with why it could not be started. Whatever still runs when the iterator is closed is stopped."""
 
 ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}

@@ -11,7 +11,7 @@ from experiments.sweeping.engines.task import Task
 
 def run_on_ray(
     tasks: list[Task], *, gpus_per_run: float | None
-) -> Iterator[list[tuple[Task, int]]]:
+) -> Iterator[list[tuple[Task, int | OSError]]]:
     """Runs the tasks as Ray finds room for them; those of a machine that is lost, on another."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
     try:
@@ -55,12 +55,14 @@ def _check_room(nodes: list[dict[str, Any]], cpus: int, gpus: float) -> None:
         )
 
 
-def _status(task: Task, reference: Any) -> int:
+def _status(task: Task, reference: Any) -> int | OSError:
     import ray
 
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            return error.cause
         raise error.cause from error
     except ray.exceptions.RayError as error:  # the worker is gone
         with task.open_log() as log:

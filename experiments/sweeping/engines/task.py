@@ -6,6 +6,7 @@ import ctypes
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -44,6 +45,8 @@ class Task:
         """The log, to add to it; an OSError names what is a link or a pipe instead."""
         log = self.directory / self.log
         log.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(log) and not stat.S_ISREG(log.lstat().st_mode):
+            raise OSError(f"{log}: expected a regular file, got a directory, a link or the like")
         flags = os.O_NOFOLLOW | os.O_NONBLOCK
         return open(log, "a", opener=lambda path, mode: os.open(path, mode | flags, 0o644))
 
