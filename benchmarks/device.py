@@ -73,8 +73,7 @@ def by_backend(make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
     names = [
         name
         for name, backend in BACKENDS.items()
-        if backend.DEVICE_TYPES is None or "cuda" in backend.DEVICE_TYPES
-        if backend.unavailable() is None
+        if backend.takes("cuda") and backend.unavailable() is None
     ]
     return {our_name(name): lambda name=name: _with_backend(name, make()) for name in names}
 

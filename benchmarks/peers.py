@@ -64,18 +64,6 @@ class FunctionForm(DetachForm):
         return self.StraightThrough.apply(x, self.per_channel)
 
 
-class DelayedForm(DetachForm):
-    """Per tensor, with the scale of the moving average before the batch."""
-
-    def __init__(self) -> None:
-        super().__init__(per_channel=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x + (rounded(x, self.running_absmax / QMAX) - x).detach()
-        self.observe(x)
-        return y
-
-
 class PerChannelAffine(nn.Module):
     """torch.fake_quantize_per_channel_affine with the scale of each channel's absmax."""
 
@@ -161,7 +149,6 @@ ACTIVATION = {
     **torch_ao_forms(per_channel=False),
     **optional_peers.ACTIVATION,
 }
-DELAYED = and_compiled({"delayed scale": DelayedForm})
 _OTHER_WEIGHT = {
     "torch.fake_quantize_per_channel_affine": PerChannelAffine,
     **torch_ao_forms(per_channel=True),

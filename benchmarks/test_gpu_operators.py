@@ -12,7 +12,6 @@ from passes import forward, forward_backward, name_of
 
 from experiments.models import ResNet20
 from noisyq_fast import fake_quantize, fake_quantize_ema, fake_quantize_many
-from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
 
 pytestmark = MARKS
 
@@ -59,20 +58,6 @@ def test_evaluation(benchmark, shape, dtype):
         f"activation {describe(shape, dtype)}, channels_last, evaluation with a given range",
         lambda x: fake_quantize_ema(x, running, BITS, training=False),
         peers.EVALUATION,
-        activations(shape, dtype),
-    )
-
-
-@each_dtype
-@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
-@pytest.mark.parametrize("shape", [RESNET20[0], RESNET50[0]], ids=str)
-def test_delayed(benchmark, shape, ste, dtype):
-    running = torch.ones((), device="cuda")
-    compare_operator(
-        benchmark,
-        f"activation {describe(shape, dtype)}, channels_last, delayed scale, ste={ste}, forward",
-        lambda x: fake_quantize_ema(x, running, BITS, ste=ste, delayed=True),
-        peers.DELAYED,
         activations(shape, dtype),
     )
 

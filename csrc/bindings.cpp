@@ -5,6 +5,7 @@
 namespace py = pybind11;
 namespace cpu = noisyq::cpu;
 using noisyq::DType;
+using noisyq::moving_average;
 using noisyq::pointer;
 
 PYBIND11_MODULE(_core, m) {
@@ -22,20 +23,22 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "fake_quantize",
       [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
-         int qmax, uintptr_t running_absmax, float averaging_constant, int threads) {
+         int qmax, uintptr_t running_absmax, uintptr_t observed, float averaging_constant,
+         int threads) {
         cpu::fake_quantize(DType{dtype}, pointer<const void>(x), pointer<void>(y),
-                           {outer, channels, inner}, qmax, pointer<float>(running_absmax),
-                           averaging_constant, threads);
+                           {outer, channels, inner}, qmax,
+                           moving_average(running_absmax, observed, averaging_constant), threads);
       },
       release);
 
   m.def(
-      "fake_quantize_range",
+      "fake_quantize_fixed_range",
       [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
          int64_t channels, int64_t inner, int qmax, int threads) {
-        cpu::fake_quantize_range(DType{dtype}, pointer<const void>(x), pointer<const float>(absmax),
-                                 pointer<void>(y), pointer<uint8_t>(clipped),
-                                 {outer, channels, inner}, qmax, threads);
+        cpu::fake_quantize_fixed_range(DType{dtype}, pointer<const void>(x),
+                                       pointer<const float>(absmax), pointer<void>(y),
+                                       pointer<uint8_t>(clipped), {outer, channels, inner}, qmax,
+                                       threads);
       },
       release);
 

@@ -54,13 +54,14 @@ void bind_cuda(py::module_& core) {
 
   m.def("fake_quantize_spread",
         [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
-           int splits, uintptr_t partial, int qmax, uintptr_t running_absmax,
+           int splits, uintptr_t partial, int qmax, uintptr_t running_absmax, uintptr_t observed,
            float averaging_constant, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
-          check(cuda::fake_quantize_spread(DType{dtype}, pointer<const void>(x), pointer<void>(y),
-                                           layout, splits, pointer<uint32_t>(partial), qmax,
-                                           pointer<float>(running_absmax), averaging_constant,
-                                           pointer<void>(stream)));
+          check(cuda::fake_quantize_spread(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y), layout, splits,
+                    pointer<uint32_t>(partial), qmax,
+                    moving_average(running_absmax, observed, averaging_constant),
+                    pointer<void>(stream)));
         });
 
   m.def("quantize_spread",
@@ -77,46 +78,35 @@ void bind_cuda(py::module_& core) {
   m.def("fake_quantize_mixed",
         [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
            int blocks, uintptr_t progress, int qmax, uintptr_t running_absmax,
-           float averaging_constant, uintptr_t stream) {
+           uintptr_t observed, float averaging_constant, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
-          check(cuda::fake_quantize_mixed(DType{dtype}, pointer<const void>(x), pointer<void>(y),
-                                          layout, blocks, qmax, pointer<float>(running_absmax),
-                                          averaging_constant, pointer<uint32_t>(progress),
-                                          pointer<void>(stream)));
+          check(cuda::fake_quantize_mixed(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y), layout, blocks, qmax,
+                    moving_average(running_absmax, observed, averaging_constant),
+                    pointer<uint32_t>(progress), pointer<void>(stream)));
         });
 
   m.def("resident_bytes_per_block", cuda::resident_bytes_per_block);
 
   m.def("fake_quantize_resident",
         [](int dtype, uintptr_t x, uintptr_t y, int64_t elements, int blocks, uintptr_t partial,
-           int qmax, uintptr_t running_absmax, float averaging_constant, uintptr_t stream) {
-          check(cuda::fake_quantize_resident(DType{dtype}, pointer<const void>(x),
-                                             pointer<void>(y), elements, blocks,
-                                             pointer<uint32_t>(partial), qmax,
-                                             pointer<float>(running_absmax), averaging_constant,
-                                             pointer<void>(stream)));
+           int qmax, uintptr_t running_absmax, uintptr_t observed, float averaging_constant,
+           uintptr_t stream) {
+          check(cuda::fake_quantize_resident(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y), elements, blocks,
+                    pointer<uint32_t>(partial), qmax,
+                    moving_average(running_absmax, observed, averaging_constant),
+                    pointer<void>(stream)));
         });
 
-  m.def("fake_quantize_delayed",
-        [](int dtype, uintptr_t x, uintptr_t y, uintptr_t clipped, int64_t outer, int64_t channels,
-           int64_t inner, int blocks, int qmax, uintptr_t running_absmax, float averaging_constant,
-           uintptr_t progress, uintptr_t stream) {
-          const Layout layout{outer, channels, inner};
-          check(cuda::fake_quantize_delayed(
-                    DType{dtype}, pointer<const void>(x), pointer<void>(y),
-                    pointer<uint8_t>(clipped), layout, blocks, qmax,
-                    pointer<float>(running_absmax), averaging_constant,
-                    pointer<uint32_t>(progress), pointer<void>(stream)));
-        });
-
-  m.def("fake_quantize_clipped",
+  m.def("fake_quantize_fixed_range_clipped",
         [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
            int64_t channels, int64_t inner, int blocks, int qmax, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
-          check(cuda::fake_quantize_clipped(DType{dtype}, pointer<const void>(x),
-                                            pointer<const float>(absmax), pointer<void>(y),
-                                            pointer<uint8_t>(clipped), layout, blocks, qmax,
-                                            pointer<void>(stream)));
+          check(cuda::fake_quantize_fixed_range_clipped(
+                    DType{dtype}, pointer<const void>(x), pointer<const float>(absmax),
+                    pointer<void>(y), pointer<uint8_t>(clipped), layout, blocks, qmax,
+                    pointer<void>(stream)));
         });
 
   m.def("zero_clipped",
@@ -127,13 +117,13 @@ void bind_cuda(py::module_& core) {
                                    pointer<void>(stream)));
         });
 
-  m.def("fake_quantize_range",
+  m.def("fake_quantize_fixed_range",
         [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, int64_t outer, int64_t channels,
            int64_t inner, int splits, int qmax, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
-          check(cuda::fake_quantize_range(DType{dtype}, pointer<const void>(x),
-                                          pointer<const float>(absmax), pointer<void>(y), layout,
-                                          splits, qmax, pointer<void>(stream)));
+          check(cuda::fake_quantize_fixed_range(
+                    DType{dtype}, pointer<const void>(x), pointer<const float>(absmax),
+                    pointer<void>(y), layout, splits, qmax, pointer<void>(stream)));
         });
 
   m.def("dequantize", [](uintptr_t codes, uintptr_t scale, uintptr_t y, int64_t outer,

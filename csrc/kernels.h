@@ -15,17 +15,25 @@ struct Layout {
   int64_t inner;
 };
 
+// A moving average of the absmax of each channel: running_absmax / observed, so a sum and a weight.
+// Where `observed` is null all weights are 1, and where `running_absmax` is null nothing is kept.
+struct MovingAverage {
+  float* running_absmax = nullptr;
+  float* observed = nullptr;
+  float constant = 0.0f;  // weight of a batch
+};
+
 namespace cpu {
 
-// y = fake-quantized x with the absmax of each channel of x. Where `running_absmax` is not null,
-// the same call moves it towards that absmax. `y` may be `x`.
+// y = fake-quantized x with the absmax of each channel of x, which `average` takes in. `y` may be
+// `x`.
 void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
-                   float* running_absmax, float averaging_constant, int threads);
+                   MovingAverage average, int threads);
 
 // The same with an absmax that is given. Where `clipped` is not null it receives one byte per
 // element: 1 where the code was clamped.
-void fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
-                         uint8_t* clipped, Layout layout, int qmax, int threads);
+void fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
+                               uint8_t* clipped, Layout layout, int qmax, int threads);
 
 // Codes and one scale per channel.
 void quantize(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout, int qmax,
@@ -60,44 +68,36 @@ Status quantize_channels(DType dtype, const ChannelTensor* tensors, int count, S
 // A reduction and a map, of `splits` blocks for each channel. `partial` is scratch for
 // channels * splits values.
 Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, int splits,
-                            uint32_t* partial, int qmax, float* running_absmax,
-                            float averaging_constant, Stream stream);
+                            uint32_t* partial, int qmax, MovingAverage average, Stream stream);
 Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout,
                        int splits, uint32_t* partial, int qmax, Stream stream);
 
 // The same of channels that lie mixed in memory. `progress` is channels + 1 values, 0 before and
 // after.
 Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, int blocks,
-                           int qmax, float* running_absmax, float averaging_constant,
-                           uint32_t* progress, Stream stream);
+                           int qmax, MovingAverage average, uint32_t* progress, Stream stream);
 
 // A single channel that fits on chip, in one cooperative launch of `blocks`, at most one for each
 // multiprocessor. `partial` is scratch for one value per block.
 Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t elements, int blocks,
-                              uint32_t* partial, int qmax, float* running_absmax,
-                              float averaging_constant, Stream stream);
+                              uint32_t* partial, int qmax, MovingAverage average, Stream stream);
 
 // How many bytes of a tensor a block of that launch can keep; 0 where it cannot be launched.
 int64_t resident_bytes_per_block(int device);
 
-// Delayed scales. `clipped`, where it is not null, receives a bit for each element, in the order of
-// memory. `progress` as above.
-Status fake_quantize_delayed(DType dtype, const void* x, void* y, uint8_t* clipped, Layout layout,
-                             int blocks, int qmax, float* running_absmax,
-                             float averaging_constant, uint32_t* progress, Stream stream);
-
-// With an absmax that is given, for any layout; `clipped` as above.
-Status fake_quantize_clipped(DType dtype, const void* x, const float* absmax, void* y,
-                             uint8_t* clipped, Layout layout, int blocks, int qmax,
-                             Stream stream);
+// With an absmax that is given, for any layout. `clipped`, where it is not null, receives a bit for
+// each element, in the order of memory.
+Status fake_quantize_fixed_range_clipped(DType dtype, const void* x, const float* absmax, void* y,
+                                         uint8_t* clipped, Layout layout, int blocks, int qmax,
+                                         Stream stream);
 
 // out = grad, but 0 where the bit of the element is set.
 Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
                     int64_t elements, int blocks, Stream stream);
 
 // As on the CPU, with `splits` blocks for each channel.
-Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
-                           Layout layout, int splits, int qmax, Stream stream);
+Status fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
+                                 Layout layout, int splits, int qmax, Stream stream);
 Status dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int splits,
                   Stream stream);
 

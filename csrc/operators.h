@@ -1,5 +1,5 @@
 // What happens to one element, from storage type to storage type: the loops of every backend apply
-// one of these. `scale` belongs to the element's channel.
+// one of these. `scale` belongs to the element's channel. And what happens to its moving average.
 #pragma once
 
 #include "dtypes.h"
@@ -30,5 +30,13 @@ struct Clipped {
 struct Value {
   static NOISYQ_INLINE float apply(int8_t code, float scale, float) { return code * scale; }
 };
+
+NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, float absmax) {
+  if (average.running_absmax == nullptr || !is_observation(absmax)) return;
+  float& running = average.running_absmax[channel];
+  const float observed = average.observed == nullptr ? 1.0f : average.observed[channel];
+  running = averaged(running / observed, absmax, average.constant);
+  if (average.observed != nullptr) average.observed[channel] = 1.0f;
+}
 
 }  // namespace noisyq

@@ -44,11 +44,12 @@ NOISYQ_INLINE int8_t code_of(float x, float scale, float qmax) {
   return rounded == rounded ? static_cast<int8_t>(clamp_to(rounded, qmax)) : int8_t{0};
 }
 
-// One step of the moving average. NaN means "nothing seen yet": the first absmax sets it. An
-// absmax that is not finite is no observation.
-NOISYQ_INLINE float averaged(float running, float absmax, float averaging_constant) {
-  if (!(absmax <= FLT_MAX)) return running;
-  return running == running ? running + averaging_constant * (absmax - running) : absmax;
+// One step of a moving average. NaN means "nothing seen yet": the first absmax sets it.
+NOISYQ_INLINE float averaged(float average, float absmax, float averaging_constant) {
+  return average == average ? average + averaging_constant * (absmax - average) : absmax;
 }
+
+// Otherwise the batch leaves the average as it was.
+NOISYQ_INLINE bool is_observation(float absmax) { return absmax <= FLT_MAX; }
 
 }  // namespace noisyq

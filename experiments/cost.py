@@ -17,15 +17,17 @@ def parameters(model: nn.Module) -> int:
 def size_in_bits(model: nn.Module) -> int:
     """The bits that inference needs to store: a quantized layer's weight at its width with one
     float32 scale per output channel and one for its input, everything else in float32; buffers
-    that only count batches left out."""
+    that only count batches, or tell whether there were any, left out."""
     tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not name.endswith(".observed")
     }
     bits = _FLOAT_BITS * sum(tensor.numel() for tensor in tensors.values())
     for layer in model.modules():
         if isinstance(layer, QuantLayer):
             saved = _FLOAT_BITS - layer.weight_bits
-            bits += _FLOAT_BITS * len(layer.weight_by_channel()) - saved * layer.weight.numel()
+            bits += _FLOAT_BITS * len(layer.by_channel(layer.weight)) - saved * layer.weight.numel()
     return bits
 
 

@@ -15,11 +15,7 @@ class NonFiniteLoss(RuntimeError):
 def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Names the first tensor that has other numbers. A device is waited for only once."""
     floats = {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
-    flags = [
-        # Here NaN says that nothing was seen yet, as in a layer that is not used.
-        (tensor.isinf() if name.endswith("running_absmax") else ~tensor.isfinite()).any()
-        for name, tensor in floats.items()
-    ]
+    flags = [(~tensor.isfinite()).any() for tensor in floats.values()]
     for name, bad in zip(floats, torch.stack(flags).tolist(), strict=True):
         if bad:
             raise NonFiniteLoss(f"{name} has numbers that are not finite {where}")

@@ -58,7 +58,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         model = self.task.network()
         for method in self.methods.values():
-            model = method.network(model)
+            model = method.network(model, self._example().cpu())
         model = model.to(self.device, memory_format=torch.channels_last)
         return distributed.synchronize_(model)
 

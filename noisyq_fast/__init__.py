@@ -1,13 +1,24 @@
 """Fast, exact quantization-aware training for PyTorch."""
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
+from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
-from noisyq_fast.convert import quantize_model_
-from noisyq_fast.distributed import sync_ranges_
+from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
+from noisyq_fast.data_parallel import sync_ranges_
+from noisyq_fast.environment import info
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
-from noisyq_fast.info import info
-from noisyq_fast.layers import QuantConv2d, QuantLinear
+from noisyq_fast.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+)
 from noisyq_fast.ops import (
     dequantize,
     fake_quantize,
@@ -15,22 +26,39 @@ from noisyq_fast.ops import (
     fake_quantize_many,
     quantize,
 )
+from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 
-__version__ = _version("noisyq_fast")
+try:
+    __version__ = _metadata.version("noisyq_fast")
+except _metadata.PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0+unknown"
 
 __all__ = [
+    "AbsMax",
     "GroupedLinear",
+    "MovingAbsMax",
+    "QuantConv1d",
     "QuantConv2d",
+    "QuantConv3d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
+    "QuantEmbedding",
     "QuantGroupedLinear",
+    "QuantLayer",
     "QuantLinear",
+    "QuantMultiheadAttention",
+    "Quantizer",
     "current_backend",
     "dequantize",
+    "dequantize_model_",
     "fake_quantize",
     "fake_quantize_ema",
     "fake_quantize_many",
     "info",
     "quantize",
     "quantize_model_",
+    "register_layer",
     "sync_ranges_",
     "use_backend",
 ]

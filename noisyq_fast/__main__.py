@@ -1,3 +1,3 @@
-from noisyq_fast.info import info
+from noisyq_fast.environment import info
 
 print(info())

@@ -10,16 +10,24 @@ STRAIGHT_THROUGH_ESTIMATORS = ("identity", "clipped")
 # Types: the dispatcher checks them too, but its errors do not name the argument.
 
 
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a torch.Tensor")
+
+
 def tensors(**values: object) -> None:
     for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, takes a torch.Tensor")
+        tensor(name, value)
+
+
+def integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int")
 
 
 def integers(**values: object) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int")
+        integer(name, value)
 
 
 def boolean(**values: object) -> None:
@@ -30,7 +38,7 @@ def boolean(**values: object) -> None:
 
 def axis_type(axis: object) -> None:
     if axis is not None:
-        integers(axis=axis)
+        integer("axis", axis)
 
 
 def averaging_constant(value: object) -> None:
@@ -74,32 +82,37 @@ def given_range(
 ) -> tuple[Tensor, Tensor, int, int | None]:
     x, largest_code, axis = dynamic(x, bits, axis)
     _one_per_group("running_absmax", running_absmax, x, axis)
-    if running_absmax.requires_grad:
-        raise ValueError(
-            "running_absmax: got a tensor that requires grad, takes one that does not: ranges "
-            "have no gradient"
-        )
+    _no_gradient("running_absmax", running_absmax)
     return x, running_absmax, largest_code, axis
 
 
 def ema(
-    x: Tensor, running_absmax: Tensor, bits: int, axis: int | None, constant: float
-) -> tuple[Tensor, Tensor, int, int | None, float]:
-    averaging_constant(constant)
-    arguments = given_range(x, running_absmax, bits, axis)
-    _written_in_place("running_absmax", running_absmax, x)
-    return *arguments, constant
-
-
-def delayed(
     x: Tensor,
     running_absmax: Tensor,
+    observed: Tensor | None,
     bits: int,
     axis: int | None,
     constant: float,
-    save_clipped: bool,
-) -> tuple[Tensor, Tensor, int, int | None, float, bool]:
-    return *ema(x, running_absmax, bits, axis, constant), save_clipped
+) -> tuple[Tensor, Tensor, Tensor | None, int, int | None, float]:
+    averaging_constant(constant)
+    x, running_absmax, largest_code, axis = given_range(x, running_absmax, bits, axis)
+    _no_overlap("running_absmax", running_absmax, "x", x)
+    if observed is not None:
+        _one_per_range(observed, running_absmax)
+        _no_overlap("observed", observed, "x", x)
+        _no_overlap("observed", observed, "running_absmax", running_absmax)
+    return x, running_absmax, observed, largest_code, axis, constant
+
+
+def known_range(running_absmax: Tensor, observed: Tensor) -> Tensor:
+    """The average that a sum and its weight stand for."""
+    _one_per_range(observed, running_absmax)
+    _no_gradient("running_absmax", running_absmax)
+    if not torch.compiler.is_compiling():
+        for name, value in (("running_absmax", running_absmax), ("observed", observed)):
+            if not torch._C._functorch.is_functorch_wrapped_tensor(value):
+                _not_freed(name, value)  # Of which PyTorch's division takes no notice.
+    return running_absmax / observed
 
 
 def grad_and_clipped(grad: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +160,9 @@ def width(**bits: int) -> None:
 
 
 def qmax(bits: int) -> int:
-    width(bits=bits)
-    return 2 ** (bits - 1) - 1
+    if not 2 <= bits <= 8:
+        width(bits=bits)
+    return (1 << bits - 1) - 1
 
 
 def front_axis(axis: int | None, x: Tensor) -> int | None:
@@ -183,7 +197,26 @@ def _same_device(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {value.device}, takes one on {x.device}")
 
 
-def _written_in_place(name: str, value: Tensor, x: Tensor) -> None:
+def _one_per_range(observed: Tensor, running_absmax: Tensor) -> None:
+    _dtype("observed", observed, (torch.float32,))
+    if observed.shape != running_absmax.shape:
+        raise ValueError(
+            f"observed: got shape {list(observed.shape)}, takes that of running_absmax, "
+            f"{list(running_absmax.shape)}"
+        )
+    _same_device("observed", observed, running_absmax)
+    _no_gradient("observed", observed)
+
+
+def _no_gradient(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor that requires grad, takes one that does not: ranges have no "
+            "gradient"
+        )
+
+
+def _no_overlap(name: str, value: Tensor, other: str, x: Tensor) -> None:
     """``value`` (0-d or 1-d) must have its memory to itself: what a backend has read of ``x`` when
     it writes ``value`` differs."""
     if value.is_inference() and not torch.is_inference_mode_enabled():
@@ -196,7 +229,7 @@ def _written_in_place(name: str, value: Tensor, x: Tensor) -> None:
     if torch._C._is_alias_of(x, value):
         (start, end), (x_start, x_end) = _extent(value), _extent(x)
         if start < x_end and x_start < end:
-            raise ValueError(f"{name}: got a tensor that overlaps x in memory, takes its own")
+            raise ValueError(f"{name}: got a tensor that overlaps {other} in memory, takes its own")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
@@ -208,13 +241,18 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return start * x.itemsize, (start + last + 1) * x.itemsize
 
 
-def has_memory(name: str, value: Tensor | list[Tensor]) -> None:
+def has_memory(name: str, value: Tensor | list[Tensor] | None) -> None:
     """Raises for a tensor whose storage was freed (``untyped_storage().resize_(0)``, as sharded
     training does between forwards): a kernel would take its address for "none"."""
     if isinstance(value, list):
         for i, x in enumerate(value):
             has_memory(f"{name}[{i}]", x)
-    elif value.data_ptr() == 0 and value.numel() > 0:
+    elif value is not None and value.data_ptr() == 0:
+        _not_freed(name, value)
+
+
+def _not_freed(name: str, value: Tensor) -> None:
+    if value.numel() > 0 and value.untyped_storage().nbytes() == 0:
         raise ValueError(
             f"{name}: got a tensor of shape {list(value.shape)} whose memory was freed, takes one "
             "with its values"

@@ -1,27 +1,81 @@
-"""Turning a model's layers into quantized ones, in place."""
+"""Turning a model's layers into quantized ones, and back, in place."""
 
+from __future__ import annotations
+
+import functools
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import EllipsisType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
-from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
-from noisyq_fast.layers import (
-    DEFAULT_AVERAGING_CONSTANT,
-    DEFAULT_BITS,
-    PER_GROUP,
-    QuantConv2d,
-    QuantizeWeightsTogether,
-    QuantLinear,
-    check_quantizer,
-)
+from noisyq_fast import layers as quantized
+from noisyq_fast import usage
+from noisyq_fast.attention import QuantMultiheadAttention
+from noisyq_fast.first_last import FirstLast, by_execution, by_registration
+from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
+from noisyq_fast.layers import DEFAULT_BITS, QuantLayer, input_quantizer, weight_quantizer
+from noisyq_fast.quantizers import Quantizer
+from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
-QUANTIZED = {
-    nn.Conv2d: QuantConv2d,
-    nn.Linear: QuantLinear,
+_log = logging.getLogger("noisyq_fast")
+
+_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: quantized.QuantLinear,
+    NonDynamicallyQuantizableLinear: quantized.QuantLinear,
+    nn.Conv1d: quantized.QuantConv1d,
+    nn.Conv2d: quantized.QuantConv2d,
+    nn.Conv3d: quantized.QuantConv3d,
+    nn.ConvTranspose1d: quantized.QuantConvTranspose1d,
+    nn.ConvTranspose2d: quantized.QuantConvTranspose2d,
+    nn.ConvTranspose3d: quantized.QuantConvTranspose3d,
+    nn.Embedding: quantized.QuantEmbedding,
+    nn.MultiheadAttention: QuantMultiheadAttention,
     GroupedLinear: QuantGroupedLinear,
 }
+_BY_NAME = {"transformers.pytorch_utils.Conv1D": quantized.QuantTransposedLinear}
+"""Layers of packages that are not imported for it."""
+_OPTIONS = ("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation")
+
+
+def register_layer(float_class: type[nn.Module], quant_class: type[QuantLayer]) -> None:
+    """Makes `quantize_model_` convert layers of a class of your own.
+
+    Args:
+        float_class: of the layers in models, such as a subclass of `torch.nn.Linear` whose forward
+            does something else. Subclasses with the same forward are converted too.
+        quant_class: a subclass of `QuantLayer` and of ``float_class``, in this order, whose
+            ``compute(x, weight, bias)`` is what the float layer's forward does with its input, its
+            ``weight`` and its ``bias``.
+
+    Raises:
+        TypeError: not such classes.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> class ScaledLinear(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> class QuantScaledLinear(noisyq_fast.QuantLayer, ScaledLinear):
+        ...     def compute(self, x, weight, bias):
+        ...         return 2 * torch.nn.functional.linear(x, weight, bias)
+        >>> noisyq_fast.register_layer(ScaledLinear, QuantScaledLinear)
+        >>> noisyq_fast.quantize_model_(ScaledLinear(3, 2))
+        QuantScaledLinear(in_features=3, out_features=2, bias=True, W8/A8)
+    """
+    if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
+        raise TypeError(f"float_class: expected a subclass of nn.Module, got {float_class!r}")
+    bases = (QuantLayer, float_class)
+    if not isinstance(quant_class, type) or not all(issubclass(quant_class, b) for b in bases):
+        raise TypeError(
+            f"quant_class: expected a subclass of QuantLayer and {float_class.__name__}, got "
+            f"{quant_class!r}"
+        )
+    _LAYERS[float_class] = quant_class
 
 
 def quantize_model_(
@@ -30,29 +84,47 @@ def quantize_model_(
     activation_bits: int = DEFAULT_BITS,
     first_last_bits: int | None = 8,
     averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-    delayed: bool = False,
     ste: str = "identity",
     overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
     input_ranges: str = PER_GROUP,
+    *,
+    weight: Quantizer | EllipsisType | None = ...,
+    activation: Quantizer | EllipsisType | None = ...,
+    example: Any = None,
+    filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
-    """Makes the layers of a model quantized, for training with any ordinary loop: every `Conv2d`,
-    `Linear` and `GroupedLinear`.
+    """Makes the layers of a model quantized, for training with any ordinary loop.
 
-    Modules and parameters stay the same objects, so optimizers, hooks, tied weights and state-dict
-    names remain valid; each layer gains one buffer, ``running_absmax``.
+    These are `Linear`, `Conv1d` to `Conv3d`, `ConvTranspose1d` to `ConvTranspose3d`, `Embedding`
+    (its weight), `MultiheadAttention`, `GroupedLinear`, the `Conv1D` of Hugging Face, subclasses of
+    all these with the same forward, and what `register_layer` has added.
+
+    Modules and parameters stay the same objects, so optimizers, hooks, tied weights and the names
+    of parameters remain valid. Each layer gains two modules, ``weight_quantizer`` and
+    ``input_quantizer``. Whatever makes a layer's weight before its forward (pruning, weight norm,
+    sharding, offloading) may be added before or after.
 
     Args:
         model: any module; a single layer too. Changed in place.
         weight_bits: width of the weights, 2..8.
         activation_bits: width of the layers' inputs, 2..8.
-        first_last_bits: width of weights and inputs of the first and the last layer, in the order
-            of ``model.named_modules()``; ``None`` treats them like the others.
+        first_last_bits: width of weights and inputs of the first and the last layers; ``None``
+            treats them like the others.
         averaging_constant: weight of a batch in the moving average of an input's absmax, 0..1.
-        delayed, ste: as for `fake_quantize_ema`, for the layers' inputs.
+        ste: as for `MovingAbsMax`.
         overrides: for layers by name, the options that differ (``weight_bits``,
-            ``activation_bits``, ``averaging_constant``, ``delayed``, ``ste``, and of a
-            `GroupedLinear` ``input_ranges``); ``None`` keeps a layer in float.
+            ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, and of
+            a `GroupedLinear` ``input_ranges``); ``None`` keeps a layer in float.
         input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
+        weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits)``; ``None``
+            leaves weights as they are.
+        activation: the same for inputs, instead of ``MovingAbsMax(activation_bits, ...)``.
+        example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
+            arguments), on which it is run, in evaluation and in training, to find its first and
+            last layers: all that see the input, and all that make the outputs. Without one they are
+            the first and the last in the order of ``model.named_modules()``, and the log
+            (`logging`) names them unless the model is a `Sequential`.
+        filter: called with the name and the module of each layer; ``False`` keeps it in float.
 
     Returns:
         ``model``.
@@ -60,12 +132,13 @@ def quantize_model_(
     Raises:
         TypeError: wrong type of an argument.
         ValueError: a value out of range, a model without layers to quantize or with layers that
-            are quantized already, or an override that names no layer or no option. The model is
-            then as it was.
+            are quantized already, an override that names no layer or no option, or an example on
+            which the model does not run. The model is then as it was.
 
     Warns:
-        UserWarning: for subclasses of these layers, which stay float: their own forward might not
-            be what a quantized layer would compute.
+        UserWarning: a list of all weights that stay float, but for those that ``overrides`` and
+            ``filter`` name. In the second forward in training, a list of quantized layers that the
+            model has not called; whenever it calls one several times in one forward, its name.
 
     Example:
         >>> import noisyq_fast
@@ -78,64 +151,379 @@ def quantize_model_(
           (2): QuantConv2d(8, 9, kernel_size=(3, 3), stride=(1, 1), W8/A6)
         )
     """
-    layers = _layers_to_quantize(model)
     options = {
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "averaging_constant": averaging_constant,
-        "delayed": delayed,
         "ste": ste,
+        "weight": weight,
+        "activation": activation,
     }
-    of_groups = options | {"input_ranges": input_ranges}
-    check_quantizer(**of_groups)
-    quantizers = {
-        name: dict(of_groups if type(layer) is GroupedLinear else options)
-        for name, layer in layers.items()
-    }
-    if first_last_bits is not None:
-        for name in (next(iter(layers)), next(reversed(layers))):
-            quantizers[name] |= {"weight_bits": first_last_bits, "activation_bits": first_last_bits}
-    for name, override in (overrides or {}).items():
-        if name not in layers:
-            raise ValueError(f"overrides: got {name!r}, takes one of {', '.join(layers)}")
-        if override is None:
-            del quantizers[name]
-            continue
-        unknown = [option for option in override if option not in quantizers[name]]
-        if unknown:
-            takes = ", ".join(quantizers[name])
-            raise ValueError(f"overrides[{name!r}]: got {', '.join(unknown)}, takes {takes}")
-        quantizers[name] |= override
-    for quantizer in quantizers.values():
-        check_quantizer(**quantizer)
+    _quantizers(**options)
+    check_input_ranges(input_ranges)
+    convertible, refused = _convertible(model)
+    overrides = _checked(overrides, model, convertible)
+    kept = {name for name, override in overrides.items() if override is None}
+    if filter is not None:
+        kept |= {name for name, layer in convertible.items() if not filter(name, layer)}
+    layers = {name: layer for name, layer in convertible.items() if name not in kept}
+    for name in [name for name in layers if _is_read_by_float_attention(name, model, layers)]:
+        del layers[name]
+        if name.rpartition(".")[0] in kept:
+            kept.add(name)
 
-    for name, quantizer in quantizers.items():
-        layer = layers[name]
-        # The same object with another class: everything that refers to the layer stays valid.
-        layer.__class__ = QUANTIZED[type(layer)]
-        layer.set_quantizer_(**quantizer)
-    if quantizers:
-        QuantizeWeightsTogether(model, [layers[name] for name in quantizers])
+    def quantizers_of(name: str, bits: int | None) -> tuple[Quantizer | None, Quantizer | None]:
+        """For a layer; ``bits`` for all that its override does not name."""
+        chosen = _with_bits(bits, options)
+        override = {k: v for k, v in overrides.get(name, {}).items() if k != "input_ranges"}
+        for option, kind in (("weight_bits", "weight"), ("activation_bits", "activation")):
+            if option in override:
+                chosen[kind] = _with_bits(override[option], {kind: chosen[kind]})[kind]
+        return _quantizers(**chosen | override)
+
+    inner = {name: quantizers_of(name, None) for name in layers}
+    ends = {name: quantizers_of(name, first_last_bits) for name in layers}
+    for name, layer in layers.items():
+        if isinstance(layer, GroupedLinear):
+            layer.input_ranges = (overrides.get(name) or {}).get("input_ranges", input_ranges)
+        _convert(name, layer, *inner[name])
+    _refuse_fast_paths(model)
+    called = layers
+    if layers and (example is not None or first_last_bits is not None):
+        try:
+            found = _first_and_last(model, convertible, example)
+        except BaseException:
+            dequantize_model_(model)
+            raise
+        if first_last_bits is not None:
+            for name in (found.first | found.last) & layers.keys():
+                _set_quantizers(name, layers[name], *ends[name])
+        if missed := [name for name in layers if name not in found.called]:
+            warnings.warn(
+                f"quantized layers that the model does not call on the example: "
+                f"{', '.join(missed)}. Their weights may be read directly, which computes in float",
+                stacklevel=2,
+            )
+            called = {name: layer for name, layer in layers.items() if name in found.called}
+    _warn_of_floats(model, layers, kept, refused)
+    usage.watch(model, called)
     return model
 
 
-def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
-    modules = dict(model.named_modules())
-    done = [name for name, module in modules.items() if type(module) in QUANTIZED.values()]
-    if done:
-        raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
-    layers = {name: module for name, module in modules.items() if type(module) in QUANTIZED}
+def dequantize_model_(model: nn.Module) -> nn.Module:
+    """Undoes `quantize_model_`: the layers are float again, with the weights as trained.
+
+    Modules and parameters stay the same objects. The way from a quantized checkpoint to a float
+    model: load it into a converted model, and undo the conversion.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a model without quantized layers.
+
+    Example:
+        >>> import noisyq_fast
+        >>> from torch import nn
+        >>> model = noisyq_fast.quantize_model_(nn.Sequential(nn.Linear(3, 2)))
+        >>> noisyq_fast.dequantize_model_(model)
+        Sequential(
+          (0): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    _check_module(model)
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
     if not layers:
         raise ValueError(
-            f"model: got {type(model).__name__} without Conv2d, Linear or GroupedLinear layers"
+            f"model: got {type(model).__name__} without quantized layers, takes what "
+            "quantize_model_ returns"
         )
+    for layer in layers:
+        float_class = _float_class(layer)
+        for name in [*layer.quantizers(), *vars(layer)]:
+            if name.endswith("_quantizer") or name in ("_float_class", "input_ranges"):
+                delattr(layer, name)
+        layer.__class__ = _rebased(layer, float_class)
+    _allow_fast_paths(model)
+    return model
+
+
+# Which layers there are.
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+
+
+def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that can be quantized, by name, and why others of their kind cannot."""
+    _check_module(model)
+    modules = dict(model.named_modules())
+    done = [name for name, module in modules.items() if isinstance(module, QuantLayer)]
+    if done:
+        raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
+    layers, refused = {}, {}
     for name, module in modules.items():
-        if name not in layers and isinstance(module, tuple(QUANTIZED)):
-            warnings.warn(
-                f"layer {name!r} stays float: {type(module).__name__} is a subclass whose forward "
-                "may differ from that of its base class",
-                stacklevel=3,
+        kind = _kind(type(module))
+        if kind is None:
+            continue
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
+        if "forward" in vars(module):
+            refused[name] = "its forward was replaced: quantize the model before that"
+        elif any(
+            getattr(type(module), method, None) is not getattr(kind[0], method, None)
+            for method in ("forward", "_conv_forward")
+        ):
+            refused[name] = (
+                f"a subclass of {kind[0].__name__} with a forward of its own: see register_layer"
             )
-    return layers
+        else:
+            layers[name] = module
+    if not layers:
+        raise ValueError(
+            f"model: got {type(model).__name__} without layers that quantize_model_ can convert, "
+            "such as Conv2d, Linear or GroupedLinear"
+        )
+    return layers, refused
+
+
+def _kind(cls: type) -> tuple[type, type[QuantLayer]] | None:
+    """The float class that a module's class is or derives from, and its quantized one."""
+    for base in cls.__mro__:
+        quant = _LAYERS.get(base) or _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
+        if quant is not None:
+            return base, quant
+    return None
+
+
+def _is_read_by_float_attention(
+    name: str, model: nn.Module, layers: Mapping[str, nn.Module]
+) -> bool:
+    """Whether the layer is never called, because the attention that it belongs to stays float."""
+    parent, _, child = name.rpartition(".")
+    if child != "out_proj" or parent in layers:
+        return False
+    return type(model.get_submodule(parent)).forward is nn.MultiheadAttention.forward
+
+
+def _checked(
+    overrides: object, model: nn.Module, layers: Mapping[str, nn.Module]
+) -> dict[str, Mapping[str, Any] | None]:
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            "overrides: expected a dict from names of layers to options, such as "
+            f"{{'head': {{'weight_bits': 8}}, 'stem': None}}, got {type(overrides).__name__}"
+        )
+    for name, override in overrides.items():
+        if not isinstance(name, str):
+            raise TypeError(f"overrides: expected the name of a layer, a str, got {name!r}")
+        if override is None and _has_own_parameters(model, name):
+            continue
+        if name not in layers:
+            shown = [*layers][:20]
+            more = f" and {len(layers) - len(shown)} more" if len(layers) > len(shown) else ""
+            raise ValueError(f"overrides: got {name!r}, takes one of {', '.join(shown)}{more}")
+        if not isinstance(override, Mapping):
+            raise TypeError(
+                f"overrides[{name!r}]: expected a dict of options, such as {{'weight_bits': 8}}, "
+                f"or None to keep the layer float, got {override!r}"
+            )
+        grouped = isinstance(layers[name], GroupedLinear)
+        takes = (*_OPTIONS, "input_ranges") if grouped else _OPTIONS
+        unknown = [option for option in override if option not in takes]
+        if unknown:
+            got = ", ".join(map(str, unknown))
+            raise ValueError(f"overrides[{name!r}]: got {got}, takes {', '.join(takes)}")
+        if "input_ranges" in override:
+            check_input_ranges(override["input_ranges"])
+    return dict(overrides)
+
+
+def _has_own_parameters(model: nn.Module, name: str) -> bool:
+    module = dict(model.named_modules()).get(name)
+    return module is not None and next(module.parameters(recurse=False), None) is not None
+
+
+def _first_and_last(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> FirstLast:
+    if example is None:
+        found = by_registration(layers)
+        if not isinstance(model, nn.Sequential | nn.MultiheadAttention) and len(layers) > 1:
+            (first,), (last,) = found.first, found.last
+            _log.warning(
+                "quantize_model_: first and last layer by order of registration: %r and %r; pass "
+                "example=, an input of the model, to find them by execution",
+                first,
+                last,
+            )
+        return found
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    try:
+        for quantizer in quantizers:
+            quantizer.enabled = False
+        found = by_execution(model, layers, example)
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
+    if not found.last:
+        _log.warning(
+            "quantize_model_: no layer counts as last: none made an output of the model on the "
+            "example, of which it looks at tensors of floats"
+        )
+    return found
+
+
+# The quantizers.
+
+
+def _quantizers(
+    weight_bits: int,
+    activation_bits: int,
+    averaging_constant: float,
+    ste: str,
+    weight: Quantizer | EllipsisType | None,
+    activation: Quantizer | EllipsisType | None,
+) -> tuple[Quantizer | None, Quantizer | None]:
+    """Of the weight and of the input."""
+    return (
+        weight_quantizer(weight_bits, weight),
+        input_quantizer(activation_bits, averaging_constant, ste, activation),
+    )
+
+
+def _with_bits(bits: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with other bits, in quantizers too; None changes nothing."""
+    if bits is None:
+        return dict(options)
+    changed = {
+        name: value.like(bits=bits) if isinstance(value, Quantizer) else value
+        for name, value in options.items()
+    }
+    return changed | {name: bits for name in options if name.endswith("_bits")}
+
+
+# The classes of layers.
+
+
+def _convert(
+    name: str, layer: nn.Module, weight: Quantizer | None, activation: Quantizer | None
+) -> None:
+    # The same object with another class: everything that refers to the layer stays valid.
+    cls = type(layer)
+    layer._float_class = cls.__bases__[0] if is_parametrized(layer) else cls
+    layer.__class__ = _rebased(layer, _quant_class(layer._float_class))
+    _set_quantizers(name, layer, weight, activation)
+
+
+def _set_quantizers(
+    name: str, layer: QuantLayer, weight: Quantizer | None, activation: Quantizer | None
+) -> None:
+    layer.set_quantizers_(weight, activation)
+    for kind, quantizer in layer.quantizers().items():
+        quantizer.name = f"{name}.{kind}" if name else kind
+
+
+def _float_class(layer: QuantLayer) -> type[nn.Module]:
+    """What the layer was before its conversion; of one made by hand, its float base class."""
+    if "_float_class" in vars(layer):
+        return layer._float_class
+    return next(
+        base
+        for base in type(layer).__mro__
+        if issubclass(base, nn.Module) and not issubclass(base, QuantLayer)
+    )
+
+
+def _quant_class(float_class: type[nn.Module]) -> type[QuantLayer]:
+    _, quant = _kind(float_class)
+    return quant if float_class in _LAYERS else _derived(quant, float_class)
+
+
+@functools.cache
+def _derived(quant: type[QuantLayer], float_class: type[nn.Module]) -> type[QuantLayer]:
+    """A quantized class for a subclass of a float layer, with all else that it has."""
+    namespace = {
+        "__reduce_ex__": lambda self, _: (
+            _new,
+            (quant, float_class),
+            self.__getstate__(),
+        )
+    }
+    return type(f"Quant{float_class.__name__}", (quant, float_class), namespace)
+
+
+def _new(quant: type[QuantLayer], float_class: type[nn.Module]) -> QuantLayer:
+    """An empty layer of a derived class, for pickle."""
+    cls = _derived(quant, float_class)
+    return cls.__new__(cls)
+
+
+def _rebased(layer: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
+    """``base``, with the properties of the layer where it is parametrized
+    (`torch.nn.utils.parametrize` makes a class for each such layer)."""
+    if not is_parametrized(layer):
+        return base
+    names = vars(type(layer)).items()
+    namespace = {k: v for k, v in names if k not in ("__dict__", "__weakref__", "__module__")}
+    return type(f"Parametrized{base.__name__}", (base,), namespace)
+
+
+# Fast paths of PyTorch that read the weights of layers and compute by themselves, in float.
+
+
+def _refuse_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        if not any(isinstance(layer, QuantLayer) for layer in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _allow_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = _relu_or_gelu(module.activation)
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = module.enable_nested_tensor
+
+
+def _relu_or_gelu(activation: Any) -> int:
+    """The number by which `torch.nn.TransformerEncoderLayer` tells them."""
+    if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is nn.functional.gelu or isinstance(activation, nn.GELU) else 0
+
+
+def _warn_of_floats(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    kept: set[str],
+    refused: Mapping[str, str],
+) -> None:
+    """Names the weights that stay float although nobody asked for it: not those ``kept``."""
+    quantized = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
+    lines, count = [], 0
+    for name, module in model.named_modules():
+        weights = {
+            key: p
+            for key, p in module.named_parameters(recurse=False)
+            if id(p) not in quantized and sum(size > 1 for size in p.shape) > 1
+        }
+        layer = f".{name}".partition(".parametrizations")[0][1:]
+        if not weights or layer in kept or layer in layers:
+            continue
+        count += sum(p.numel() for p in weights.values())
+        why = f", {refused[name]}" if name in refused else ""
+        lines.append(f"{name or 'the model'} ({type(module).__name__}: {', '.join(weights)}{why})")
+    if lines:
+        share = count / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"weights that stay float, {share:.1%} of the parameters: {'; '.join(lines)}",
+            stacklevel=3,
+        )

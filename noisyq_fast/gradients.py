@@ -69,8 +69,7 @@ class StraightThroughEach(Gradient):
 
 
 class ClippedStraightThrough(Gradient):
-    """dy/dx = 0 where the code was clamped, otherwise 1. Saves a bit for each element; where the
-    operator was not asked for those, dy/dx = 1."""
+    """dy/dx = 0 where the code was clamped, otherwise 1. Saves a bit for each element."""
 
     @staticmethod
     def forward(
@@ -95,8 +94,6 @@ class ClippedStraightThrough(Gradient):
     @staticmethod
     def _masked(ctx: Any, derivative: Tensor) -> Tensor:
         (clipped,) = ctx.saved_tensors
-        if clipped.numel() == 0:
-            return derivative
         return torch.ops.noisyq.zero_clipped(_laid_out(derivative, ctx.strides), clipped)
 
 

@@ -7,15 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks
-from noisyq_fast.layers import (
-    DEFAULT_AVERAGING_CONSTANT,
-    DEFAULT_BITS,
-    PER_GROUP,
-    QuantLayer,
-    check_input_ranges,
-)
-from noisyq_fast.ops import fake_quantize
+from noisyq_fast import checks, usage
+from noisyq_fast.layers import QuantLayer
+from noisyq_fast.quantizers import MovingAbsMax, Quantizer
+
+PER_GROUP = "per-group"
+INPUT_RANGES = (PER_GROUP, "shared")
 
 Parameters = tuple[Tensor, Tensor | None]
 """A weight and a bias."""
@@ -129,13 +126,9 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
     those of a `QuantLinear` for each group (arXiv 2303.11803, section 3.2: scales per action unit).
 
     Args:
-        *args, **kwargs: as for `GroupedLinear`.
-        weight_bits: width of the weights, 2..8.
-        activation_bits: width of the input, 2..8.
-        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
-        delayed, ste: as for `fake_quantize_ema`, for the input.
-        input_ranges: ``"per-group"``, where ``running_absmax`` is ``[T]``; or ``"shared"``: one
-            range for all groups, ``running_absmax`` is 0-d. The scales of the weights stay.
+        *args, **kwargs: as for `GroupedLinear`, and as for `QuantLayer`.
+        input_ranges: ``"per-group"``, where the input has T ranges; or ``"shared"``: one for all
+            groups. The scales of the weights stay. With a quantizer for ``activation``, its own.
 
     Raises:
         TypeError: wrong type of an argument or of the input.
@@ -145,61 +138,46 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         >>> import torch, noisyq_fast
         >>> heads = noisyq_fast.QuantGroupedLinear(2, 3, 5, weight_bits=4, activation_bits=8)
         >>> x = torch.tensor([[[0.1, -0.7, 0.2], [10.0, 5.2, -70.0]]])
-        >>> heads(x).shape, heads.running_absmax
+        >>> heads(x).shape, heads.input_quantizer.range
         (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        weight_bits: int = DEFAULT_BITS,
-        activation_bits: int = DEFAULT_BITS,
-        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-        delayed: bool = False,
-        ste: str = "identity",
-        input_ranges: str = PER_GROUP,
-        **kwargs: Any,
-    ) -> None:
-        GroupedLinear.__init__(self, *args, **kwargs)
-        self.set_quantizer_(
-            weight_bits,
-            activation_bits,
-            averaging_constant,
-            delayed,
-            ste,
-            input_ranges=input_ranges,
-        )
-
-    def set_quantizer_(
-        self, *quantizer: Any, input_ranges: str = PER_GROUP, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, input_ranges: str = PER_GROUP, **kwargs: Any) -> None:
         check_input_ranges(input_ranges)
-        super().set_quantizer_(*quantizer, **options)
         self.input_ranges = input_ranges
-        self.input_axis = None
-        if input_ranges == PER_GROUP:
-            self.input_axis = -2
-            self.running_absmax = self.running_absmax.repeat(self.groups)
+        super().__init__(*args, **kwargs)
+
+    def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        if self.input_ranges == PER_GROUP and type(activation) is MovingAbsMax:
+            activation = MovingAbsMax(
+                activation.bits,
+                axis=-2,
+                ranges=self.groups,
+                averaging_constant=activation.averaging_constant,
+                ste=activation.ste,
+            )
+        super().set_quantizers_(weight, activation)
 
     def forward(self, x: Tensor, *, parameters: Parameters | None = None) -> Tensor:
+        usage.called(self)
         self.check_input(x)
         self.check_parameters(parameters)
         weight, bias = parameters or (None, self.bias)
         return _grouped_linear(self.quantized_input(x), self.quantized_weight(weight), bias)
 
-    def weight_by_channel(self) -> Tensor:
-        return self.weight.flatten(0, 1)
+    def by_channel(self, weight: Tensor) -> Tensor:
+        return weight.flatten(0, 1)
 
-    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The layer's weight, or another of its shape, quantized."""
-        if weight is None:
-            by_channel = super().quantized_weight()
-        else:
-            by_channel = fake_quantize(weight.flatten(0, 1), self.weight_bits, axis=0)
-        return by_channel.view_as(self.weight)
+    def from_channels(self, by_channel: Tensor, weight: Tensor) -> Tensor:
+        return by_channel.view_as(weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input_ranges={self.input_ranges}"
+
+
+def check_input_ranges(name: str) -> None:
+    if name not in INPUT_RANGES:
+        raise ValueError(f"input_ranges: got {name!r}, takes {' or '.join(INPUT_RANGES)}")
 
 
 def _check_sizes(**sizes: int) -> None:

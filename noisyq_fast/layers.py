@@ -4,54 +4,43 @@ Weights have one scale per output channel, recomputed at every forward; inputs h
 batch's absmax in training and its moving average otherwise (arXiv 2303.11803, section 3.1).
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from types import EllipsisType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisyq_fast import checks
-from noisyq_fast.ops import fake_quantize, fake_quantize_ema, fake_quantize_many
+from noisyq_fast import checks, gradients, usage
+from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
+from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
 DEFAULT_BITS = 4
-DEFAULT_AVERAGING_CONSTANT = 0.01
-PER_GROUP = "per-group"
-INPUT_RANGES = (PER_GROUP, "shared")
-
-
-def check_quantizer(
-    weight_bits: int,
-    activation_bits: int,
-    averaging_constant: float,
-    delayed: bool,
-    ste: str,
-    input_ranges: str = PER_GROUP,
-) -> None:
-    checks.integers(weight_bits=weight_bits, activation_bits=activation_bits)
-    checks.width(weight_bits=weight_bits, activation_bits=activation_bits)
-    checks.averaging_constant(averaging_constant)
-    checks.boolean(delayed=delayed)
-    checks.ste(ste)
-    check_input_ranges(input_ranges)
-
-
-def check_input_ranges(name: str) -> None:
-    if name not in INPUT_RANGES:
-        raise ValueError(f"input_ranges: got {name!r}, takes {' or '.join(INPUT_RANGES)}")
 
 
 class QuantLayer(nn.Module):
-    """What the layers share: the widths, and the range of the input.
+    """What quantized layers share. A subclass names its float layer as its second base class and
+    defines `compute`.
 
-    ``running_absmax`` is a float32 buffer, NaN until the first batch in training; `.half()` and
-    the like leave it float32. It is one range, or one for each index of ``input_axis``.
+    Args:
+        *args, **kwargs: as for the float layer.
+        weight_bits: width of the weights, 2..8.
+        activation_bits: width of the input, 2..8.
+        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
+        ste: as for `MovingAbsMax`.
+        weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits)``; ``None``
+            leaves the weight as it is.
+        activation: the same for the input, instead of ``MovingAbsMax(activation_bits, ...)``.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight_quantizer, input_quantizer: a `Quantizer` or ``None``.
     """
 
-    weight: Tensor
-    running_absmax: Tensor
-    input_axis: int | None = None
-    ready_weight: Tensor | None = None
-    fake_quantize_input: Callable[..., Tensor] = staticmethod(fake_quantize_ema)
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
 
     def __init__(
         self,
@@ -59,73 +48,174 @@ class QuantLayer(nn.Module):
         weight_bits: int = DEFAULT_BITS,
         activation_bits: int = DEFAULT_BITS,
         averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-        delayed: bool = False,
         ste: str = "identity",
+        weight: Quantizer | EllipsisType | None = ...,
+        activation: Quantizer | EllipsisType | None = ...,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)  # of the float layer
-        self.set_quantizer_(weight_bits, activation_bits, averaging_constant, delayed, ste)
-
-    def set_quantizer_(
-        self,
-        weight_bits: int = DEFAULT_BITS,
-        activation_bits: int = DEFAULT_BITS,
-        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-        delayed: bool = False,
-        ste: str = "identity",
-    ) -> None:
-        """Sets the widths, and a range of the input that has seen nothing yet."""
-        check_quantizer(weight_bits, activation_bits, averaging_constant, delayed, ste)
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.averaging_constant = averaging_constant
-        self.delayed = delayed
-        self.ste = ste
-        unseen = torch.full((), float("nan"), dtype=torch.float32, device=self.weight.device)
-        self.register_buffer("running_absmax", unseen)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        return self.fake_quantize_input(
-            x,
-            self.running_absmax,
-            self.activation_bits,
-            axis=self.input_axis,
-            averaging_constant=self.averaging_constant,
-            training=self.training,
-            ste=self.ste,
-            delayed=self.delayed,
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)  # of the float layer
+        self.set_quantizers_(
+            weight_quantizer(weight_bits, weight),
+            input_quantizer(activation_bits, averaging_constant, ste, activation),
         )
 
-    def weight_by_channel(self) -> Tensor:
-        """The weight, with one scale for each index of its first axis."""
-        return self.weight
+    def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        """Gives the layer copies of quantizers, which have seen nothing yet."""
+        device = next(self.parameters()).device
+        self.weight_quantizer = None if weight is None else weight.like().to(device)
+        self.input_quantizer = None if activation is None else activation.like().to(device)
+        for quantizer in self.quantizers().values():
+            quantizer.train(self.training)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight, from `QuantizeWeightsTogether` where that is at work."""
-        if self.ready_weight is not None:
-            return self.ready_weight
-        return fake_quantize(self.weight_by_channel(), self.weight_bits, axis=0)
+    def quantizers(self) -> dict[str, Quantizer]:
+        """Those of the layer by name."""
+        return {k: m for k, m in self._modules.items() if isinstance(m, Quantizer)}
+
+    @property
+    def weight_bits(self) -> int | None:
+        return None if self.weight_quantizer is None else self.weight_quantizer.bits
+
+    @property
+    def activation_bits(self) -> int | None:
+        return None if self.input_quantizer is None else self.input_quantizer.bits
+
+    # What is computed.
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        usage.called(self)
+        x, weight = self.quantized_input(x), self.quantized_weight()
+        return self.compute(x, weight, self.bias, *args, **kwargs)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        """The float layer's own arithmetic, with the rest of its forward's arguments."""
+        raise NotImplementedError
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The layer's weight as it is now, or another of its shape, quantized."""
+        weight = self.weight if weight is None else weight
+        if self.weight_quantizer is None:
+            return weight
+        if not gradients.wanted():
+            # Such as PyTorch's counter of FLOPs hook the inputs of modules that require grad.
+            weight = weight.detach()
+        by_channel = self.weight_quantizer(self.by_channel(weight))
+        return self.from_channels(by_channel, weight)
+
+    def by_channel(self, weight: Tensor) -> Tensor:
+        """The weight with the output channels first."""
+        return weight
+
+    def from_channels(self, by_channel: Tensor, weight: Tensor) -> Tensor:
+        """Undoes `by_channel`, for a quantized weight laid out like ``weight``."""
+        return by_channel
+
+    # What is kept.
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for quantizer in self.quantizers().values():  # none yet while the float layer is made
+            quantizer.reset()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, W{self.weight_bits}/A{self.activation_bits}"
+        return f"{super().extra_repr()}, {self.widths()}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLayer":
-        range_before = self.running_absmax
-        super()._apply(fn, recurse)
-        if self.running_absmax.dtype != torch.float32:
-            self.running_absmax = range_before.to(self.running_absmax.device)
-        return self
+    def widths(self) -> str:
+        """Such as W4/A4; F stands for a float."""
+        return f"W{self.weight_bits or 'F'}/A{self.activation_bits or 'F'}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # in one line: without the quantizers
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._rename_old_range(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _rename_old_range(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Version 0.1 kept the range in the layer, NaN where nothing was seen, and no bits."""
+        value = state_dict.pop(f"{prefix}running_absmax", None)
+        if value is None:
+            return
+        seen = ~value.isnan()
+        new = f"{prefix}input_quantizer."
+        state_dict[f"{new}running_absmax"] = torch.where(seen, value.float(), 0.0)
+        state_dict[f"{new}observed"] = seen.float()
+        for name, quantizer in self.quantizers().items():
+            state_dict[f"{prefix}{name}._extra_state"] = quantizer.get_extra_state()
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):
-    """`torch.nn.Conv2d` on fake-quantized weights and inputs.
+def weight_quantizer(bits: int, chosen: Quantizer | EllipsisType | None = ...) -> Quantizer | None:
+    """The quantizer for weights that the options of a layer stand for."""
+    checks.integers(weight_bits=bits)
+    checks.width(weight_bits=bits)
+    return AbsMax(bits) if chosen is ... else _quantizer("weight", chosen)
 
-    Args:
-        *args, **kwargs: as for `torch.nn.Conv2d`.
-        weight_bits: width of the weights, 2..8.
-        activation_bits: width of the input, 2..8.
-        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
-        delayed, ste: as for `fake_quantize_ema`, for the input.
+
+def input_quantizer(
+    bits: int,
+    averaging_constant: float,
+    ste: str,
+    chosen: Quantizer | EllipsisType | None = ...,
+) -> Quantizer | None:
+    """The quantizer for inputs that the options of a layer stand for."""
+    checks.integers(activation_bits=bits)
+    checks.width(activation_bits=bits)
+    default = MovingAbsMax(bits, averaging_constant=averaging_constant, ste=ste)
+    return default if chosen is ... else _quantizer("activation", chosen)
+
+
+def _quantizer(name: str, value: object) -> Quantizer | None:
+    if value is not None and not isinstance(value, Quantizer):
+        got = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name}: expected a quantizer such as AbsMax(4), or None, got {got}")
+    return value
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """`torch.nn.Linear` on fake-quantized weights and inputs. Arguments as for `QuantLayer`.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> noisyq_fast.QuantLinear(64, 10, weight_bits=8, activation_bits=8)
+        QuantLinear(in_features=64, out_features=10, bias=True, W8/A8)
+    """
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class _QuantConv(QuantLayer):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """`torch.nn.Conv1d` on fake-quantized weights and inputs. Arguments as for `QuantLayer`."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """`torch.nn.Conv2d` on fake-quantized weights and inputs. Arguments as for `QuantLayer`.
 
     Example:
         >>> import torch, noisyq_fast
@@ -134,48 +224,92 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         torch.Size([2, 16, 6, 6])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """`torch.nn.Conv3d` on fake-quantized weights and inputs. Arguments as for `QuantLayer`."""
 
 
-class QuantLinear(QuantLayer, nn.Linear):
-    """`torch.nn.Linear` on fake-quantized weights and inputs.
+class _QuantConvTranspose(QuantLayer):
+    """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
 
-    Args:
-        *args, **kwargs: as for `torch.nn.Linear`.
-        weight_bits: width of the weights, 2..8.
-        activation_bits: width of the input, 2..8.
-        averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
-        delayed, ste: as for `fake_quantize_ema`, for the input.
+    def by_channel(self, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return weight.transpose(0, 1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    Example:
-        >>> import torch, noisyq_fast
-        >>> noisyq_fast.QuantLinear(64, 10, weight_bits=8, activation_bits=8)
-        QuantLinear(in_features=64, out_features=10, bias=True, W8/A8)
-    """
+    def from_channels(self, by_channel: Tensor, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return by_channel.transpose(0, 1)
+        return by_channel.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
-
-
-class QuantizeWeightsTogether:
-    """Hooks of a model that quantize the weights of all its layers in one call, and so, on a GPU,
-    in one launch, before each forward. A layer that is called by itself quantizes its own."""
-
-    def __init__(self, model: nn.Module, layers: list[QuantLayer]) -> None:
-        self.layers = layers
-        model.register_forward_pre_hook(self.before)
-        model.register_forward_hook(self.after, always_call=True)
-
-    def before(self, *_: object) -> None:
-        weights = fake_quantize_many(
-            [layer.weight_by_channel() for layer in self.layers],
-            [layer.weight_bits for layer in self.layers],
-            axis=0,
+    def compute(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
+        dimensions = len(self.kernel_size)
+        padding = self._output_padding(
+            x,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            dimensions,
+            self.dilation,
         )
-        for layer, weight in zip(self.layers, weights, strict=True):
-            layer.ready_weight = weight
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
+        return convolve(
+            x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+        )
 
-    def after(self, *_: object) -> None:
-        for layer in self.layers:
-            layer.ready_weight = None
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` on fake-quantized weights and inputs. Arguments as for
+    `QuantLayer`."""
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` on fake-quantized weights and inputs. Arguments as for
+    `QuantLayer`."""
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` on fake-quantized weights and inputs. Arguments as for
+    `QuantLayer`."""
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """`torch.nn.Embedding` with a fake-quantized weight, one scale for each row. Its input stays:
+    indices. Arguments as for `QuantLayer`."""
+
+    def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        super().set_quantizers_(weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        usage.called(self)
+        weight = self.weight
+        if self.max_norm is not None:
+            torch.embedding_renorm_(weight.detach(), x, self.max_norm, self.norm_type)
+        return F.embedding(
+            x,
+            self.quantized_weight(weight),
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
+
+
+class QuantTransposedLinear(QuantLayer):
+    """The linear layer of GPT-2 in Hugging Face transformers (`Conv1D`), whose weight is
+    ``[in, out]``, on fake-quantized weights and inputs. `quantize_model_` makes it."""
+
+    def by_channel(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, 1)
+
+    def from_channels(self, by_channel: Tensor, weight: Tensor) -> Tensor:
+        return by_channel.transpose(0, 1)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.transpose(0, 1), bias)

@@ -22,8 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
 
-from noisyq_fast import checks, gradients
+from noisyq_fast import batching, checks, gradients
 from noisyq_fast.backends import select
 
 _library = torch.library.Library("noisyq", "DEF")
@@ -33,16 +39,16 @@ _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 def _declare(
     schema: str,
     *,
-    check: Callable,
+    prepare: Callable,
     shape: Callable,
     gradient: type[gradients.Gradient] | None,
     check_values: Callable | None = None,
 ) -> torch._ops.OpOverload:
-    """Declares an operator, for which every backend has a function of the same name.
+    """Declares an operator, which backends compute with a function of the same name.
 
     Args:
         schema: the operator's signature.
-        check: raises for bad arguments; returns the arguments for ``shape`` and for the backend.
+        prepare: raises for bad arguments; returns those that ``shape`` and the backends take.
         shape: the outputs without their values.
         gradient: differentiates the operator; ``None`` where it is not differentiable.
         check_values: raises for bad values; not called where there are no values yet (tracing).
@@ -56,16 +62,16 @@ def _declare(
     ]
 
     def compute(*arguments: Any) -> Any:
-        arguments = check(*arguments)
+        arguments = prepare(*arguments)
         for i, argument in named:
             checks.has_memory(argument, arguments[i])
         if check_values is not None:
             check_values(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-        return getattr(select(first.device.type), name)(*arguments)
+        return select(name, first.device.type)(*arguments)
 
     def fake(*arguments: Any) -> Any:
-        return shape(*check(*arguments))
+        return shape(*prepare(*arguments))
 
     def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         keys &= _AFTER_AUTOGRAD
@@ -82,6 +88,7 @@ def _declare(
     _library.impl(name, compute, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)
     torch.library.register_fake(f"noisyq::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"noisyq::{name}", batching.RULES[name], lib=_library)
     return operator
 
 
@@ -89,61 +96,52 @@ def _like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _with_clipped(x: Tensor, save_clipped: bool) -> tuple[Tensor, Tensor]:
-    size = checks.packed_size(x) if save_clipped else 0
-    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
-
-
 _fake_quantize = _declare(
     "fake_quantize(Tensor x, int bits, int? axis) -> Tensor",
-    check=checks.dynamic,
+    prepare=checks.dynamic,
     shape=_like,
     gradient=gradients.StraightThrough,
 )
 _fake_quantize_many = _declare(
     "fake_quantize_many(Tensor[] tensors, int[] bits, int? axis) -> Tensor[]",
-    check=checks.many,
+    prepare=checks.many,
     shape=lambda tensors, *_: [torch.empty_like(x) for x in tensors],
     gradient=gradients.StraightThroughEach,
 )
 _fake_quantize_ema = _declare(
-    "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
-    "float averaging_constant) -> Tensor",
-    check=checks.ema,
+    "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, Tensor(b!)? observed, int bits, "
+    "int? axis, float averaging_constant) -> Tensor",
+    prepare=checks.ema,
     shape=_like,
     gradient=gradients.StraightThrough,
 )
-_fake_quantize_range = _declare(
-    "fake_quantize_range(Tensor x, Tensor running_absmax, int bits, int? axis) -> Tensor",
-    check=checks.given_range,
+_fake_quantize_fixed_range = _declare(
+    "fake_quantize_fixed_range(Tensor x, Tensor running_absmax, int bits, int? axis) -> Tensor",
+    prepare=checks.given_range,
     check_values=checks.range_seen,
     shape=_like,
     gradient=gradients.StraightThrough,
 )
-_fake_quantize_clipped = _declare(
-    "fake_quantize_clipped(Tensor x, Tensor running_absmax, int bits, int? axis) "
+_fake_quantize_fixed_range_clipped = _declare(
+    "fake_quantize_fixed_range_clipped(Tensor x, Tensor running_absmax, int bits, int? axis) "
     "-> (Tensor, Tensor)",
-    check=checks.given_range,
+    prepare=checks.given_range,
     check_values=checks.range_seen,
-    shape=lambda x, *_: _with_clipped(x, True),
-    gradient=gradients.ClippedStraightThrough,
-)
-_fake_quantize_delayed = _declare(
-    "fake_quantize_delayed(Tensor x, Tensor(a!) running_absmax, int bits, int? axis, "
-    "float averaging_constant, bool save_clipped) -> (Tensor, Tensor)",
-    check=checks.delayed,
-    shape=lambda x, *others: _with_clipped(x, others[-1]),
+    shape=lambda x, *_: (
+        torch.empty_like(x),
+        x.new_empty(checks.packed_size(x), dtype=torch.uint8),
+    ),
     gradient=gradients.ClippedStraightThrough,
 )
 _zero_clipped = _declare(
     "zero_clipped(Tensor grad, Tensor clipped) -> Tensor",
-    check=checks.grad_and_clipped,
+    prepare=checks.grad_and_clipped,
     shape=lambda grad, _: torch.empty_like(grad),
     gradient=gradients.ZeroClipped,
 )
 _quantize = _declare(
     "quantize(Tensor x, int bits, int? axis) -> (Tensor, Tensor)",
-    check=checks.dynamic,
+    prepare=checks.dynamic,
     shape=lambda x, qmax, axis: (
         torch.empty_like(x, dtype=torch.int8),
         x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32),
@@ -152,7 +150,7 @@ _quantize = _declare(
 )
 _dequantize = _declare(
     "dequantize(Tensor codes, Tensor scale, int? axis) -> Tensor",
-    check=checks.codes_and_scale,
+    prepare=checks.codes_and_scale,
     shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
     gradient=gradients.Dequantize,
 )
@@ -183,8 +181,10 @@ def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
         tensor([[  0.1000,  -0.7000,   0.3000],
                 [ 10.0000,  10.0000, -70.0000]])
     """
-    checks.tensors(x=x)
-    checks.integers(bits=bits)
+    if has_torch_function_unary(x):
+        return handle_torch_function(fake_quantize, (x,), x, bits, axis)
+    checks.tensor("x", x)
+    checks.integer("bits", bits)
     checks.axis_type(axis)
     return _fake_quantize(x, bits, axis)
 
@@ -215,9 +215,13 @@ def fake_quantize_many(
                 [ 5.2000]])]
     """
     tensors = list(tensors)
+    if has_torch_function(tensors):
+        return handle_torch_function(fake_quantize_many, tensors, tensors, bits, axis)
     bits = [bits] * len(tensors) if isinstance(bits, int) else list(bits)
-    checks.tensors(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
-    checks.integers(**{f"bits[{i}]": b for i, b in enumerate(bits)})
+    for i, x in enumerate(tensors):
+        checks.tensor(f"tensors[{i}]", x)
+    for i, b in enumerate(bits):
+        checks.integer(f"bits[{i}]", b)
     checks.axis_type(axis)
     return _fake_quantize_many(tensors, bits, axis)
 
@@ -230,7 +234,7 @@ def fake_quantize_ema(
     averaging_constant: float = 0.01,
     training: bool = True,
     ste: str = "identity",
-    delayed: bool = False,
+    observed: Tensor | None = None,
 ) -> Tensor:
     """Quantizes and dequantizes activations, and keeps a moving average of their absmax.
 
@@ -238,11 +242,15 @@ def fake_quantize_ema(
     ``running_absmax += averaging_constant * (absmax - running_absmax)``. Otherwise the scale comes
     from ``running_absmax``, which stays as it is.
 
+    With ``observed`` the moving average is ``running_absmax / observed``: a sum and its weight.
+    Both can be averaged with those of other models, where the NaN of one that has seen nothing
+    would spoil the mean for ever. An update leaves the average itself and a weight of 1.
+
     Args:
         x: float32, bfloat16 or float16 tensor of any shape and strides.
         running_absmax: float32; 0-d, or ``[x.shape[axis]]``. NaN means "nothing seen yet": the
             first batch sets it. A batch whose absmax is not finite, or without elements, leaves
-            it unchanged.
+            it (and ``observed``) unchanged.
         bits: width of the codes, 2..8.
         axis: the per-channel axis, one range for each of its indices; ``None``: one range.
         averaging_constant: weight of the batch in the average, 0..1.
@@ -250,9 +258,8 @@ def fake_quantize_ema(
         ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a value
             was clipped, at the cost of a saved bit for each element. With the batch's own absmax
             nothing clips, and both are the same.
-        delayed: in training, take the scale from ``running_absmax`` as it was before the batch:
-            on a GPU one pass over the tensor instead of two. Values beyond it are clipped; the
-            first batch is quantized by its own absmax.
+        observed: float32, of the shape and device of ``running_absmax``: its weight, 0 where
+            nothing was seen yet (then the sum is 0 too, and their quotient NaN). ``None``: 1.
 
     Returns:
         A tensor with the shape, dtype and memory format of ``x``. Where a range is NaN outside
@@ -262,8 +269,8 @@ def fake_quantize_ema(
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: an argument out of range, shapes or devices that do not fit, a
-            ``running_absmax`` that requires grad or shares its memory with ``x``, or, on the CPU,
-            a range without a value outside training.
+            ``running_absmax`` or ``observed`` that requires grad or shares its memory, or, on the
+            CPU, a range without a value outside training.
 
     Example:
         >>> import torch, noisyq_fast
@@ -276,22 +283,35 @@ def fake_quantize_ema(
         >>> noisyq_fast.fake_quantize_ema(2 * x, running, bits=4, training=False)
         tensor([ 0.2000, -0.7000,  0.5000])
     """
-    checks.tensors(x=x, running_absmax=running_absmax)
-    checks.integers(bits=bits)
+    if has_torch_function_variadic(x, running_absmax, observed):
+        return handle_torch_function(
+            fake_quantize_ema,
+            (x, running_absmax, observed),
+            x,
+            running_absmax,
+            bits,
+            axis,
+            averaging_constant,
+            training,
+            ste,
+            observed,
+        )
+    checks.tensor("x", x)
+    checks.tensor("running_absmax", running_absmax)
+    checks.integer("bits", bits)
     checks.axis_type(axis)
     checks.averaging_constant(averaging_constant)
-    checks.boolean(training=training, delayed=delayed)
+    checks.boolean(training=training)
     checks.ste(ste)
-    if training and delayed:
-        save_clipped = ste == "clipped"
-        return _fake_quantize_delayed(
-            x, running_absmax, bits, axis, averaging_constant, save_clipped
-        )[0]
+    if observed is not None:
+        checks.tensor("observed", observed)
     if training:
-        return _fake_quantize_ema(x, running_absmax, bits, axis, averaging_constant)
+        return _fake_quantize_ema(x, running_absmax, observed, bits, axis, averaging_constant)
+    if observed is not None:
+        running_absmax = checks.known_range(running_absmax, observed)
     if ste == "identity":
-        return _fake_quantize_range(x, running_absmax, bits, axis)
-    return _fake_quantize_clipped(x, running_absmax, bits, axis)[0]
+        return _fake_quantize_fixed_range(x, running_absmax, bits, axis)
+    return _fake_quantize_fixed_range_clipped(x, running_absmax, bits, axis)[0]
 
 
 def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -316,8 +336,10 @@ def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Ten
         >>> noisyq_fast.quantize(torch.tensor([0.1, -0.7, 0.26]), bits=4)
         (tensor([ 1, -7,  3], dtype=torch.int8), tensor(0.1000))
     """
-    checks.tensors(x=x)
-    checks.integers(bits=bits)
+    if has_torch_function_unary(x):
+        return handle_torch_function(quantize, (x,), x, bits, axis)
+    checks.tensor("x", x)
+    checks.integer("bits", bits)
     checks.axis_type(axis)
     return _quantize(x, bits, axis)
 
@@ -343,6 +365,9 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
         >>> noisyq_fast.dequantize(codes, scale)
         tensor([ 0.1000, -0.7000,  0.3000])
     """
-    checks.tensors(codes=codes, scale=scale)
+    if has_torch_function_variadic(codes, scale):
+        return handle_torch_function(dequantize, (codes, scale), codes, scale, axis)
+    checks.tensor("codes", codes)
+    checks.tensor("scale", scale)
     checks.axis_type(axis)
     return _dequantize(codes, scale, axis)

@@ -15,7 +15,7 @@ import emulated_cuda
 import noisyq_fast
 from noisyq_fast.backends import BACKENDS
 
-BACKENDS["emulated-cuda"] = emulated_cuda.backend()
+BACKENDS["emulated-cuda"] = emulated_cuda.MODULE.backend
 
 # How long an example takes says nothing on a machine that runs other tests too.
 hypothesis.settings.register_profile("noisyq", deadline=None)
@@ -28,7 +28,7 @@ def pytest_configure(config):
 
 
 # The backends that take the tensors of most tests; tests/test_gpu.py is about the others.
-ON_CPU = [name for name, module in BACKENDS.items() if "cpu" in (module.DEVICE_TYPES or ["cpu"])]
+ON_CPU = [name for name, backend in BACKENDS.items() if backend.takes("cpu")]
 
 
 @pytest.fixture(params=ON_CPU)

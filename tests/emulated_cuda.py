@@ -19,7 +19,7 @@ from types import ModuleType
 import filelock
 import pybind11
 
-from noisyq_fast.backends import cuda_grid
+from noisyq_fast.backends.cuda_launch import DeviceLimits
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -39,18 +39,16 @@ FLAGS = [
 
 # Small, so that tensors of a few elements are shared by several blocks. The emulator runs at most 4
 # blocks of a cooperative launch at once.
-MACHINE = cuda_grid.Machine(multiprocessors=4, kept_bytes=64, share_bytes=32)
+LIMITS = DeviceLimits(multiprocessors=4, kept_bytes=64, share_bytes=32)
 
 
-def backend() -> ModuleType:
+def make_module() -> ModuleType:
     """The module of the backend `cuda`, once more, for tensors on the CPU."""
-    original = ROOT / "noisyq_fast" / "backends" / "cuda.py"
+    original = ROOT / "noisyq_fast" / "backends" / "native_cuda.py"
     spec = importlib.util.spec_from_file_location("emulated_cuda_backend", original)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.DEVICE_TYPES = ("cpu",)
-    module.AUTOMATIC = False
-    module._machine = lambda device: MACHINE
+    module._limits = lambda device: LIMITS
     module._stream = lambda: 0
 
     @cache
@@ -62,7 +60,10 @@ def backend() -> ModuleType:
         module.kernels = load(build(compiler)).cuda
         return None
 
-    module.unavailable = unavailable
+    module.backend.name = "emulated-cuda"
+    module.backend.device_types = ("cpu",)
+    module.backend.unavailable = unavailable
+    module.backend.automatic = False
     return module
 
 
@@ -109,3 +110,6 @@ def load(library: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+MODULE = make_module()

@@ -33,10 +33,18 @@ def along_axis(per_channel, x, axis):
     return per_channel.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
 
 
-def averaged(running, absmax, averaging_constant):
-    new = running + np.float32(averaging_constant) * (absmax - running)
-    new = np.where(np.isnan(running), absmax, new)
-    return np.where(np.isfinite(absmax), new, running).astype(np.float32)
+def averaged(running, observed, absmax, averaging_constant):
+    """The moving average running / observed after a batch, as a sum and a weight."""
+    with np.errstate(all="ignore"):
+        known = running / observed
+        new = known + np.float32(averaging_constant) * (absmax - known)
+    new = np.where(np.isnan(known), absmax, new)
+    seen = np.isfinite(absmax)
+    one = np.ones_like(observed)
+    return tuple(
+        np.where(seen, value, before).astype(np.float32)
+        for value, before in ((new, running), (one, observed))
+    )
 
 
 def round_to_bfloat16(x):

@@ -1,5 +1,7 @@
 """Bad arguments: the error names the argument, what it got, and what it takes."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -114,15 +116,51 @@ CASES = [
         ValueError,
         "running_absmax: got an expanded tensor",
     ),
+    *(
+        (partial(fake_quantize_ema, X, ONE, 4, training=training, observed=observed), *expected)
+        for training in (True, False)
+        for observed, *expected in [
+            (1.0, TypeError, "observed: got float, takes a torch.Tensor"),
+            (ONE.half(), TypeError, "observed: got torch.float16, takes torch.float32"),
+            (torch.ones(1), ValueError, r"observed: got shape \[1\], takes .* \[\]"),
+            (ONE.to("meta"), ValueError, "observed: got a tensor on meta, takes one on cpu"),
+            (freed(), ValueError, "observed: got .* memory was freed"),
+            (
+                torch.ones([], requires_grad=True),
+                ValueError,
+                "observed: got a tensor that requires grad",
+            ),
+        ]
+    ),
+    (
+        lambda: fake_quantize_ema(X, freed(4), 4, 0, training=False, observed=torch.ones(4)),
+        ValueError,
+        "running_absmax: got .* memory was freed",
+    ),
+    (
+        lambda: fake_quantize_ema(X, torch.ones(4), 4, axis=0, observed=ONE.expand(4)),
+        ValueError,
+        "observed: got an expanded tensor",
+    ),
+    (
+        lambda: fake_quantize_ema(BUFFER[:20].view(4, 5), ONE, 4, observed=BUFFER[19]),
+        ValueError,
+        "observed: got a tensor that overlaps x in memory",
+    ),
+    (
+        lambda: fake_quantize_ema(X, BUFFER[:4], 4, axis=0, observed=BUFFER[3:7]),
+        ValueError,
+        "observed: got a tensor that overlaps running_absmax in memory",
+    ),
     (
         lambda: fake_quantize_ema(X, of_inference(), 4),
         ValueError,
         "running_absmax: got a tensor made in inference mode",
     ),
     (
-        lambda: fake_quantize_ema(X, of_inference(), 4, delayed=True),
+        lambda: fake_quantize_ema(X, ONE.clone(), 4, observed=of_inference()),
         ValueError,
-        "running_absmax: got a tensor made in inference mode",
+        "observed: got a tensor made in inference mode",
     ),
     (lambda: fake_quantize(freed(4, 5), 4), ValueError, r"x: got .* \[4, 5\] whose memory"),
     (lambda: fake_quantize(freed(4, 5, dtype=torch.half), 4, 1), ValueError, "x: got .* freed"),
@@ -158,7 +196,7 @@ def test_bad_arguments_are_named(backend, call, error, message):
 def test_operators_check_without_their_python_functions():
     """A wrong shape must not reach a kernel through torch.ops either."""
     with pytest.raises(ValueError, match="running_absmax: got shape"):
-        torch.ops.noisyq.fake_quantize_ema(X, torch.ones(3), 4, 0, 0.01)
+        torch.ops.noisyq.fake_quantize_ema(X, torch.ones(3), None, 4, 0, 0.01)
     with pytest.raises(ValueError, match="bits: got 40"):
         torch.ops.noisyq.fake_quantize(X, 40, None)
 

@@ -1,15 +1,20 @@
 """The choice of a backend, what is said about it, and processes that fork."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import noisyq_fast
 from noisyq_fast import backends
+from noisyq_fast.backends import BACKENDS
+from noisyq_fast.backends.backend import Backend
 
 
 def run(code, **environment):
@@ -34,8 +39,10 @@ def test_use_backend_as_function_and_as_context_manager():
 
 def test_the_backend_that_is_chosen_computes(monkeypatch):
     called = []
-    monkeypatch.setattr(
-        backends.reference, "fake_quantize", lambda x, qmax, axis: called.append(qmax) or x
+    monkeypatch.setitem(
+        BACKENDS["reference"].functions,
+        "fake_quantize",
+        lambda x, qmax, axis: called.append(qmax) or x,
     )
     with noisyq_fast.use_backend("reference"):
         noisyq_fast.fake_quantize(torch.ones(2), 4)
@@ -51,8 +58,8 @@ def test_a_thread_that_is_choosing_does_not_undo_a_later_choice(monkeypatch):
         assert may_go_on.wait(30)
 
     with noisyq_fast.use_backend("auto"):
-        monkeypatch.setattr(backends.cpu, "unavailable", unavailable)
-        thread = threading.Thread(target=backends.select, args=("cpu",))
+        monkeypatch.setattr(BACKENDS["cpu"], "unavailable", unavailable)
+        thread = threading.Thread(target=backends.select, args=("fake_quantize", "cpu"))
         thread.start()
         assert looks.wait(30)
         with noisyq_fast.use_backend("reference"):
@@ -69,14 +76,14 @@ def test_unknown_names_are_refused_and_change_nothing():
 
 
 def test_a_backend_that_cannot_be_used_says_why(monkeypatch):
-    monkeypatch.setattr(backends.cpu, "unavailable", lambda: "no library")
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: "no library")
     backends._request(backends.AUTO)
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot be used here: no library"):
         noisyq_fast.use_backend("cpu")
     with noisyq_fast.use_backend("auto"):
         assert noisyq_fast.current_backend("cpu") == "reference"
     assert noisyq_fast.info().backends["cpu"] == "no library"
-    assert "  cpu             not usable: no library" in str(noisyq_fast.info())
+    assert re.search("  cpu +not usable: no library", str(noisyq_fast.info()))
 
 
 def test_a_device_that_the_backend_does_not_take():
@@ -85,6 +92,55 @@ def test_a_device_that_the_backend_does_not_take():
         pytest.raises(ValueError, match="backend 'cpu' takes tensors on cpu, got one on cuda"),
     ):
         noisyq_fast.current_backend("cuda")
+
+
+@pytest.fixture
+def partial_backend():
+    """One that computes a single operator on the CPU, before all others."""
+    backend = Backend("partial", device_types=("cpu",), unavailable=lambda: None)
+
+    @backend.register
+    def dequantize(codes, scale, axis):
+        return torch.full_like(codes, 42.0, dtype=torch.float32)
+
+    others = dict(BACKENDS)
+    BACKENDS.clear()
+    BACKENDS.update({"partial": backend, **others})
+    yield
+    BACKENDS.pop("partial")
+
+
+@pytest.mark.parametrize("name", ["auto", "partial"])
+def test_what_a_backend_leaves_out_is_computed_by_the_next(partial_backend, name):
+    with noisyq_fast.use_backend(name):
+        codes, scale = noisyq_fast.quantize(torch.tensor([3.0, -7.0]), 4)
+        assert codes.tolist() == [3, -7]
+        assert noisyq_fast.dequantize(codes, scale).tolist() == [42, 42]
+        assert noisyq_fast.current_backend("cpu", "dequantize") == "partial"
+        assert noisyq_fast.current_backend("cpu", "quantize") == "cpu"
+        assert noisyq_fast.current_backend("cpu", "zero_clipped") == "reference"
+        info = noisyq_fast.info()
+        assert info.operators["dequantize"]["cpu"] == "partial"
+        assert info.operators["quantize"]["cpu"] == "cpu"
+        assert re.search("^  dequantize +partial", str(info), re.MULTILINE)
+    with noisyq_fast.use_backend("reference"):
+        assert noisyq_fast.dequantize(codes, scale).tolist() != [42, 42]
+
+
+def test_the_reference_computes_every_operator():
+    declared = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("noisyq::")
+    }
+    assert set(BACKENDS["reference"].functions) == declared
+    for backend in BACKENDS.values():
+        assert set(backend.functions) <= declared
+
+
+def test_an_unknown_operator_is_named():
+    with pytest.raises(ValueError, match="operator: got 'relu', takes one of fake_quantize, "):
+        noisyq_fast.current_backend("cpu", "relu")
 
 
 def test_environment_variable():
@@ -98,7 +154,11 @@ def test_command_line_report():
         [sys.executable, "-m", "noisyq_fast"], capture_output=True, text=True, check=True
     ).stdout
     assert torch.__version__ in report
-    assert "  reference       usable" in report
+    assert "  reference " in report
+    table = dict(line.split() for line in report.split("operators")[1].splitlines()[1:])
+    assert table["quantize"] == "cpu"
+    assert table["zero_clipped"] == "reference"
+    assert set(table) == set(BACKENDS["reference"].functions)
 
 
 def test_import_without_the_native_library_explains_itself():
@@ -111,6 +171,27 @@ def test_import_without_the_native_library_explains_itself():
     output = run(code).stdout
     assert "reference tensor([1., 1.])" in output
     assert "the native library was not compiled or does not load" in output
+
+
+def test_a_checkout_that_was_not_installed_can_be_imported(tmp_path):
+    """Without metadata and without a compiled library."""
+    shutil.copytree(Path(noisyq_fast.__file__).parent, tmp_path / "noisyq_fast")
+    code = (
+        "from importlib import metadata\n"
+        "import sys; sys.modules['noisyq_fast._core'] = None\n"
+        "def version(name, known=metadata.version):\n"
+        "    if name == 'noisyq_fast': raise metadata.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "metadata.version = version\n"
+        "import noisyq_fast, torch\n"
+        "print(noisyq_fast.__file__, noisyq_fast.__version__, noisyq_fast.current_backend())\n"
+        "print(noisyq_fast.info())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith(f"{tmp_path / 'noisyq_fast'}"), done.stderr
+    assert "0+unknown reference\n" in done.stdout
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_threads():

@@ -7,21 +7,19 @@ import torch
 from torch import nn
 
 import noisyq_fast
+from noisyq_fast import fake_quantize_ema
 
 X = torch.randn(3, 4)
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
     "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
-    "fake_quantize_ema": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1, 0.01),
-    "fake_quantize_range": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1),
-    "fake_quantize_clipped": lambda: (X.clone().requires_grad_(), torch.tensor(1.0), 4, None),
-    "fake_quantize_delayed": lambda: (
+    "fake_quantize_ema": lambda: (X.clone().requires_grad_(), *torch.ones(2, 4), 4, 1, 0.01),
+    "fake_quantize_fixed_range": lambda: (X.clone().requires_grad_(), torch.ones(4), 4, 1),
+    "fake_quantize_fixed_range_clipped": lambda: (
         X.clone().requires_grad_(),
-        torch.tensor(0.5),
+        torch.tensor(1.0),
         4,
         None,
-        0.1,
-        True,
     ),
     "zero_clipped": lambda: (X.clone().requires_grad_(), torch.tensor([3, 5], dtype=torch.uint8)),
     "quantize": lambda: (X.clone(), 4, None),
@@ -32,6 +30,11 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(backend, name):
     torch.library.opcheck(getattr(torch.ops.noisyq, name), OPERATORS[name]())
+
+
+def test_opcheck_without_observed(backend):
+    x, running, _, *others = OPERATORS["fake_quantize_ema"]()
+    torch.library.opcheck(torch.ops.noisyq.fake_quantize_ema, (x, running, None, *others))
 
 
 def test_every_operator_is_checked():
@@ -64,9 +67,24 @@ def test_a_model_compiles_to_one_graph_with_the_same_numbers(training):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sum_and_its_weight_compile(training):
+    def f(x, running, observed):
+        return fake_quantize_ema(x, running, 4, 0, training=training, observed=observed)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    averages = [torch.tensor([[0.5, 3.0], [0.25, 0.5]]) for _ in range(2)]
+    for _ in range(2):
+        x = torch.randn(2, 3)
+        assert torch.equal(
+            *(g(x, *average) for g, average in zip((f, compiled), averages, strict=True))
+        )
+        assert torch.equal(*averages)
+
+
 def test_the_clipped_estimator_compiles():
     def f(x, running):
-        return noisyq_fast.fake_quantize_ema(x, running, 4, training=False, ste="clipped").sum()
+        return fake_quantize_ema(x, running, 4, training=False, ste="clipped").sum()
 
     x = torch.tensor([0.5, 3.0], requires_grad=True)
     torch.compile(f, fullgraph=True, backend="aot_eager")(x, torch.tensor(1.0)).backward()

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from noisyq_fast import (
+    AbsMax,
     QuantConv2d,
+    Quantizer,
     QuantLinear,
+    dequantize_model_,
     fake_quantize,
-    fake_quantize_ema,
-    layers,
     quantize_model_,
 )
 
@@ -51,22 +52,9 @@ def test_overrides():
     overrides = {"3": {"weight_bits": 2, "averaging_constant": 0.5}, "6": None}
     model = quantize_model_(make_model(), overrides=overrides)
     assert widths(model) == {"0": (8, 8), "3": (2, 4), "4": (4, 4)}
-    assert model[3].averaging_constant == 0.5
-    assert model[4].averaging_constant == 0.01
+    assert model[3].input_quantizer.averaging_constant == 0.5
+    assert model[4].input_quantizer.averaging_constant == 0.01
     assert type(model[6]) is nn.Linear
-
-
-def test_delayed_ranges():
-    model = quantize_model_(make_model(), delayed=True, ste="clipped")
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
-    before = model[0].running_absmax.clone()
-    x = 10 * torch.randn(2, 3, 8, 8)
-    clipped = fake_quantize_ema(x, before, 8, training=False)
-    seen = []
-    model[0].register_forward_hook(lambda layer, args, y: seen.append(y))
-    model(x)
-    weight = fake_quantize(model[0].weight, 8, axis=0)
-    assert torch.equal(seen[0], nn.functional.conv2d(clipped, weight, model[0].bias, padding=1))
 
 
 def test_identity_of_modules_and_parameters_is_kept():
@@ -75,9 +63,10 @@ def test_identity_of_modules_and_parameters_is_kept():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = list(model.state_dict())
     quantize_model_(model)
-    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    kept = [m for m in model.modules() if not isinstance(m, Quantizer)]
+    assert all(a is b for a, b in zip(modules, kept, strict=True))
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    assert [n for n in model.state_dict() if not n.endswith("running_absmax")] == names
+    assert [n for n in model.state_dict() if "_quantizer." not in n] == names
     before = model[3].weight.clone()
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer.step()
@@ -110,19 +99,6 @@ def test_a_layer_computes_with_quantized_weights_and_inputs():
     assert torch.equal(layer(x), expected)
 
 
-def test_weights_are_quantized_in_one_call_and_released(monkeypatch):
-    calls = []
-    many = layers.fake_quantize_many
-    monkeypatch.setattr(
-        layers, "fake_quantize_many", lambda *a, **k: calls.append(len(a[0])) or many(*a, **k)
-    )
-    monkeypatch.setattr(layers, "fake_quantize", None)
-    model = quantize_model_(make_model())
-    model(torch.randn(2, 3, 8, 8))
-    assert calls == [4]
-    assert all(m.ready_weight is None for m in model.modules() if hasattr(m, "ready_weight"))
-
-
 def test_a_layer_by_itself_quantizes_its_own_weight():
     model = quantize_model_(make_model())
     x = torch.randn(2, 3, 8, 8)
@@ -131,13 +107,6 @@ def test_a_layer_by_itself_quantizes_its_own_weight():
         model[0].weight.mul_(2)
         model[0].bias.zero_()
     assert not torch.equal(model[0](x), alone)
-
-
-def test_an_error_in_forward_leaves_no_weight_behind():
-    model = quantize_model_(make_model())
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 5, 8, 8))
-    assert model[0].ready_weight is None
 
 
 def test_a_model_whose_layers_all_stay_float_still_runs():
@@ -162,7 +131,7 @@ def test_a_float_checkpoint_loads_but_for_the_ranges():
     float_model = make_model()
     model = quantize_model_(make_model())
     missing, unexpected = model.load_state_dict(float_model.state_dict(), strict=False)
-    assert all(name.endswith("running_absmax") for name in missing)
+    assert all("_quantizer." in name for name in missing)
     assert unexpected == []
 
 
@@ -170,11 +139,11 @@ def test_a_float_checkpoint_loads_but_for_the_ranges():
 def test_ranges_stay_float32_without_rounding(dtype):
     model = quantize_model_(make_model())
     model(torch.randn(2, 3, 8, 8))
-    before = model[3].running_absmax.clone()
+    before = model[3].input_quantizer.running_absmax.clone()
     model.to(dtype)
     assert model[3].weight.dtype == dtype
-    assert model[3].running_absmax.dtype == torch.float32
-    assert torch.equal(model[3].running_absmax, before)
+    assert model[3].input_quantizer.running_absmax.dtype == torch.float32
+    assert torch.equal(model[3].input_quantizer.running_absmax, before)
     assert model(torch.randn(2, 3, 8, 8, dtype=dtype)).dtype == dtype
 
 
@@ -193,7 +162,7 @@ class Custom(nn.Linear):
 
 def test_subclasses_stay_float_with_a_warning():
     model = nn.Sequential(nn.Linear(4, 4), Custom(4, 4))
-    with pytest.warns(UserWarning, match="layer '1' stays float: Custom"):
+    with pytest.warns(UserWarning, match=r"stay float.*: 1 \(Custom: weight, a subclass"):
         quantize_model_(model)
     assert type(model[1]) is Custom
 
@@ -205,10 +174,26 @@ def test_subclasses_stay_float_with_a_warning():
         ({"activation_bits": 4.0}, TypeError, "activation_bits: got 4.0"),
         ({"first_last_bits": 9}, ValueError, "weight_bits: got 9"),
         ({"averaging_constant": 2}, ValueError, "averaging_constant: got 2"),
-        ({"delayed": 1}, TypeError, "delayed: got 1"),
         ({"ste": "no"}, ValueError, "ste: got 'no'"),
         ({"input_ranges": "all"}, ValueError, "input_ranges: got 'all', takes per-group or shared"),
+        ({"weight": AbsMax}, TypeError, "weight: expected a quantizer such as AbsMax.4., or None"),
+        ({"activation": 4}, TypeError, "activation: expected a quantizer .*, got int"),
         ({"overrides": {"9": None}}, ValueError, "overrides: got '9', takes one of 0, 3, 4, 6"),
+        ({"overrides": {"9": {}}}, ValueError, "overrides: got '9', takes one of 0, 3, 4, 6"),
+        ({"overrides": {"2": None}}, ValueError, "overrides: got '2', takes one of 0, 3, 4, 6"),
+        ({"overrides": {"1": {}}}, ValueError, "overrides: got '1', takes one of 0, 3, 4, 6"),
+        ({"overrides": ["3"]}, TypeError, "overrides: expected a dict .*, got list"),
+        ({"overrides": {3: None}}, TypeError, "expected the name of a layer, a str, got 3"),
+        ({"overrides": {"3": 8}}, TypeError, r"overrides\['3'\]: expected a dict .*, got 8"),
+        ({"overrides": {"3": {"weight_bits": 9}}}, ValueError, "bits: got 9"),
+        ({"overrides": {"3": {"weight_bits": "2"}}}, TypeError, "bits: got '2'"),
+        ({"overrides": {"3": {"activation": 8}}}, TypeError, "activation: expected a quantizer"),
+        ({"overrides": {"3": {1: 8}}}, ValueError, r"overrides\['3'\]: got 1, takes weight"),
+        (
+            {"overrides": {"3": {"input_ranges": "shared"}}},
+            ValueError,
+            r"overrides\['3'\]: got input_ranges, takes weight",
+        ),
         (
             {"overrides": {"3": {"bits": 2}}},
             ValueError,
@@ -226,11 +211,32 @@ def test_bad_arguments_leave_the_model_as_it_was(arguments, error, message):
 def test_models_that_cannot_be_converted():
     with pytest.raises(TypeError, match="model: got int"):
         quantize_model_(3)
-    with pytest.raises(ValueError, match="without Conv2d, Linear or GroupedLinear"):
+    with pytest.raises(ValueError, match="without layers that quantize_model_ can"):
         quantize_model_(nn.Sequential(nn.ReLU()))
     model = quantize_model_(make_model())
     with pytest.raises(ValueError, match="quantized already"):
         quantize_model_(model)
+
+
+def test_long_lists_of_names_are_cut_short():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    with pytest.raises(ValueError, match=r"takes one of 0, 1, .*, 19 and 30 more"):
+        quantize_model_(model, overrides={"x": None})
+
+
+def test_a_lazy_layer_must_have_its_weight():
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="layer '0' has no weight yet"):
+        quantize_model_(model)
+    model(torch.randn(2, 4))
+    assert type(quantize_model_(model)[0]) is QuantLinear
+
+
+def test_models_that_cannot_be_dequantized():
+    with pytest.raises(TypeError, match="model: got int"):
+        dequantize_model_(3)
+    with pytest.raises(ValueError, match="model: got Sequential without quantized layers"):
+        dequantize_model_(make_model())
 
 
 def test_conversion_of_an_ordinary_model_warns_of_nothing():

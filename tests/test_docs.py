@@ -1,15 +1,22 @@
-"""Examples in docstrings and in the README run and print what they say."""
+"""Examples in docstrings and in the README run and print what they say; links, files and commands
+that the documentation names exist."""
 
 import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 import noisyq_fast
+from experiments import run, sweep
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
 
 MODULES = [
     module.name
@@ -32,8 +39,41 @@ def test_public_functions_have_examples(name):
     assert ">>>" in getattr(noisyq_fast, name).__doc__
 
 
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def test_readme_examples():
-    readme = Path(__file__).parents[1] / "README.md"
-    examples = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
     assert len(examples) >= 2
     exec("\n".join(examples), {})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links(path):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+        target, _, heading = link.partition("#")
+        linked = path.parent / target if target else path
+        assert linked.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [h.lower().replace(" ", "-") for h in headings]
+
+
+def test_files_that_are_named_exist():
+    paths = re.findall(r"`([\w.-]+/[\w./-]*)`", page("CONTRIBUTING.md"))
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_commands_have_options_that_exist():
+    text = page("README.md") + page("experiments/README.md")
+    commands = re.findall(r"experiments/(run|sweep)\.py (.*)$", text, re.MULTILINE)
+    commands = [c for c in commands if "`" not in c[1]]  # those in code blocks
+    assert {script for script, _ in commands} == {"run", "sweep"}
+    for script, options in commands:
+        own, _, others = " ".join(shlex.split(options, comments=True)).partition(" -- ")
+        if script == "sweep":
+            tyro.cli(sweep.SweepConfig, args=own.split())
+            own = others
+        run.parse(own.split())

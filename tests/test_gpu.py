@@ -63,13 +63,12 @@ OPERATORS = {
     "fake_quantize": lambda x, r, axis: fake_quantize(x, 4, axis),
     "fake_quantize_many": lambda x, r, axis: fake_quantize_many([x, 2 * x, x.half()], 3, axis),
     "fake_quantize_ema": lambda x, r, axis: fake_quantize_ema(x, r, 4, axis, 0.3),
+    "with observed": lambda x, r, axis: fake_quantize_ema(
+        x, r, 4, axis, 0.3, observed=torch.full_like(r, 0.25)
+    ),
     "evaluation": lambda x, r, axis: fake_quantize_ema(x, r, 4, axis, training=False),
     "evaluation, clipped": lambda x, r, axis: fake_quantize_ema(
         x, r, 4, axis, training=False, ste="clipped"
-    ),
-    "delayed": lambda x, r, axis: fake_quantize_ema(x, r, 4, axis, 0.3, delayed=True),
-    "delayed, clipped": lambda x, r, axis: fake_quantize_ema(
-        x, r, 4, axis, 0.3, ste="clipped", delayed=True
     ),
     "quantize": lambda x, r, axis: quantize(x, 8, axis),
     "dequantize": lambda x, r, axis: dequantize(x.to(torch.int8), r, axis),
@@ -181,7 +180,7 @@ def test_a_replayed_operator_computes_anew(operator, axis):
     x = torch.randn(16, 24, 31, device=DEVICE)
     running = range_for(x, axis)
     graph, outputs = captured(lambda: operator(x, running, axis))
-    if operator in (OPERATORS["fake_quantize_ema"], OPERATORS["delayed"]):
+    if operator is OPERATORS["fake_quantize_ema"]:
         running.fill_(UNSEEN)
     expected_running = running.clone()
     for i in range(3):
@@ -311,7 +310,7 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_errors_are_those_of_the_cpu_and_come_before_a_launch(call, monkeypatch):
-    monkeypatch.setattr("noisyq_fast.ops.select", lambda _: pytest.fail("reached a backend"))
+    monkeypatch.setattr("noisyq_fast.ops.select", lambda *_: pytest.fail("reached a backend"))
     errors = []
     for device in ("cpu", "cuda:0"):
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -335,12 +334,9 @@ for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
             running = torch.ones([] if axis is None else [shape[axis]]).cuda()
             fake_quantize_many([x, x[:2]], 4, axis)
             fake_quantize_ema(x, running, 4, axis)
-            fake_quantize_ema(x, running, 4, axis, training=False, ste="clipped")
             leaf = x.clone().requires_grad_()
-            unseen = torch.full_like(running, float("nan"))
-            for ranges in (running, unseen):
-                y = fake_quantize_ema(leaf, ranges, 4, axis, ste="clipped", delayed=True)
-                y.sum().backward()
+            y = fake_quantize_ema(leaf, running, 4, axis, training=False, ste="clipped")
+            y.sum().backward()
             dequantize(*quantize(x, 4, axis), axis)
 torch.cuda.synchronize()
 """

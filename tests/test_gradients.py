@@ -53,14 +53,14 @@ def test_clipped_zeroes_the_gradient_only_where_a_value_was_clipped(backend, tra
 
 @pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
 @pytest.mark.parametrize("shape", [(3,), (8,), (2, 3, 5), (2, 4, 3, 3)])
-def test_delayed_saves_a_bit_for_each_element_or_nothing(backend, ste, shape):
+def test_clipped_saves_a_bit_for_each_element_and_identity_nothing(backend, ste, shape):
     x = torch.randn(shape)
     if x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
     x.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = fake_quantize_ema(x, torch.tensor(0.5), 4, ste=ste, delayed=True)
+        y = fake_quantize_ema(x, torch.tensor(0.5), 4, training=False, ste=ste)
     assert sum(t.nbytes for t in saved) == ((x.numel() + 7) // 8 if ste == "clipped" else 0)
     grad = torch.randn(shape)
     y.backward(grad)
@@ -69,6 +69,16 @@ def test_delayed_saves_a_bit_for_each_element_or_nothing(backend, ste, shape):
     assert clipped.any()
     expected = grad.masked_fill(clipped, 0) if ste == "clipped" else grad
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("elements", [8, 40])
+def test_bits_may_have_any_strides(backend, elements):
+    grad, bits = torch.randn(elements), torch.randint(256, (elements // 8, 3), dtype=torch.uint8)
+    expected = torch.ops.noisyq.zero_clipped(grad, bits[:, 1].clone())
+    assert torch.equal(torch.ops.noisyq.zero_clipped(grad, bits[:, 1]), expected)
+    same = bits[:1, 1].expand(elements // 8)
+    expected = torch.ops.noisyq.zero_clipped(grad, same.clone())
+    assert torch.equal(torch.ops.noisyq.zero_clipped(grad, same), expected)
 
 
 def test_clipped_survives_a_change_of_the_range_before_backward(backend):

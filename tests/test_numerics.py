@@ -23,7 +23,7 @@ ROUND_TO = {
 OTHERS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
     for name, reason in noisyq_fast.info().backends.items()
-    if "cpu" in (BACKENDS[name].DEVICE_TYPES or [])
+    if "cpu" in (BACKENDS[name].device_types or [])
 ]
 
 
@@ -93,9 +93,11 @@ def test_backend_equals_reference_with_a_running_range(name):
         start = data.draw(ranges)
         if not training:
             start = start.nan_to_num(nan=1.0)
+        weight = data.draw(st.sampled_from([None, *([0.0] if training else []), 1.0, 0.25, 0.999]))
         results = []
         for backend in ("reference", name):
             running = start.clone()
+            observed = None if weight is None else torch.full_like(running, weight)
             leaf = x.detach().clone().requires_grad_()
             with noisyq_fast.use_backend(backend):
                 y = noisyq_fast.fake_quantize_ema(
@@ -106,9 +108,10 @@ def test_backend_equals_reference_with_a_running_range(name):
                     averaging_constant=0.3,
                     training=training,
                     ste="clipped" if ste else "identity",
+                    observed=observed,
                 )
             y.backward(torch.ones_like(y))
-            results.append((y.detach(), running, leaf.grad))
+            results.append((y.detach(), running, leaf.grad, *([observed] if weight else [])))
         for actual, wanted in zip(*reversed(results), strict=True):
             assert_same(actual, wanted)
 

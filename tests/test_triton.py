@@ -13,19 +13,21 @@ from every_operator import every_operator
 from strategies import DTYPES, VALUES
 
 import noisyq_fast
-from noisyq_fast.backends import geometry, reference, triton
-from noisyq_fast.backends import select as select_backend
-from noisyq_fast.backends.progress import progress
+from noisyq_fast.backends import BACKENDS, on_triton, reference
+from noisyq_fast.backends.cuda_launch import progress
+from noisyq_fast.backends.on_triton.tiling import TileLimits, absmax_tiling
 
-DEVICE = "cpu" if triton.INTERPRETED else "cuda"
+DEVICE = "cpu" if on_triton.INTERPRETED else "cuda"
 
-usable = pytest.mark.skipif(triton.unavailable() is not None, reason=str(triton.unavailable()))
+usable = pytest.mark.skipif(
+    on_triton.unavailable() is not None, reason=str(on_triton.unavailable())
+)
 
 # Tiles of a few elements, so that small tensors are walked in every way: by programs that share a
 # channel, by one program in a loop, and by one in a single tile.
-MACHINES = [
-    geometry.Machine(processors=1, on_chip=32, streamed=16),
-    geometry.Machine(processors=4, on_chip=32, streamed=8),
+LIMITS = [
+    TileLimits(processors=1, on_chip=32, streamed=16),
+    TileLimits(processors=4, on_chip=32, streamed=8),
 ]
 SHAPES = [(), (3,), (50,), (3, 40), (2, 5, 3, 3), (2, 3, 2, 8), (40, 2)]
 
@@ -40,10 +42,10 @@ def python(code, **environment):
     ).stdout
 
 
-def test_machines_walk_in_every_way():
+def test_limits_walk_in_every_way():
     tilings = [
-        geometry.absmax_tiling(layout, 4, machine)
-        for machine in MACHINES
+        absmax_tiling(layout, 4, limits)
+        for limits in LIMITS
         for layout in [(1, 1, 3), (1, 3, 40), (2, 5, 9)]
     ]
     assert {(t.tiles > 1, t.splits > 1) for t in tilings} == {
@@ -55,18 +57,18 @@ def test_machines_walk_in_every_way():
 
 @usable
 @pytest.mark.parametrize(
-    ("dtype", "machine"),
-    [*((dtype, MACHINES[0]) for dtype in DTYPES), (torch.float32, MACHINES[1])],
+    ("dtype", "limits"),
+    [*((dtype, LIMITS[0]) for dtype in DTYPES), (torch.float32, LIMITS[1])],
     ids=str,
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results_do_not_depend_on_the_tiles(dtype, shape, machine, monkeypatch):
-    monkeypatch.setattr(triton, "_machine", lambda device: machine)
+def test_results_do_not_depend_on_the_tiles(dtype, shape, limits, monkeypatch):
+    monkeypatch.setattr(on_triton, "_limits", lambda device: limits)
     x = torch.randn(shape, device=DEVICE).to(dtype)
     if x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
     for axis in (None, 0, 1)[: x.dim() + 1]:
-        expected, actual = (every_operator(backend, x, axis) for backend in (reference, triton))
+        expected, actual = (every_operator(backend, x, axis) for backend in (reference, on_triton))
         assert_same(actual, expected)
 
 
@@ -74,13 +76,13 @@ def test_results_do_not_depend_on_the_tiles(dtype, shape, machine, monkeypatch):
 def launches(monkeypatch):
     """The names of the kernels that are launched."""
     names = []
-    launch = triton._launch
+    launch = on_triton._launch
 
     def recorded(x, kernel, *arguments):
         names.append(kernel.fn.__name__)
         launch(x, kernel, *arguments)
 
-    monkeypatch.setattr(triton, "_launch", recorded)
+    monkeypatch.setattr(on_triton, "_launch", recorded)
     return names
 
 
@@ -101,60 +103,37 @@ def model(make):
 @usable
 @pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
 def test_all_weights_of_a_model_take_one_launch(values, launches, monkeypatch):
-    monkeypatch.setattr(triton, "_machine", lambda device: MACHINES[0])
+    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
     rng = np.random.default_rng(0)
     with np.errstate(over="ignore"):
         arguments = model(
             lambda shape: torch.from_numpy(np.asarray(values(rng, shape, 7), np.float32))
         )
-    actual = triton.fake_quantize_many(*arguments)
+    actual = on_triton.fake_quantize_many(*arguments)
     assert launches == ["quantize_channels"]
     assert_same(actual, reference.fake_quantize_many(*arguments))
 
 
 @usable
 def test_tensors_whose_channels_programs_share_take_their_own_launches(launches, monkeypatch):
-    monkeypatch.setattr(triton, "_machine", lambda device: MACHINES[0])
+    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
     weights, qmaxes, axes = model(torch.randn)
     shared = [torch.randn(100, device=DEVICE), torch.randn(20, 30, device=DEVICE)]
     arguments = [*weights, *shared], [*qmaxes, 7, 127], [*axes, None, 1]
-    actual = triton.fake_quantize_many(*arguments)
+    actual = on_triton.fake_quantize_many(*arguments)
     assert launches == [*["reduce_partially", "quantize_reduced"] * 2, "quantize_channels"]
     assert_same(actual, reference.fake_quantize_many(*arguments))
 
 
 @usable
 def test_more_tensors_than_one_launch_takes(launches, monkeypatch):
-    monkeypatch.setattr(triton, "_TENSORS_PER_LAUNCH", 4)
+    monkeypatch.setattr(on_triton, "_TENSORS_PER_LAUNCH", 4)
     arguments = model(torch.randn)
     weights, _, _ = arguments
     assert sum(x.numel() > 0 for x in weights) == 9
-    actual = triton.fake_quantize_many(*arguments)
+    actual = on_triton.fake_quantize_many(*arguments)
     assert launches == ["quantize_channels"] * 3
     assert_same(actual, reference.fake_quantize_many(*arguments))
-
-
-@usable
-@pytest.mark.parametrize("machine", MACHINES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_delayed_scales_take_one_launch(dtype, machine, launches, monkeypatch):
-    """From the first batch on, with progress that is used again, as on one stream."""
-    counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(triton, "_machine", lambda device: machine)
-    monkeypatch.setattr(triton, "progress", lambda device, size: counts)
-    ranges = [torch.full((), float("nan"), device=DEVICE) for _ in range(2)]
-    for factor in (float("inf"), 1.0, 2.0, 0.5, float("nan"), 3.0):
-        x = torch.randn(45, device=DEVICE).to(dtype)
-        x[-1] *= factor
-        actual, expected = (
-            backend.fake_quantize_delayed(x, running, 7, None, 0.3, True)
-            for backend, running in zip((triton, reference), ranges, strict=True)
-        )
-        assert launches == ["quantize_delayed"]
-        launches.clear()
-        assert_same(actual, expected)
-        assert_same(*ranges)
-        assert counts.tolist() == [0, 0]
 
 
 def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device():
@@ -168,7 +147,7 @@ def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device():
             return too_large
 
     with pytest.raises(RuntimeError) as error:
-        triton._launch(torch.ones(7, 11), Kernel(), (1,), 4)
+        on_triton._launch(torch.ones(7, 11), Kernel(), (1,), 4)
     assert str(error.value) == (
         "noisyq_fast: dequantize of a torch.float32 tensor of shape [7, 11] could not be launched "
         "on cpu: out of resource: shared memory"
@@ -205,15 +184,15 @@ def test_triton_is_imported_where_it_computes_and_not_before():
     code = (
         "import sys, noisyq_fast, torch\n"
         "noisyq_fast.fake_quantize(torch.ones(2), 4)\n"
-        "print('noisyq_fast.backends.triton_kernels' in sys.modules)"
+        "print('noisyq_fast.backends.on_triton.kernels' in sys.modules)"
     )
     assert python(code) == "False\n"
 
 
-@pytest.mark.skipif(not triton.INTERPRETED, reason="the interpreter is off")
+@pytest.mark.skipif(not on_triton.INTERPRETED, reason="the interpreter is off")
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_interpreter_is_not_chosen_by_itself(device_type, monkeypatch):
     for name in ("cpu", "cuda"):
-        monkeypatch.setattr(f"noisyq_fast.backends.{name}.unavailable", lambda: "not now")
+        monkeypatch.setattr(BACKENDS[name], "unavailable", lambda: "not now")
     with noisyq_fast.use_backend("auto"):
-        assert select_backend(device_type) is reference
+        assert noisyq_fast.current_backend(device_type) == "reference"

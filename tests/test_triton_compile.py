@@ -20,10 +20,9 @@ KERNELS = {
     "quantize_channels",
     "reduce_partially",
     "quantize_reduced",
-    "quantize_given",
+    "quantize_fixed_range",
     "dequantize",
-    "quantize_delayed",
-    "quantize_clipped",
+    "quantize_fixed_range_clipped",
     "zero_clipped",
 }
 WITHOUT_DIVISION = {"reduce_partially", "dequantize", "zero_clipped"}
@@ -52,8 +51,6 @@ def test_machine_code(architecture, tmp_path):
         assert ".ftz" not in ptx, variant
         assert not re.search(r"div\.(full|approx)", ptx), variant
         assert ("div.rn.f32" in ptx) == (kernel["name"] not in WITHOUT_DIVISION), variant
-        # The last program of a delayed scale reads what the others have found.
-        assert ("atom.global.gpu.acq_rel" in ptx) == (kernel["name"] == "quantize_delayed"), variant
         if kernel["wide"]:
             # The 65,536 registers of a multiprocessor hold 24 warps at least.
             assert registers <= 80, variant
@@ -70,8 +67,8 @@ def compile_for(architecture, folder):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from noisyq_fast.backends import geometry
-    from noisyq_fast.backends import triton as backend
+    from noisyq_fast.backends import on_triton as backend
+    from noisyq_fast.backends.on_triton.tiling import TileLimits
 
     class Driver:
         """What Triton asks about a GPU before it compiles for it."""
@@ -116,7 +113,7 @@ def compile_for(architecture, folder):
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    backend._machine = lambda device: geometry.Machine(processors=132)
+    backend._limits = lambda device: TileLimits(processors=132)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -130,26 +127,24 @@ def compile_for(architecture, folder):
             backend.fake_quantize(weight, 7, 0)
             backend.quantize(weight, 7, 0)
             backend.fake_quantize(empty(9 * n, 1000 * n, dtype=dtype), 7, 0)
-            backend.fake_quantize_ema(activation, range_, 7, None, 0.01)
+            backend.fake_quantize_ema(activation, range_, None, 7, None, 0.01)
+            backend.fake_quantize_ema(activation, range_, empty(), 7, None, 0.01)
+            backend.fake_quantize_ema(weight, empty(8 * n), empty(8 * n), 7, 0, 0.01)
             backend.quantize(activation, 7, None)
             backend.fake_quantize(activation, 7, 1)
             backend.fake_quantize(activation.to(memory_format=torch.channels_last), 7, 1)
-            backend.fake_quantize_range(activation, range_, 7, None)
-            backend.fake_quantize_clipped(weight, empty(8 * n), 7, 0)
-            backend.fake_quantize_clipped(activation, range_, 7, None)
-            backend.fake_quantize_delayed(activation, range_, 7, None, 0.01, False)
-            _, bits = backend.fake_quantize_delayed(activation, range_, 7, None, 0.01, True)
+            backend.fake_quantize_fixed_range(activation, range_, 7, None)
+            backend.fake_quantize_fixed_range_clipped(weight, empty(8 * n), 7, 0)
+            _, bits = backend.fake_quantize_fixed_range_clipped(activation, range_, 7, None)
             backend.zero_clipped(activation, bits)
             for laid_out in (activation, activation.to(memory_format=torch.channels_last)):
-                backend.fake_quantize_clipped(laid_out, empty(n), 7, 1)
-                for save_clipped in (False, True):
-                    backend.fake_quantize_delayed(laid_out, empty(n), 7, 1, 0.01, save_clipped)
+                backend.fake_quantize_fixed_range_clipped(laid_out, empty(n), 7, 1)
         backend.dequantize(empty(8 * n, 250 * n, dtype=torch.int8), empty(8 * n), 0)
         weights = [empty(8 * n, 250 * n, dtype=dtype) for dtype in DTYPES]
         weights.append(empty(9 * n, 1000 * n))
         backend.fake_quantize_many(weights, [127, 7, 7, 127], [0] * 4)
     # A size of more than 32 bits.
-    backend.fake_quantize_ema(empty(2**31 + 1), range_, 7, None, 0.01)
+    backend.fake_quantize_ema(empty(2**31 + 1), range_, None, 7, None, 0.01)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,21 @@
 namespace noisyq::cpu {
 
 void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
-                   float* running_absmax, float averaging_constant, int threads) {
+                   MovingAverage average, int threads) {
   const bool has_elements = layout.outer > 0;
-  const auto observe = [&](int64_t c, float absmax) {
-    if (running_absmax != nullptr && has_elements) {
-      running_absmax[c] = averaged(running_absmax[c], absmax, averaging_constant);
-    }
+  const auto observed = [&](int64_t c, float absmax) {
+    if (has_elements) observe(average, c, absmax);
   };
   std::vector<float> scale(layout.channels);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     map_with_absmax<FakeQuantize<T>>(static_cast<const T*>(x), static_cast<T*>(y), layout,
-                                     scale.data(), qmax, observe, threads);
+                                     scale.data(), qmax, observed, threads);
   });
 }
 
-void fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
-                         uint8_t* clipped, Layout layout, int qmax, int threads) {
+void fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
+                               uint8_t* clipped, Layout layout, int qmax, int threads) {
   std::vector<float> scale(layout.channels);
   for (int64_t c = 0; c < layout.channels; ++c) scale[c] = scale_of(absmax[c], qmax);
   with_type(dtype, [&](auto type) {

@@ -9,7 +9,7 @@ template <class T, bool kWide, Channels kChannels>
 __global__ void __launch_bounds__(kThreads)
     clipped_kernel(const T* x, const float* __restrict__ absmax, T* y, uint8_t* clipped,
                    Layout layout, float qmax) {
-  const GroupShare share(layout, blockIdx.x, gridDim.x);
+  const GroupShare share(layout);
   for (int64_t g = share.begin + threadIdx.x; g < share.end; g += kThreads) {
     const int64_t first = g * kGroup;
     Group<T, kWide> group(x + first, share.size_of(g));
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     zero_clipped_kernel(const T* grad, T* out, const uint8_t* clipped, Layout layout) {
-  const GroupShare share(layout, blockIdx.x, gridDim.x);
+  const GroupShare share(layout);
   for (int64_t g = share.begin + threadIdx.x; g < share.end; g += kThreads) {
     const int64_t first = g * kGroup;
     Group<T, kWide> group(grad + first, share.size_of(g));
@@ -39,9 +39,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Status fake_quantize_clipped(DType dtype, const void* x, const float* absmax, void* y,
-                             uint8_t* clipped, Layout layout, int blocks, int qmax,
-                             Stream stream) {
+Status fake_quantize_fixed_range_clipped(DType dtype, const void* x, const float* absmax, void* y,
+                                         uint8_t* clipped, Layout layout, int blocks, int qmax,
+                                         Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     return with_groups(x, y, layout, [&](auto wide, auto channels) {

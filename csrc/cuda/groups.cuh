@@ -55,12 +55,11 @@ struct GroupShare {
   int64_t end;
   int64_t elements;
 
-  // One of the even shares, or the whole tensor.
-  __device__ GroupShare(Layout layout, int share, int shares)
+  explicit __device__ GroupShare(Layout layout)
       : elements(layout.outer * layout.channels * layout.inner) {
     const int64_t groups = (elements + kGroup - 1) / kGroup;
-    begin = groups * share / shares;
-    end = groups * (share + 1) / shares;
+    begin = groups * blockIdx.x / gridDim.x;
+    end = groups * (blockIdx.x + 1) / gridDim.x;
   }
 
   __device__ __forceinline__ int size_of(int64_t group) const {

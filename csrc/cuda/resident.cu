@@ -13,7 +13,7 @@ constexpr int kReservedBytes = 1024;  // static shared memory, and what the driv
 template <class T, int N>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     resident_kernel(const T* x, T* y, int64_t elements, uint32_t* partial, float qmax,
-                    float* running_absmax, float averaging_constant) {
+                    MovingAverage average) {
   auto* kept = reinterpret_cast<Pack<T, N>*>(shared_memory());
   const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
   auto* out = reinterpret_cast<Pack<T, N>*>(y);
@@ -38,9 +38,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   }
   const float absmax = absmax_from<T>(block_max(largest));
   const float scale = scale_of(absmax, qmax);
-  if (running_absmax != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
-    *running_absmax = averaged(*running_absmax, absmax, averaging_constant);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) observe(average, 0, absmax);
   // Each thread maps the very packs that it kept: no barrier is needed.
 #pragma unroll 4
   for (int i = threadIdx.x; i < size; i += kResidentThreads) {
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 
 template <class T, int N>
 Status quantize_packs(const T* x, T* y, int64_t elements, int blocks, uint32_t* partial, int qmax,
-                      float* running_absmax, float averaging_constant, Stream stream) {
+                      MovingAverage average, Stream stream) {
   const auto kernel = resident_kernel<T, N>;
   const int64_t packs = (elements / N + blocks - 1) / blocks;
   const auto bytes = static_cast<size_t>(packs) * sizeof(Pack<T, N>);
@@ -60,7 +58,7 @@ Status quantize_packs(const T* x, T* y, int64_t elements, int blocks, uint32_t* 
     return status;
   }
   return launch(kernel, {blocks, kResidentThreads, bytes, true}, stream, x, y, elements, partial,
-                qmax, running_absmax, averaging_constant);
+                qmax, average);
 }
 
 }  // namespace
@@ -73,15 +71,14 @@ int64_t resident_bytes_per_block(int device) {
 }
 
 Status fake_quantize_resident(DType dtype, const void* x, void* y, int64_t elements, int blocks,
-                              uint32_t* partial, int qmax, float* running_absmax,
-                              float averaging_constant, Stream stream) {
+                              uint32_t* partial, int qmax, MovingAverage average, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto quantize = fits_packs<T, T>({1, 1, elements}, x, y)
                               ? quantize_packs<T, kPerAccess<T, T>>
                               : quantize_packs<T, 1>;
     return quantize(static_cast<const T*>(x), static_cast<T*>(y), elements, blocks, partial, qmax,
-                    running_absmax, averaging_constant, stream);
+                    average, stream);
   });
 }
 

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Op, class T, class Out, int N>
 __global__ void __launch_bounds__(kThreads)
     map_kernel(const T* x, Out* y, Layout layout, int splits, const uint32_t* partial, float qmax,
-               float* running_absmax, float averaging_constant, float* scale_out) {
+               MovingAverage average, float* scale_out) {
   const Share<N> share(layout, splits);
   uint32_t largest = 0;
   for (int i = threadIdx.x; i < splits; i += kThreads) {
@@ -33,10 +33,7 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = scale_of(absmax, qmax);
   if (share.split == 0 && threadIdx.x == 0) {
     if (scale_out != nullptr) scale_out[share.channel] = scale;
-    if (running_absmax != nullptr) {
-      float& running = running_absmax[share.channel];
-      running = averaged(running, absmax, averaging_constant);
-    }
+    observe(average, share.channel, absmax);
   }
   const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
   auto* out = reinterpret_cast<Pack<Out, N>*>(y);
@@ -50,39 +47,35 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Op, class T, class Out, int N>
 Status quantize_packs(const T* x, Out* y, Layout layout, int splits, uint32_t* partial, int qmax,
-                      float* running_absmax, float averaging_constant, float* scale,
-                      Stream stream) {
+                      MovingAverage average, float* scale, Stream stream) {
   const Grid grid{layout.channels * splits, kThreads};
   if (const Status status =
           launch(absmax_kernel<T, N>, grid, stream, x, layout, splits, partial)) {
     return status;
   }
   return launch(map_kernel<Op, T, Out, N>, grid, stream, x, y, layout, splits, partial, qmax,
-                running_absmax, averaging_constant, scale);
+                average, scale);
 }
 
 template <class Op, class T, class Out>
 Status quantize_spread_as(const void* x, void* y, Layout layout, int splits, uint32_t* partial,
-                          int qmax, float* running_absmax, float averaging_constant, float* scale,
-                          Stream stream) {
+                          int qmax, MovingAverage average, float* scale, Stream stream) {
   layout = as_run(layout);
   const auto quantize = fits_packs<T, Out>(layout, x, y)
                             ? quantize_packs<Op, T, Out, kPerAccess<T, Out>>
                             : quantize_packs<Op, T, Out, 1>;
   return quantize(static_cast<const T*>(x), static_cast<Out*>(y), layout, splits, partial, qmax,
-                  running_absmax, averaging_constant, scale, stream);
+                  average, scale, stream);
 }
 
 }  // namespace
 
 Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, int splits,
-                            uint32_t* partial, int qmax, float* running_absmax,
-                            float averaging_constant, Stream stream) {
+                            uint32_t* partial, int qmax, MovingAverage average, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     return quantize_spread_as<FakeQuantize<T>, T, T>(x, y, layout, splits, partial, qmax,
-                                                     running_absmax, averaging_constant, nullptr,
-                                                     stream);
+                                                     average, nullptr, stream);
   });
 }
 
@@ -90,8 +83,8 @@ Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, 
                        int splits, uint32_t* partial, int qmax, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return quantize_spread_as<Code<T>, T, int8_t>(x, codes, layout, splits, partial, qmax, nullptr,
-                                                  0.0f, scale, stream);
+    return quantize_spread_as<Code<T>, T, int8_t>(x, codes, layout, splits, partial, qmax, {},
+                                                  scale, stream);
   });
 }
 

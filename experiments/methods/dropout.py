@@ -51,7 +51,7 @@ class Dropout(Method):
         times_p = "-times-p" if self.dropout_test_factor == "drop" else ""
         return f"dropout{self.dropout:g}{where}{times_p}"
 
-    def network(self, model: nn.Module) -> nn.Module:
+    def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         if self.dropout_where == "weights":
             # Ahead of the hook that quantizes the weights, if any: that one has to see the zeros.
             model.register_forward_pre_hook(self._replace_weights, prepend=True)

@@ -46,8 +46,8 @@ class Method:
         """The method and its main options, short, for names of runs."""
         raise NotImplementedError
 
-    def network(self, model: nn.Module) -> nn.Module:
-        """Changes the freshly initialised network."""
+    def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
+        """Changes the freshly initialised network. `example` is an input batch of one image."""
         return model
 
     def loss(self, loss: Loss, model: nn.Module) -> Loss:

@@ -3,7 +3,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from experiments import cost
 from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
-from noisyq_fast import GroupedLinear, QuantGroupedLinear
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast import GroupedLinear, QuantGroupedLinear, Quantizer
 
 Scope = Literal["layer", "global"]
 Order = Literal["lowest", "highest"]
@@ -183,10 +181,9 @@ def _dependencies(model: nn.Module, example: Tensor) -> Any:
 
     unknown = dict.fromkeys((GroupedLinear, QuantGroupedLinear), torch_pruning.ops.DummyPruner())
     before = [(module, module.training) for module in model.modules()]
-    quantized = [module for module, _ in before if isinstance(module, QuantLayer)]
-    for layer in quantized:
-        layer.quantized_input = _as_it_is
-        layer.quantized_weight = partial(_own_weight, layer)
+    quantizers = [m for m, _ in before if isinstance(m, Quantizer) and m.enabled]
+    for quantizer in quantizers:
+        quantizer.enabled = False
     try:
         # In a tuple, or else the library tries the images one by one first.
         with torch.enable_grad():
@@ -194,15 +191,7 @@ def _dependencies(model: nn.Module, example: Tensor) -> Any:
                 model, (example,), customized_pruners=unknown
             )
     finally:
-        for layer in quantized:
-            del layer.quantized_input, layer.quantized_weight
+        for quantizer in quantizers:
+            quantizer.enabled = True
         for module, training in before:
             module.training = training
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-def _own_weight(layer: QuantLayer, *_: object) -> Tensor:
-    return layer.weight

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 import noisyq_fast
 from experiments.checks import require, require_whole
 from experiments.methods.method import Method
-from noisyq_fast.layers import PER_GROUP
+from noisyq_fast.grouped import PER_GROUP
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class Quant(Method):
     def evaluation_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.DEFAULTS}
 
-    def network(self, model: nn.Module) -> nn.Module:
+    def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         return noisyq_fast.quantize_model_(
             model,
             weight_bits=self.weight_bits,
             activation_bits=self.activation_bits,
             averaging_constant=self.averaging_constant,
+            example=example,
             input_ranges=getattr(model, "input_ranges", PER_GROUP),
         )

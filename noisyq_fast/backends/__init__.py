@@ -1,51 +1,48 @@
-"""The choice among backends.
+"""The choice of the backend that computes an operator on a type of device.
 
-A backend is a module of this package that offers
+It is the first that can, in the order of ``BACKENDS``. One that is asked for by name comes before
+all others; what it leaves out is computed by the next.
 
-- ``DEVICE_TYPES``: the device types it computes on, or ``None`` for every one;
-- ``unavailable()``: ``None`` where it can be used on this machine, otherwise the reason;
-- ``AUTOMATIC``, where it is not true: whether it may be chosen without being asked for by name;
-- one function for each operator of `noisyq_fast.ops`. Arguments have been checked; ``axis`` is
-  ``None`` or counted from the front.
-
-To add one, write the module and name it in ``BACKENDS``, before every backend it should precede.
+To add a backend, write a module with a `Backend` named ``backend``, decorate its functions with
+``@backend.register``, and name it in ``BACKENDS``, before every one that it should precede.
 """
 
 import os
-from types import ModuleType
+from collections.abc import Callable
 
-from noisyq_fast.backends import cpu, cuda, reference, triton
+import torch
 
-# In order of preference.
-BACKENDS: dict[str, ModuleType] = {
-    "cpu": cpu,
-    "cuda": cuda,
-    "triton": triton,
-    "reference": reference,
+from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
+from noisyq_fast.backends.backend import Backend
+
+# In order of preference. The reference computes every operator on every device.
+BACKENDS: dict[str, Backend] = {
+    module.backend.name: module.backend
+    for module in (native_cpu, native_cuda, on_triton, reference)
 }
 AUTO = "auto"
 
 
 class _Choice:
-    """The backend that was asked for, and what was chosen so far for each device type.
+    """The backend that was asked for, and what was chosen so far for each operator and device type.
 
     Another choice is another object: a thread that is choosing meanwhile writes to the old one.
     """
 
     def __init__(self, requested: str) -> None:
         self.requested = requested
-        self.selected: dict[str, ModuleType] = {}
+        self.selected: dict[tuple[str, str], Callable] = {}
 
 
 _choice = _Choice(os.environ.get("NOISYQ_BACKEND", AUTO))
 
 
 class use_backend:
-    """Computes every operator with the backend ``name``, as a function or a context manager.
+    """Computes operators with the backend ``name``, as a function or a context manager.
 
     Args:
         name: ``"auto"`` (the fastest that is usable for the tensors' device) or one of the names
-            that `info` lists.
+            that `info` lists. What that one leaves out is computed by the next that can.
 
     The choice holds for the whole process; the environment variable ``NOISYQ_BACKEND`` sets it at
     start. Results do not depend on it: every backend gives the same bits.
@@ -75,8 +72,8 @@ class use_backend:
         _request(self._previous)
 
 
-def current_backend(device_type: str = "cpu") -> str:
-    """The name of the backend that computes on devices of type ``device_type``.
+def current_backend(device_type: str = "cpu", operator: str = "fake_quantize") -> str:
+    """The name of the backend that computes an operator on devices of type ``device_type``.
 
     Example:
         >>> import noisyq_fast
@@ -84,8 +81,10 @@ def current_backend(device_type: str = "cpu") -> str:
         ...     noisyq_fast.current_backend("cpu")
         'reference'
     """
-    module = select(device_type)
-    return next(name for name, backend in BACKENDS.items() if backend is module)
+    if operator not in reference.backend.functions:
+        takes = ", ".join(reference.backend.functions)
+        raise ValueError(f"operator: got {operator!r}, takes one of {takes}")
+    return _choose(_choice.requested, operator, device_type).name
 
 
 def requested() -> str:
@@ -93,13 +92,33 @@ def requested() -> str:
     return _choice.requested
 
 
-def select(device_type: str) -> ModuleType:
-    """The backend for a device type; the choice is made once and then remembered."""
+def select(operator: str, device_type: str) -> Callable:
+    """The function that computes an operator; the choice is made once and then remembered."""
     choice = _choice
-    backend = choice.selected.get(device_type)
-    if backend is None:
-        backend = choice.selected[device_type] = _choose(choice.requested, device_type)
-    return backend
+    function = choice.selected.get((operator, device_type))
+    if function is None:
+        backend = _choose(choice.requested, operator, device_type)
+        function = choice.selected[operator, device_type] = backend.functions[operator]
+    return function
+
+
+def who_computes() -> dict[str, dict[str, str]]:
+    """For each operator, the backend that computes it on each type of device of this machine;
+    ``"none"`` where the one that was asked for cannot."""
+    device_types = ["cpu"]
+    if torch.accelerator.is_available():
+        device_types.append(torch.accelerator.current_accelerator().type)
+
+    def name(operator: str, device_type: str) -> str:
+        try:
+            return current_backend(device_type, operator)
+        except (RuntimeError, ValueError):
+            return "none"
+
+    return {
+        operator: {device_type: name(operator, device_type) for device_type in device_types}
+        for operator in reference.backend.functions
+    }
 
 
 def _request(name: str) -> None:
@@ -107,29 +126,24 @@ def _request(name: str) -> None:
     _choice = _Choice(name)
 
 
-def _choose(requested: str, device_type: str) -> ModuleType:
+def _choose(requested: str, operator: str, device_type: str) -> Backend:
+    candidates = [backend for backend in BACKENDS.values() if backend.automatic]
     if requested != AUTO:
         backend = _usable(requested, "NOISYQ_BACKEND")
-        if not _computes_on(backend, device_type):
+        if not backend.takes(device_type):
             raise ValueError(
-                f"backend {requested!r} takes tensors on {' or '.join(backend.DEVICE_TYPES)}, "
+                f"backend {requested!r} takes tensors on {' or '.join(backend.device_types)}, "
                 f"got one on {device_type}"
             )
-        return backend
+        candidates.insert(0, backend)
     return next(
         backend
-        for backend in BACKENDS.values()
-        if getattr(backend, "AUTOMATIC", True)
-        and _computes_on(backend, device_type)
-        and backend.unavailable() is None
+        for backend in candidates
+        if backend.computes(operator, device_type) and backend.unavailable() is None
     )
 
 
-def _computes_on(backend: ModuleType, device_type: str) -> bool:
-    return backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES
-
-
-def _usable(name: str, where: str) -> ModuleType:
+def _usable(name: str, where: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"{where}: got {name!r}, takes one of {', '.join([AUTO, *BACKENDS])}")
     reason = BACKENDS[name].unavailable()

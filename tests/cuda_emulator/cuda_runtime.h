@@ -18,7 +18,6 @@
 // The threads of a block are fibers of one thread of the host.
 #define __shared__ thread_local
 
-using std::isnan;
 using std::max;
 using std::min;
 

@@ -168,7 +168,7 @@ def test_folded_weights_are_what_is_quantized():
         x, y = seen.pop()
         if training:
             mean, var = x.mean(0), x.var(0, correction=0)
-            assert torch.equal(linear.running_absmax, x.abs().amax((0, 2)))
+            assert torch.equal(linear.input_quantizer.range, x.abs().amax((0, 2)))
             assert_close(norm.running_mean.view(AUS, WIDTH), 0.1 * mean)
         else:
             mean = norm.running_mean.view(AUS, WIDTH)
@@ -178,7 +178,7 @@ def test_folded_weights_are_what_is_quantized():
             scale = norm.weight[own] / (var[t] + norm.eps).sqrt()
             weight = linear.weight[t] * scale
             bias = linear.bias[t] + linear.weight[t] @ (norm.bias[own] - scale * mean[t])
-            known = linear.running_absmax[t].clone()
+            known = linear.input_quantizer.range[t].clone()
             inputs = fake_quantize_ema(x[:, t], known, 5, training=False)
             assert_close(y[:, t], inputs @ fake_quantize(weight, 3, axis=0).T + bias)
 
@@ -201,7 +201,7 @@ def test_a_loud_action_unit_leaves_the_others_alone(norm):
             block = model.get_submodule(name)
             result[f"{name} weights"] = block.linear.quantized_weight()
             if norm != "shared":
-                result[f"{name} range"] = block.linear.running_absmax
+                result[f"{name} range"] = block.linear.input_quantizer.range
                 result[f"{name} mean"] = block.norm.running_mean.view(AUS, WIDTH)
                 result[f"{name} variance"] = block.norm.running_var.view(AUS, WIDTH)
         return result
@@ -257,9 +257,9 @@ def test_quantized_networks_train_and_their_weights_can_be_saved(kind):
 )
 def test_the_method_quantizes_with_the_networks_ranges(kind, shape):
     layers = Quant().with_defaults().network(network(kind)).head
-    assert layers.hidden1.running_absmax.shape == ()
-    assert layers.hidden2.linear.running_absmax.shape == shape
-    assert layers.logits.linear.running_absmax.shape == shape
+    assert layers.hidden1.input_quantizer.range.shape == ()
+    assert layers.hidden2.linear.input_quantizer.range.shape == shape
+    assert layers.logits.linear.input_quantizer.range.shape == shape
     assert [m.weight_bits for m in (layers.hidden1, layers.hidden2.linear)] == [4, 4]
     assert layers.logits.linear.weight_bits == 8
 

@@ -206,7 +206,7 @@ def test_training_equals_one_process(ranks, kind, wrap):
 def synchronize_quantized():
     model = distributed.synchronize_(quantize_model_(make_model()))
     model(torch.full((2, 3, 6, 6), 1.0 + dist.get_rank()))
-    return distributed.from_main(dist.get_rank()), model[0].running_absmax.item()
+    return distributed.from_main(dist.get_rank()), model[0].input_quantizer.range.item()
 
 
 def test_ranges_are_those_of_all_ranks(ranks):

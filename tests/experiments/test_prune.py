@@ -207,7 +207,7 @@ def test_surgery_changes_nothing_else(seen, training):
     assert list(model.state_dict()) == list(before)
     same = {name: t for name, t in model.state_dict().items() if t.shape == before[name].shape}
     assert "conv.weight" in same
-    assert "stage3.2.conv2.running_absmax" in same
+    assert "stage3.2.conv2.input_quantizer.running_absmax" in same
     assert "stage3.2.bn1.num_batches_tracked" in same
     for name, tensor in same.items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)

@@ -67,7 +67,7 @@ def test_run_writes_a_whole_folder(tmp_path, method, label):
         changed = np.flatnonzero(labels["true"] != labels["given"])
         assert set(changed) <= set(labels["indices"])
     weights = load_file(folder / "model.safetensors")
-    assert ("conv.running_absmax" in weights) == (method == "quant")
+    assert ("conv.input_quantizer.running_absmax" in weights) == (method == "quant")
 
     lines = output.splitlines()
     assert lines[0].startswith("epoch 1/2")

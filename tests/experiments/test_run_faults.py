@@ -241,7 +241,7 @@ NAN = torch.tensor(float("nan"))
         deeper("model", "other.weight", value=torch.ones(2)),
         deeper("model", "classifier.bias", value=NAN.expand(10)),
         deeper("model", "bn.running_var", value=torch.full((4,), torch.inf)),
-        deeper("model", "conv.running_absmax", value=torch.tensor(torch.inf)),
+        deeper("model", "conv.input_quantizer.running_absmax", value=torch.tensor(torch.inf)),
         deeper("optimizer", 0, value={}),
         deeper("optimizer", 999, value={}),
         deeper("optimizer", 0, "exp_avg", value=torch.ones(3)),
@@ -387,8 +387,6 @@ def test_a_result_that_is_not_finite_is_not_written(whole, tmp_path, monkeypatch
 def test_weights_that_are_not_finite_are_refused(finished, tmp_path, epochs):
     (path,) = finished[0].glob("*/model.safetensors")
     weights = load_file(path)
-    # A layer that saw nothing has no range.
-    weights["conv.running_absmax"].fill_(float("nan"))
     weights["classifier.bias"][3] = float("nan")
     save_file(weights, tmp_path / "weights")
     options = OPTIONS.replace("--epochs 3", f"--epochs {epochs} --weights {tmp_path / 'weights'}")
@@ -397,7 +395,7 @@ def test_weights_that_are_not_finite_are_refused(finished, tmp_path, epochs):
 
 
 def test_a_layer_that_saw_nothing_is_saved(tmp_path, monkeypatch):
-    """Its range is NaN until it is used in training."""
+    """It has no range until it is used in training."""
 
     class Partly(torch.nn.Module):
         def __init__(self, task):
@@ -412,4 +410,4 @@ def test_a_layer_that_saw_nothing_is_saved(tmp_path, monkeypatch):
     options = OPTIONS.replace("--epochs 3", "--epochs 1")
     executed(tmp_path, options)
     (path,) = tmp_path.glob("*/model.safetensors")
-    assert load_file(path)["unused.running_absmax"].isnan()
+    assert load_file(path)["unused.input_quantizer.observed"] == 0

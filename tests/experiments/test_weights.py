@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from experiments import run, tasks
 from experiments.training import Trainer
@@ -115,10 +115,25 @@ def test_weights_are_refused_by_a_run_on_other_training_images(save, trained, ev
 
 
 def test_older_weights_are_taken_with_a_warning(save):
+    """Those of version 0.1, which has ranges in the layers and tells no bits."""
     path = save(f"{DIGITS} --weight-bits 8", metadata={"methods": '{"quant": {}}'})
+    weights = {
+        name.replace("input_quantizer.", ""): tensor
+        for name, tensor in load_file(path).items()
+        if not name.endswith(("_extra_state", "observed"))
+    }
+    save_file(weights, path, metadata={"methods": '{"quant": {}}'})
     with pytest.warns(UserWarning, match=f"--weights: {path} does not tell the options"):
-        weights = Weights.read(path)
-    weights.load_into(trainer(f"{DIGITS} --weight-bits 4"))
+        read = Weights.read(path)
+    read.load_into(trainer(f"{DIGITS} --weight-bits 4"))
+
+
+def test_weights_tell_their_bits_where_the_metadata_do_not(save):
+    path = save(f"{DIGITS} --weight-bits 8", metadata={"methods": '{"quant": {}}'})
+    with pytest.warns(UserWarning, match="does not tell the options"):
+        read = Weights.read(path)
+    with pytest.raises(ValueError, match="the checkpoint has 8 bits, the model 4"):
+        read.load_into(trainer(f"{DIGITS} --weight-bits 4"))
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ Status map_known(const T* x, Out* y, Layout layout, int splits, const float* kno
 
 }  // namespace
 
-Status fake_quantize_range(DType dtype, const void* x, const float* absmax, void* y,
-                           Layout layout, int splits, int qmax, Stream stream) {
+Status fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
+                                 Layout layout, int splits, int qmax, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     return map_known<FakeQuantize<T>, FromAbsmax>(static_cast<const T*>(x), static_cast<T*>(y),

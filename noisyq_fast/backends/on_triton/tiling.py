@@ -17,7 +17,7 @@ _RUN_BYTES = 64
 
 
 @dataclass(frozen=True)
-class Machine:
+class TileLimits:
     """What one GPU holds.
 
     Attributes:
@@ -63,43 +63,43 @@ class Tiling:
 
 
 @lru_cache(maxsize=4096)
-def map_tiling(layout: Box, itemsize: int, machine: Machine) -> Tiling:
+def map_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
     """For a map, with nothing to know before.
 
     Args:
         layout: (outer, channels, inner), of at least one element.
         itemsize: bytes of an element that is read.
-        machine: the GPU.
+        limits: of the GPU.
 
     Example:
-        >>> map_tiling((128, 64, 1024), 4, Machine(processors=132))
+        >>> map_tiling((128, 64, 1024), 4, TileLimits(processors=132))
         Tiling(layout=(128, 64, 1024), tile=(4, 1, 1024), channel_tiles=64, tiles=32,
                splits=8)
     """
-    return _tiling(layout, itemsize, machine, machine.streamed)
+    return _tiling(layout, itemsize, limits, limits.streamed)
 
 
 @lru_cache(maxsize=4096)
-def absmax_tiling(layout: Box, itemsize: int, machine: Machine) -> Tiling:
+def absmax_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
     """For a map that needs each channel's absmax before.
 
     One tile a program where channels fit on chip; one program a channel tile where those are
     enough to fill the machine; otherwise programs share channel tiles, and need a second launch.
 
     Example:
-        >>> absmax_tiling((1, 512, 4608), 4, Machine(processors=132))
+        >>> absmax_tiling((1, 512, 4608), 4, TileLimits(processors=132))
         Tiling(layout=(1, 512, 4608), tile=(1, 1, 8192), channel_tiles=512, tiles=1,
                splits=1)
     """
-    on_chip = _tiling(layout, itemsize, machine, machine.on_chip)
-    return on_chip if on_chip.tiles == 1 else map_tiling(layout, itemsize, machine)
+    on_chip = _tiling(layout, itemsize, limits, limits.on_chip)
+    return on_chip if on_chip.tiles == 1 else map_tiling(layout, itemsize, limits)
 
 
-def _tiling(layout: Box, itemsize: int, machine: Machine, limit: int) -> Tiling:
+def _tiling(layout: Box, itemsize: int, limits: TileLimits, limit: int) -> Tiling:
     outer, channels, inner = layout
     if channels == 1:
         outer, inner = 1, outer * inner
-    programs = _PROGRAMS_PER_PROCESSOR * machine.processors
+    programs = _PROGRAMS_PER_PROCESSOR * limits.processors
 
     inner_tile = min(_power_of_2(inner), limit)
     run = max(_RUN_BYTES // (itemsize * inner_tile), 1)
@@ -108,7 +108,7 @@ def _tiling(layout: Box, itemsize: int, machine: Machine, limit: int) -> Tiling:
     # Channels that leave room in the tile, and are more than enough for all processors.
     while (
         _tiles(channels, channel_tile) > programs
-        and inner_tile * channel_tile * outer_tile < machine.streamed
+        and inner_tile * channel_tile * outer_tile < limits.streamed
     ):
         channel_tile *= 2
 

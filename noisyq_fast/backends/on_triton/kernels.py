@@ -1,14 +1,15 @@
 """The Triton kernels: the walk over tiles, then one kernel for each way to walk.
 
-`geometry.Tiling` says which program works on which tiles. ``TILE`` of every kernel is its ``tile``;
+`tiling.Tiling` says which program works on which tiles. ``TILE`` of every kernel is its ``tile``;
 ``sizes`` are its ``layout`` and the first of the tensor's programs, None for the only tensor.
 """
 
 import triton
 import triton.language as tl
 
-from noisyq_fast.backends.triton_arithmetic import (
+from noisyq_fast.backends.on_triton.arithmetic import (
     averaged,
+    is_observation,
     magnitude,
     quantized,
     scale_of,
@@ -72,7 +73,7 @@ def _largest_in_tiles(x, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def _record(largest, scale, running, averaging_constant, qmax, sizes, TILE: tl.constexpr):
+def _record(largest, scale, average, averaging_constant, qmax, sizes, TILE: tl.constexpr):
     """The scale of each channel. One program for each channel stores what the operator returns."""
     absmax = largest.to(tl.float32, bitcast=True)
     scales = scale_of(absmax, qmax)
@@ -80,9 +81,15 @@ def _record(largest, scale, running, averaging_constant, qmax, sizes, TILE: tl.c
         channel, exists = channels_of_program(sizes, TILE)
         if scale is not None:
             tl.store(scale + channel, scales, exists)
-        if running is not None:
-            before = tl.load(running + channel, exists)
-            tl.store(running + channel, averaged(before, absmax, averaging_constant), exists)
+        if average is not None:
+            running, observed = average
+            known = tl.load(running + channel, exists, 0.0)
+            if observed is not None:
+                known = tl.div_rn(known, tl.load(observed + channel, exists, 1.0))
+            moves = exists & is_observation(absmax)
+            tl.store(running + channel, averaged(known, absmax, averaging_constant), moves)
+            if observed is not None:
+                tl.store(observed + channel, 1.0, moves)
     return scales
 
 
@@ -104,7 +111,7 @@ def _quantize_tiles(x, y, scales, qmax, sizes, TILE: tl.constexpr):
 
 
 # The kernels. ``y`` receives int8 codes or values of any float dtype; it may be ``x``. ``scale``
-# and ``running`` may be None.
+# may be None, and so may ``average``, (running_absmax, observed), and of it ``observed``.
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def _quantize_channels(
     x,
     y,
     scale,
-    running,
+    average,
     averaging_constant,
     qmax,
     sizes,
@@ -128,7 +135,7 @@ def _quantize_channels(
             largest = largest_of_tile(magnitude(values))
         else:
             largest = _largest_in_tiles(x, sizes, TILE)
-        scales = _record(largest, scale, running, averaging_constant, qmax, sizes, TILE)
+        scales = _record(largest, scale, average, averaging_constant, qmax, sizes, TILE)
         if ON_CHIP:
             _quantize_elements(values, y, offsets, exists, scales, qmax)
         else:
@@ -140,7 +147,7 @@ def quantize_channels(
     x,
     y,
     scale,
-    running,
+    average,
     averaging_constant,
     qmax,
     sizes,
@@ -154,7 +161,7 @@ def quantize_channels(
             x[i],
             y[i],
             scale[i],
-            running[i],
+            average[i],
             averaging_constant,
             qmax[i],
             sizes[i],
@@ -173,7 +180,7 @@ def reduce_partially(x, partial, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def quantize_reduced(
-    x, partial, y, scale, running, averaging_constant, qmax, sizes, TILE: tl.constexpr
+    x, partial, y, scale, average, averaging_constant, qmax, sizes, TILE: tl.constexpr
 ):
     """The second launch, on the same grid: every program reduces the rows for itself."""
     CHANNELS: tl.constexpr = TILE[1]
@@ -185,12 +192,12 @@ def quantize_reduced(
         read = (row < tl.num_programs(1))[:, None] & exists[None, :]
         rows = partial + row.to(tl.int64)[:, None] * sizes[1] + channel[None, :]
         largest = tl.maximum(largest, tl.load(rows, read, 0))
-    scales = _record(tl.max(largest, 0), scale, running, averaging_constant, qmax, sizes, TILE)
+    scales = _record(tl.max(largest, 0), scale, average, averaging_constant, qmax, sizes, TILE)
     _quantize_tiles(x, y, scales, qmax, sizes, TILE)
 
 
 @triton.jit
-def quantize_given(x, absmax, y, qmax, sizes, TILE: tl.constexpr):
+def quantize_fixed_range(x, absmax, y, qmax, sizes, TILE: tl.constexpr):
     """With an absmax for each channel that is known before."""
     channel, exists = channels_of_program(sizes, TILE)
     scales = scale_of(tl.load(absmax + channel, exists, 0.0), qmax)

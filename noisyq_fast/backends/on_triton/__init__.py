@@ -1,11 +1,10 @@
-"""The Triton kernels (`triton_kernels`, `triton_delayed`), launched on dense memory.
+"""The Triton kernels (`kernels`, `clipped`), launched on dense memory.
 
 With ``TRITON_INTERPRET=1`` in the environment they run in NumPy, on the CPU too. That is for tests
 without a GPU and very slow, so this backend then has to be asked for by name.
 """
 
 import os
-from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from types import ModuleType
@@ -15,15 +14,23 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import checks
-from noisyq_fast.backends import geometry, native
-from noisyq_fast.backends.layout import channel_layout
-from noisyq_fast.backends.progress import progress
+from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.kernel_arguments import (
+    channel_layout,
+    contiguous,
+    dense,
+    launch_failed,
+    write_back,
+)
+from noisyq_fast.backends.on_triton.tiling import (
+    TileLimits,
+    Tiling,
+    absmax_tiling,
+    map_tiling,
+)
 from noisyq_fast.backends.reference import FLT_MIN
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-AUTOMATIC = not INTERPRETED
 
 # Their arguments take less than 4 KB, the limit of older drivers, and a kernel for them is compiled
 # in seconds.
@@ -43,86 +50,77 @@ def unavailable() -> str | None:
     return None
 
 
+backend = Backend(
+    "triton",
+    device_types=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    unavailable=unavailable,
+    automatic=not INTERPRETED,
+)
+
+
+@backend.register
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
     (y,) = fake_quantize_many([x], [qmax], [axis])
     return y
 
 
+@backend.register
 def fake_quantize_many(
     tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
 ) -> list[Tensor]:
     rows = [
-        _Row(*native.dense(x), qmax, axis)
-        for x, qmax, axis in zip(tensors, qmaxes, axes, strict=True)
+        _Row(*dense(x), qmax, axis) for x, qmax, axis in zip(tensors, qmaxes, axes, strict=True)
     ]
     _quantize(rows)
     return [row.y for row in rows]
 
 
+@backend.register
 def fake_quantize_ema(
-    x: Tensor, running_absmax: Tensor, qmax: int, axis: int | None, averaging_constant: float
-) -> Tensor:
-    x, y = native.dense(x)
-    running = running_absmax.contiguous()
-    _quantize([_Row(x, y, qmax, axis, running=running)], averaging_constant)
-    native.write_back(running_absmax, running)
-    return y
-
-
-def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    x, y = native.dense(x)
-    _map(_kernels().quantize_given, x, axis, absmax.contiguous(), y, float(qmax))
-    return y
-
-
-def fake_quantize_clipped(
-    x: Tensor, absmax: Tensor, qmax: int, axis: int | None
-) -> tuple[Tensor, Tensor]:
-    x, y = native.dense(x)
-    return y, _clipped(x, absmax.contiguous(), y, qmax, axis)
-
-
-def fake_quantize_delayed(
     x: Tensor,
     running_absmax: Tensor,
+    observed: Tensor | None,
     qmax: int,
     axis: int | None,
     averaging_constant: float,
-    save_clipped: bool,
+) -> Tensor:
+    x, y = dense(x)
+    running, weight = running_absmax.contiguous(), contiguous(observed)
+    _quantize([_Row(x, y, qmax, axis, average=(running, weight))], averaging_constant)
+    write_back(running, running_absmax)
+    write_back(weight, observed)
+    return y
+
+
+@backend.register
+def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
+    x, y = dense(x)
+    _map(_kernels().quantize_fixed_range, x, axis, absmax.contiguous(), y, float(qmax))
+    return y
+
+
+@backend.register
+def fake_quantize_fixed_range_clipped(
+    x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    x, y = native.dense(x, in_place=False)
-    if x.numel() == 0:
-        return y, x.new_empty(0, dtype=torch.uint8)
-    tiling = _map_tiling(x, axis)
-    outer, channels, inner = tiling.layout
-    running = running_absmax.contiguous()
-    # Otherwise eight elements side by side belong to several ranges: a launch for the bits alone.
-    fused = save_clipped and (outer * channels == 1 or inner % 8 == 0)
-    if fused:
-        clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
-        # At least the elements of a byte, where the tensor has fewer.
-        outer_tile, channel_tile, inner_tile = tiling.tile
-        tiling = replace(tiling, tile=(outer_tile, channel_tile, max(inner_tile, 8)))
-    elif save_clipped:
-        clipped = _clipped(x, running, None, qmax, axis)
-    else:
-        clipped = x.new_empty(0, dtype=torch.uint8)
-    counts = progress(x.device, channels + tiling.channel_tiles)
-    outputs = y, clipped if fused else None, counts, running
-    kernel = _delayed_kernels().quantize_delayed
-    _launch_tiled(kernel, tiling, x, *outputs, averaging_constant, float(qmax))
-    native.write_back(running_absmax, running)
+    x, y = dense(x)
+    clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
+    _, channels, inner = channel_layout(x, axis)
+    arguments = absmax.contiguous(), y, clipped, float(qmax), channels, inner
+    _map(_clipped_kernels().quantize_fixed_range_clipped, x, None, *arguments)
     return y, clipped
 
 
+@backend.register
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
     out = torch.empty_like(grad)
-    _map(_delayed_kernels().zero_clipped, grad, None, out, clipped)
+    _map(_clipped_kernels().zero_clipped, grad, None, out, clipped.contiguous())
     return out
 
 
+@backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    x, codes = native.dense(x, torch.int8)
+    x, codes = dense(x, torch.int8)
     scale = x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32)
     if x.numel() == 0:
         scale.fill_(FLT_MIN)
@@ -130,8 +128,9 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+@backend.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    codes, y = native.dense(codes, torch.float32)
+    codes, y = dense(codes, torch.float32)
     _map(_kernels().dequantize, codes, axis, scale.contiguous(), y)
     return y
 
@@ -144,7 +143,7 @@ class _Row(NamedTuple):
     qmax: int
     axis: int | None
     scale: Tensor | None = None
-    running: Tensor | None = None
+    average: tuple[Tensor, Tensor | None] | None = None
 
 
 def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
@@ -154,7 +153,7 @@ def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
         if row.x.numel() == 0:
             continue
         layout = channel_layout(row.x, row.axis)
-        tiling = geometry.absmax_tiling(layout, row.x.element_size(), _machine(row.x.device))
+        tiling = absmax_tiling(layout, row.x.element_size(), _limits(row.x.device))
         if tiling.splits == 1:
             together.append((row, tiling))
         else:
@@ -163,9 +162,7 @@ def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
         _quantize_channels(together[start : start + _TENSORS_PER_LAUNCH], averaging_constant)
 
 
-def _quantize_channels(
-    together: list[tuple[_Row, geometry.Tiling]], averaging_constant: float
-) -> None:
+def _quantize_channels(together: list[tuple[_Row, Tiling]], averaging_constant: float) -> None:
     rows, tilings = zip(*together, strict=True)
     *firsts, programs = accumulate((tiling.channel_tiles for tiling in tilings), initial=0)
     _launch(
@@ -176,7 +173,7 @@ def _quantize_channels(
         tuple(row.x for row in rows),
         tuple(row.y for row in rows),
         tuple(row.scale for row in rows),
-        tuple(row.running for row in rows),
+        tuple(row.average for row in rows),
         averaging_constant,
         tuple(float(row.qmax) for row in rows),
         tuple((*tiling.layout, first) for tiling, first in zip(tilings, firsts, strict=True)),
@@ -185,22 +182,13 @@ def _quantize_channels(
     )
 
 
-def _quantize_shared(row: _Row, tiling: geometry.Tiling, averaging_constant: float) -> None:
-    x, y, qmax, _, scale, running = row
+def _quantize_shared(row: _Row, tiling: Tiling, averaging_constant: float) -> None:
+    x, y, qmax, _, scale, average = row
     _, channels, _ = tiling.layout
     partial = torch.empty(tiling.splits, channels, dtype=torch.int32, device=x.device)
-    outputs = y, scale, running, averaging_constant, float(qmax)
+    outputs = y, scale, average, averaging_constant, float(qmax)
     _launch_tiled(_kernels().reduce_partially, tiling, x, partial)
     _launch_tiled(_kernels().quantize_reduced, tiling, x, partial, *outputs)
-
-
-def _clipped(x: Tensor, absmax: Tensor, y: Tensor | None, qmax: int, axis: int | None) -> Tensor:
-    """The bits of clipped elements; writes the quantized values to ``y``, where it is not None."""
-    clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
-    _, channels, inner = channel_layout(x, axis)
-    arguments = absmax, y, clipped, float(qmax), channels, inner
-    _map(_delayed_kernels().quantize_clipped, x, None, *arguments)
-    return clipped
 
 
 def _map(kernel: Any, x: Tensor, axis: int | None, *arguments: object) -> None:
@@ -208,12 +196,12 @@ def _map(kernel: Any, x: Tensor, axis: int | None, *arguments: object) -> None:
         _launch_tiled(kernel, _map_tiling(x, axis), x, *arguments)
 
 
-def _map_tiling(x: Tensor, axis: int | None) -> geometry.Tiling:
+def _map_tiling(x: Tensor, axis: int | None) -> Tiling:
     layout = channel_layout(x, axis)
-    return geometry.map_tiling(layout, x.element_size(), _machine(x.device))
+    return map_tiling(layout, x.element_size(), _limits(x.device))
 
 
-def _launch_tiled(kernel: Any, tiling: geometry.Tiling, x: Tensor, *arguments: object) -> None:
+def _launch_tiled(kernel: Any, tiling: Tiling, x: Tensor, *arguments: object) -> None:
     sizes = (*tiling.layout, None)
     _launch(x, kernel, tiling.grid, tiling.warps, x, *arguments, sizes, tiling.tile)
 
@@ -224,26 +212,26 @@ def _launch(x: Tensor, kernel: Any, grid: tuple[int, ...], warps: int, *argument
         try:
             kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
         except Exception as error:
-            raise native.launch_failed(kernel.fn.__name__, x, error) from error
+            raise launch_failed(kernel.fn.__name__, x, error) from error
 
 
 @cache
 def _kernels() -> ModuleType:
     """Imported when first needed: most processes that import the package have no GPU."""
-    from noisyq_fast.backends import triton_kernels
+    from noisyq_fast.backends.on_triton import kernels
 
-    return triton_kernels
-
-
-@cache
-def _delayed_kernels() -> ModuleType:
-    from noisyq_fast.backends import triton_delayed
-
-    return triton_delayed
+    return kernels
 
 
 @cache
-def _machine(device: torch.device) -> geometry.Machine:
+def _clipped_kernels() -> ModuleType:
+    from noisyq_fast.backends.on_triton import clipped
+
+    return clipped
+
+
+@cache
+def _limits(device: torch.device) -> TileLimits:
     if device.type == "cpu":
-        return geometry.Machine(processors=1)
-    return geometry.Machine(torch.cuda.get_device_properties(device).multi_processor_count)
+        return TileLimits(processors=1)
+    return TileLimits(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -5,11 +5,21 @@ import os
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends import native, packing, reference
-from noisyq_fast.backends.layout import channel_layout
-from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
+from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.kernel_arguments import (
+    DTYPE_CODES,
+    NULL,
+    address,
+    channel_layout,
+    contiguous,
+    core,
+    dense,
+    missing,
+    write_back,
+)
+from noisyq_fast.backends.reference import pack
 
-DEVICE_TYPES = ("cpu",)
+backend = Backend("cpu", device_types=("cpu",), unavailable=lambda: missing)
 
 _forked = False
 
@@ -27,10 +37,6 @@ def _threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def unavailable() -> str | None:
-    return native.missing
-
-
 def compiler() -> str | None:
     """What compiled the native library, and whether it runs on several threads."""
     if core is None:
@@ -38,44 +44,51 @@ def compiler() -> str | None:
     return f"{core.compiler}, {'OpenMP' if core.openmp else 'without OpenMP: one thread'}"
 
 
+@backend.register
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize(x, NULL, qmax, axis, 0.0)
+    return _fake_quantize(x, qmax, axis, NULL, NULL, 0.0)
 
 
+@backend.register
 def fake_quantize_many(
     tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
 ) -> list[Tensor]:
     return [fake_quantize(*arguments) for arguments in zip(tensors, qmaxes, axes, strict=True)]
 
 
+@backend.register
 def fake_quantize_ema(
-    x: Tensor, running_absmax: Tensor, qmax: int, axis: int | None, averaging_constant: float
+    x: Tensor,
+    running_absmax: Tensor,
+    observed: Tensor | None,
+    qmax: int,
+    axis: int | None,
+    averaging_constant: float,
 ) -> Tensor:
-    running = running_absmax.contiguous()
-    y = _fake_quantize(x, running.data_ptr(), qmax, axis, averaging_constant)
-    native.write_back(running_absmax, running)
+    running, weight = running_absmax.contiguous(), contiguous(observed)
+    y = _fake_quantize(x, qmax, axis, running.data_ptr(), address(weight), averaging_constant)
+    write_back(running, running_absmax)
+    write_back(weight, observed)
     return y
 
 
-# Delayed scales spare a GPU one of two passes; a CPU has the second pass in its cache.
-fake_quantize_delayed = reference.fake_quantize_delayed
-zero_clipped = reference.zero_clipped
+@backend.register
+def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
+    return _fake_quantize_fixed_range(x, absmax, NULL, qmax, axis)
 
 
-def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize_range(x, absmax, NULL, qmax, axis)
-
-
-def fake_quantize_clipped(
+@backend.register
+def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
     clipped = torch.empty_like(x, dtype=torch.bool)
-    y = _fake_quantize_range(x, absmax, clipped.data_ptr(), qmax, axis)
-    return y, packing.pack(clipped)
+    y = _fake_quantize_fixed_range(x, absmax, clipped.data_ptr(), qmax, axis)
+    return y, pack(clipped)
 
 
+@backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    x, codes = native.dense(x, torch.int8)
+    x, codes = dense(x, torch.int8)
     outer, channels, inner = channel_layout(codes, axis)
     scale = torch.empty([] if axis is None else [channels], dtype=torch.float32)
     core.quantize(
@@ -92,8 +105,9 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+@backend.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    codes, y = native.dense(codes, torch.float32)
+    codes, y = dense(codes, torch.float32)
     scale = scale.contiguous()
     core.dequantize(
         codes.data_ptr(), scale.data_ptr(), y.data_ptr(), *channel_layout(y, axis), _threads()
@@ -102,28 +116,34 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 
 
 def _fake_quantize(
-    x: Tensor, running: int, qmax: int, axis: int | None, averaging_constant: float
+    x: Tensor,
+    qmax: int,
+    axis: int | None,
+    running_absmax: int,
+    observed: int,
+    averaging_constant: float,
 ) -> Tensor:
-    x, y = native.dense(x)
+    x, y = dense(x)
     core.fake_quantize(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         y.data_ptr(),
         *channel_layout(y, axis),
         qmax,
-        running,
+        running_absmax,
+        observed,
         averaging_constant,
         _threads(),
     )
     return y
 
 
-def _fake_quantize_range(
+def _fake_quantize_fixed_range(
     x: Tensor, absmax: Tensor, clipped: int, qmax: int, axis: int | None
 ) -> Tensor:
-    x, y = native.dense(x)
+    x, y = dense(x)
     absmax = absmax.contiguous()
-    core.fake_quantize_range(
+    core.fake_quantize_fixed_range(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         absmax.data_ptr(),

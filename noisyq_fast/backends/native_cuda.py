@@ -11,14 +11,26 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import checks
-from noisyq_fast.backends import native
-from noisyq_fast.backends.cuda_grid import Machine, resident_blocks, splits_per_channel
-from noisyq_fast.backends.layout import channel_layout
-from noisyq_fast.backends.native import DTYPE_CODES, NULL, core
-from noisyq_fast.backends.progress import progress
+from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.cuda_launch import (
+    DeviceLimits,
+    progress,
+    resident_blocks,
+    splits_per_channel,
+)
+from noisyq_fast.backends.kernel_arguments import (
+    DTYPE_CODES,
+    NULL,
+    address,
+    channel_layout,
+    contiguous,
+    core,
+    dense,
+    launch_failed,
+    missing,
+    write_back,
+)
 from noisyq_fast.backends.reference import FLT_MIN
-
-DEVICE_TYPES = ("cuda",)
 
 Layout = tuple[int, int, int]
 
@@ -27,8 +39,8 @@ kernels = getattr(core, "cuda", None)
 
 @cache
 def unavailable() -> str | None:
-    if native.missing is not None:
-        return native.missing
+    if missing is not None:
+        return missing
     if kernels is None:
         return f"the native library has no CUDA kernels: {core.cuda_compiler}"
     if not torch.cuda.is_available():
@@ -40,18 +52,23 @@ def unavailable() -> str | None:
     return None
 
 
+backend = Backend("cuda", device_types=("cuda",), unavailable=unavailable)
+
+
+@backend.register
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
     (y,) = fake_quantize_many([x], [qmax], [axis])
     return y
 
 
+@backend.register
 def fake_quantize_many(
     tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
 ) -> list[Tensor]:
     outputs = []
     together: dict[torch.dtype, list[tuple]] = {}
     for x, qmax, axis in zip(tensors, qmaxes, axes, strict=True):
-        x, y = native.dense(x)
+        x, y = dense(x)
         outputs.append(y)
         outer, channels, inner = layout = channel_layout(y, axis)
         if outer == 1:
@@ -59,35 +76,44 @@ def fake_quantize_many(
             # The input lives on in the row only as an address.
             together.setdefault(x.dtype, []).append((row, x))
         elif outer > 1:
-            _fake_quantize_dynamic(x, y, layout, qmax, NULL, 0.0)
+            _fake_quantize_dynamic(x, y, layout, qmax, NULL, NULL, 0.0)
     for dtype, rows_and_inputs in together.items():
         rows, inputs = zip(*rows_and_inputs, strict=True)
         _launch(kernels.fake_quantize_channels, inputs[0], DTYPE_CODES[dtype], list(rows))
     return outputs
 
 
+@backend.register
 def fake_quantize_ema(
-    x: Tensor, running_absmax: Tensor, qmax: int, axis: int | None, averaging_constant: float
+    x: Tensor,
+    running_absmax: Tensor,
+    observed: Tensor | None,
+    qmax: int,
+    axis: int | None,
+    averaging_constant: float,
 ) -> Tensor:
-    x, y = native.dense(x)
+    x, y = dense(x)
     layout = channel_layout(y, axis)
     if layout[0] == 0:
         return y
-    running = running_absmax.contiguous()
-    _fake_quantize_dynamic(x, y, layout, qmax, running.data_ptr(), averaging_constant)
-    native.write_back(running_absmax, running)
+    running, weight = running_absmax.contiguous(), contiguous(observed)
+    addresses = running.data_ptr(), address(weight)
+    _fake_quantize_dynamic(x, y, layout, qmax, *addresses, averaging_constant)
+    write_back(running, running_absmax)
+    write_back(weight, observed)
     return y
 
 
-def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    x, y = native.dense(x)
+@backend.register
+def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
+    x, y = dense(x)
     layout = channel_layout(y, axis)
     if _is_mixed(x, layout):
-        _fake_quantize_clipped(x, absmax, y, NULL, layout, qmax)
+        _fake_quantize_fixed_range_clipped(x, absmax, y, NULL, layout, qmax)
     elif layout[0] > 0:
         absmax = absmax.contiguous()
         _launch(
-            kernels.fake_quantize_range,
+            kernels.fake_quantize_fixed_range,
             x,
             DTYPE_CODES[x.dtype],
             x.data_ptr(),
@@ -100,52 +126,22 @@ def fake_quantize_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) 
     return y
 
 
-def fake_quantize_clipped(
+@backend.register
+def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    x, y = native.dense(x)
+    x, y = dense(x)
     clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
     layout = channel_layout(y, axis)
     if layout[0] > 0:
-        _fake_quantize_clipped(x, absmax, y, clipped.data_ptr(), layout, qmax)
+        _fake_quantize_fixed_range_clipped(x, absmax, y, clipped.data_ptr(), layout, qmax)
     return y, clipped
 
 
-def fake_quantize_delayed(
-    x: Tensor,
-    running_absmax: Tensor,
-    qmax: int,
-    axis: int | None,
-    averaging_constant: float,
-    save_clipped: bool,
-) -> tuple[Tensor, Tensor]:
-    x, y = native.dense(x, in_place=False)
-    clipped = x.new_empty(checks.packed_size(x) if save_clipped else 0, dtype=torch.uint8)
-    layout = channel_layout(y, axis)
-    if layout[0] == 0:
-        return y, clipped
-    running = running_absmax.contiguous()
-    counts = progress(x.device, running.numel() + 1)
-    _launch(
-        kernels.fake_quantize_delayed,
-        x,
-        DTYPE_CODES[x.dtype],
-        x.data_ptr(),
-        y.data_ptr(),
-        clipped.data_ptr() if save_clipped else NULL,
-        *layout,
-        _blocks(x),
-        qmax,
-        running.data_ptr(),
-        averaging_constant,
-        counts.data_ptr(),
-    )
-    native.write_back(running_absmax, running)
-    return y, clipped
-
-
+@backend.register
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
     out = torch.empty_like(grad)
+    clipped = clipped.contiguous()
     if grad.numel() > 0:
         _launch(
             kernels.zero_clipped,
@@ -160,8 +156,9 @@ def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
     return out
 
 
+@backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    x, codes = native.dense(x, torch.int8)
+    x, codes = dense(x, torch.int8)
     outer, channels, inner = layout = channel_layout(codes, axis)
     shape = [] if axis is None else [channels]
     if outer == 0:
@@ -187,8 +184,9 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+@backend.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    codes, y = native.dense(codes, torch.float32)
+    codes, y = dense(codes, torch.float32)
     layout = channel_layout(y, axis)
     scale = scale.contiguous()
     if layout[0] > 0:
@@ -205,10 +203,16 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 
 
 def _fake_quantize_dynamic(
-    x: Tensor, y: Tensor, layout: Layout, qmax: int, running: int, averaging_constant: float
+    x: Tensor,
+    y: Tensor,
+    layout: Layout,
+    qmax: int,
+    running_absmax: int,
+    observed: int,
+    averaging_constant: float,
 ) -> None:
     """In one launch where the tensor is a single channel that fits on chip, or in two."""
-    blocks = resident_blocks(x.nbytes, _machine(x.device)) if layout[1] == 1 else None
+    blocks = resident_blocks(x.nbytes, _limits(x.device)) if layout[1] == 1 else None
     if blocks is not None:
         shared = x.new_empty(blocks, dtype=torch.int32)
         kernel, sizes = kernels.fake_quantize_resident, (x.numel(), blocks)
@@ -227,17 +231,18 @@ def _fake_quantize_dynamic(
         *sizes,
         shared.data_ptr(),
         qmax,
-        running,
+        running_absmax,
+        observed,
         averaging_constant,
     )
 
 
-def _fake_quantize_clipped(
+def _fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, y: Tensor, clipped: int, layout: Layout, qmax: int
 ) -> None:
     absmax = absmax.contiguous()
     _launch(
-        kernels.fake_quantize_clipped,
+        kernels.fake_quantize_fixed_range_clipped,
         x,
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
@@ -262,7 +267,7 @@ def _launch(kernel: Callable, x: Tensor, *arguments: object) -> None:
         try:
             kernel(*arguments, _stream())
         except RuntimeError as error:
-            raise native.launch_failed(kernel.__name__, x, error) from None
+            raise launch_failed(kernel.__name__, x, error) from None
 
 
 def _partial(x: Tensor, layout: Layout) -> tuple[int, Tensor]:
@@ -273,19 +278,19 @@ def _partial(x: Tensor, layout: Layout) -> tuple[int, Tensor]:
 
 def _splits(x: Tensor, layout: Layout) -> int:
     outer, channels, inner = layout
-    return splits_per_channel(outer * inner * x.element_size(), channels, _machine(x.device))
+    return splits_per_channel(outer * inner * x.element_size(), channels, _limits(x.device))
 
 
 def _blocks(x: Tensor) -> int:
     """For a walk over the memory, whatever the channels."""
-    return splits_per_channel(x.nbytes, 1, _machine(x.device))
+    return splits_per_channel(x.nbytes, 1, _limits(x.device))
 
 
 @cache
-def _machine(device: torch.device) -> Machine:
+def _limits(device: torch.device) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(device)
     kept_bytes = kernels.resident_bytes_per_block(device.index)
-    return Machine(properties.multi_processor_count, kept_bytes)
+    return DeviceLimits(properties.multi_processor_count, kept_bytes)
 
 
 def _stream() -> int:

@@ -20,12 +20,14 @@ class Info:
         versions: of Python, of the packages, and of the compiler of the native kernels.
         backends: for each backend, ``None`` where it is usable, otherwise the reason why not.
         requested: the backend asked for with `use_backend` or ``NOISYQ_BACKEND``, or ``"auto"``.
+        operators: for each operator, the backend that computes it on each type of device.
         threads: how many threads operators on the CPU use.
     """
 
     versions: dict[str, str]
     backends: dict[str, str | None]
     requested: str
+    operators: dict[str, dict[str, str]]
     threads: int
 
     def __str__(self) -> str:
@@ -37,7 +39,14 @@ class Info:
             for name, reason in self.backends.items()
         ]
         rows += [("threads", str(self.threads))]
-        return "\n".join(f"{name:<18}{value}".rstrip() for name, value in rows)
+        device_types = next(iter(self.operators.values()))
+        rows += [("operators", "".join(f"{name:<12}" for name in device_types))]
+        rows += [
+            (f"  {operator}", "".join(f"{name:<12}" for name in by_device.values()))
+            for operator, by_device in self.operators.items()
+        ]
+        width = max(18, *(len(name) + 2 for name, _ in rows))
+        return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
 
 
 def info() -> Info:
@@ -52,11 +61,12 @@ def info() -> Info:
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    if (compiler := backends.cpu.compiler()) is not None:
+    if (compiler := backends.native_cpu.compiler()) is not None:
         versions["native kernels"] = compiler
     return Info(
         versions=versions,
-        backends={name: module.unavailable() for name, module in backends.BACKENDS.items()},
+        backends={name: b.unavailable() for name, b in backends.BACKENDS.items()},
         requested=backends.requested(),
+        operators=backends.who_computes(),
         threads=torch.get_num_threads(),
     )

@@ -66,7 +66,11 @@ def is_clipped(quotient, qmax):
 
 
 @triton.jit
-def averaged(running, absmax, averaging_constant):
-    moved = running + averaging_constant * (absmax - running)
-    observed = tl.where(running == running, moved, absmax)
-    return tl.where(absmax < INFINITY, observed, running)
+def averaged(average, absmax, averaging_constant):
+    moved = average + averaging_constant * (absmax - average)
+    return tl.where(average == average, moved, absmax)
+
+
+@triton.jit
+def is_observation(absmax):
+    return absmax < INFINITY

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.layers import QuantLayer
-from noisyq_fast.ops import fake_quantize_ema
+from noisyq_fast.quantizers import MovingAbsMax
 
 _INFINITY = float("inf")
 
@@ -53,70 +53,37 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
             f"process_group: got {process_group!r}, takes None or a torch.distributed.ProcessGroup "
             "that this process belongs to"
         )
-    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
-    if not layers:
+    if not any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ValueError(
             f"model: got {type(model).__name__} without quantized layers, takes what "
             "quantize_model_ returns"
         )
-    for layer in layers:
-        layer.fake_quantize_input = _FakeQuantizeTogether(process_group)
+    for module in model.modules():
+        if isinstance(module, MovingAbsMax):
+            module.absmax_of_ranks = _AbsMaxOfRanks(process_group)
     return model
 
 
 @dataclass(frozen=True)
-class _FakeQuantizeTogether:
-    """`fake_quantize_ema`, but the batch is that of all ranks."""
+class _AbsMaxOfRanks:
+    """The absmax of a batch of which every rank has a part."""
 
     process_group: dist.ProcessGroup | None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_FakeQuantizeTogether":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_AbsMaxOfRanks":
         return self  # A process group cannot be copied.
 
-    def __call__(
-        self,
-        x: Tensor,
-        running_absmax: Tensor,
-        bits: int,
-        *,
-        axis: int | None,
-        averaging_constant: float,
-        training: bool,
-        ste: str,
-        delayed: bool,
-    ) -> Tensor:
-        if not training or not self._has_other_ranks():
-            return fake_quantize_ema(
-                x,
-                running_absmax,
-                bits,
-                axis,
-                averaging_constant=averaging_constant,
-                training=training,
-                ste=ste,
-                delayed=delayed,
-            )
-        absmax = self._absmax(x, checks.front_axis(axis, x))
-        known = torch.where(running_absmax.isnan(), absmax, running_absmax) if delayed else absmax
-        # With the batch's own absmax nothing clips.
-        ste = ste if delayed else "identity"
-        y = fake_quantize_ema(x, known, bits, axis, training=False, ste=ste)
-        reference.average_(running_absmax, absmax, averaging_constant)
-        return y
-
-    def _has_other_ranks(self) -> bool:
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        return dist.get_world_size(self.process_group) > 1
-
     @torch.no_grad()
-    def _absmax(self, x: Tensor, axis: int | None) -> Tensor:
-        """Each group's largest magnitude on any rank; -inf, which is no observation, without
-        elements.
+    def __call__(self, x: Tensor, axis: int | None) -> Tensor | None:
+        """float32 ``[]`` or ``[x.shape[axis]]``, equal on all ranks; -inf, which is no observation,
+        without elements. None where there are no other ranks.
 
         A NaN becomes infinity: as an absmax both mean a NaN batch that is not recorded, but not
         every backend's maximum keeps a NaN.
         """
+        if not self._has_other_ranks():
+            return None
+        axis = checks.front_axis(axis, x)
         if x.numel() == 0:
             shape = [] if axis is None else [x.shape[axis]]
             absmax = torch.full(shape, -_INFINITY, dtype=torch.float32, device=x.device)
@@ -124,3 +91,8 @@ class _FakeQuantizeTogether:
             absmax = reference.absmax_of(x, axis).nan_to_num(nan=_INFINITY, posinf=_INFINITY)
         dist.all_reduce(absmax, dist.ReduceOp.MAX, self.process_group)
         return absmax
+
+    def _has_other_ranks(self) -> bool:
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_world_size(self.process_group) > 1

@@ -1,0 +1,36 @@
+"""What a backend is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Backend:
+    """An implementation of operators, of all or of some.
+
+    Attributes:
+        name: for `use_backend` and ``NOISYQ_BACKEND``.
+        device_types: those it computes on; ``None``: every one.
+        unavailable: returns ``None`` where it can be used on this machine, otherwise the reason.
+        automatic: whether it may be chosen without being asked for by name.
+        functions: what it computes, by the name of the operator.
+    """
+
+    name: str
+    device_types: tuple[str, ...] | None
+    unavailable: Callable[[], str | None]
+    automatic: bool = True
+    functions: dict[str, Callable] = field(default_factory=dict, repr=False)
+
+    def register(self, function: Callable) -> Callable:
+        """Decorates the function that computes the operator of the same name. Its arguments have
+        been checked; there is ``qmax`` in place of ``bits``, and ``axis`` is ``None`` or counted
+        from the front."""
+        self.functions[function.__name__] = function
+        return function
+
+    def takes(self, device_type: str) -> bool:
+        return self.device_types is None or device_type in self.device_types
+
+    def computes(self, operator: str, device_type: str) -> bool:
+        return operator in self.functions and self.takes(device_type)

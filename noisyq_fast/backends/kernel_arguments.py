@@ -1,0 +1,81 @@
+"""What the backends with kernels share: the compiled library, ``noisyq_fast._core``, and tensors as
+kernels take them, dense and cut into channels."""
+
+import torch
+from torch import Tensor
+
+try:
+    from noisyq_fast import _core as core
+
+    missing = None
+except ImportError as error:
+    core = None
+    missing = f"the native library was not compiled or does not load ({error})"
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NULL = 0
+
+
+def channel_layout(x: Tensor, axis: int | None) -> tuple[int, int, int]:
+    """The memory of ``x`` (dense, any order of its axes) as ``(outer, channels, inner)``.
+
+    Element ``i`` of the memory belongs to channel ``(i // inner) % channels``.
+
+    Example:
+        >>> import torch
+        >>> x = torch.empty(2, 3, 4, 5)
+        >>> channel_layout(x, 1)
+        (2, 3, 20)
+        >>> channel_layout(x.to(memory_format=torch.channels_last), 1)
+        (40, 3, 1)
+        >>> channel_layout(x, None)
+        (120, 1, 1)
+    """
+    elements = x.numel()
+    channels = 1 if axis is None else x.shape[axis]
+    if elements == 0:
+        return 0, channels, 1
+    if channels == 1:
+        return elements, 1, 1
+    inner = x.stride(axis)
+    return elements // (channels * inner), channels, inner
+
+
+def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` in memory without gaps, and an empty output that is laid out like it.
+
+    empty_like() keeps the strides of a tensor exactly when it is dense. One that is not (a slice,
+    an expanded tensor) is copied, into the output where the dtype allows it: kernels may work in
+    place.
+    """
+    y = torch.empty_like(x, dtype=dtype)
+    if y.stride() == x.stride():
+        return x, y
+    return (y.copy_(x) if y.dtype == x.dtype else x.clone()), y
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """What a kernel writes to in place of ``x``: itself, or a copy."""
+    return None if x is None else x.contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    return NULL if x is None else x.data_ptr()
+
+
+def write_back(written: Tensor | None, x: Tensor | None) -> None:
+    """After a kernel wrote to ``contiguous(x)``."""
+    if written is None:
+        return
+    if written is x:
+        torch.autograd.graph.increment_version(x)
+    else:
+        x.copy_(written)
+
+
+def launch_failed(kernel: str, x: Tensor, error: Exception) -> RuntimeError:
+    """What to raise where a kernel of a GPU could not be launched for ``x``."""
+    return RuntimeError(
+        f"noisyq_fast: {kernel} of a {x.dtype} tensor of shape {list(x.shape)} could not be "
+        f"launched on {x.device}: {error}"
+    )

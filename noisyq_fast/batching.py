@@ -1,0 +1,141 @@
+"""The operators under torch.vmap: to the bit what a loop over the samples computes.
+
+An operator has a scale for each channel, so the samples become channels: each rule moves them to
+the front, joins them with the channels that a sample has, and takes the result apart again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from noisyq_fast import checks
+from noisyq_fast.backends import reference
+
+_operators = torch.ops.noisyq
+
+Dims = tuple[Any, ...]
+
+
+def fake_quantize(info: Any, dims: Dims, x: Tensor, bits: int, axis: int | None) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    return groups.restored(_operators.fake_quantize(groups.x, bits, 0)), 0
+
+
+def fake_quantize_many(
+    info: Any, dims: Dims, tensors: list[Tensor], bits: list[int], axis: int | None
+) -> tuple:
+    # One that is the same for all samples is a batch of one.
+    dims = dims[0]
+    groups = [
+        _Groups(x, dim, axis, 1 if dim is None else info.batch_size)
+        for x, dim in zip(tensors, dims, strict=True)
+    ]
+    outputs = _operators.fake_quantize_many([group.x for group in groups], bits, 0)
+    restored = [group.restored(y) for group, y in zip(groups, outputs, strict=True)]
+    return (
+        [y[0] if dim is None else y for y, dim in zip(restored, dims, strict=True)],
+        [None if dim is None else 0 for dim in dims],
+    )
+
+
+def fake_quantize_ema(*_: object) -> tuple:
+    raise RuntimeError(
+        "fake_quantize_ema: got a batch of torch.vmap with training=True, which would move one "
+        "running_absmax by every sample. Call model.eval() first (training=False takes the range "
+        "as it is), or quantize with fake_quantize, which has no range."
+    )
+
+
+def fake_quantize_fixed_range(
+    info: Any, dims: Dims, x: Tensor, running_absmax: Tensor, bits: int, axis: int | None
+) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    ranges = _for_each_sample(running_absmax, dims[1], info.batch_size).flatten()
+    return groups.restored(_operators.fake_quantize_fixed_range(groups.x, ranges, bits, 0)), 0
+
+
+def fake_quantize_fixed_range_clipped(
+    info: Any, dims: Dims, x: Tensor, running_absmax: Tensor, bits: int, axis: int | None
+) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    ranges = _for_each_sample(running_absmax, dims[1], info.batch_size).flatten()
+    y, clipped = _operators.fake_quantize_fixed_range_clipped(
+        groups.x.contiguous(), ranges, bits, 0
+    )
+    is_clipped = reference.unpacked(clipped)[: y.numel()].reshape(y.shape)
+    # Every sample has bytes of its own, and is laid out as they are.
+    y, is_clipped = groups.restored(y).contiguous(), groups.restored(is_clipped)
+    return (y, reference.packed(_whole_bytes(is_clipped))), (0, 0)
+
+
+def zero_clipped(info: Any, dims: Dims, grad: Tensor, clipped: Tensor) -> tuple:
+    grad = _for_each_sample(grad, dims[0], info.batch_size)
+    clipped = _for_each_sample(clipped, dims[1], info.batch_size)
+    # The bits are in the order of a sample's memory.
+    order = sorted(range(1, grad.dim()), key=lambda d: -grad.stride(d))
+    grad = grad.permute(0, *order)
+    masked = _operators.zero_clipped(_whole_bytes(grad).contiguous(), clipped.flatten())
+    size = grad[:1].numel()
+    masked = masked[:, :size].reshape(grad.shape)
+    return masked.permute(0, *(1 + order.index(d) for d in range(1, grad.dim()))), 0
+
+
+def quantize(info: Any, dims: Dims, x: Tensor, bits: int, axis: int | None) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    codes, scale = _operators.quantize(groups.x, bits, 0)
+    return (groups.restored(codes), scale.reshape(groups.scale_shape)), (0, 0)
+
+
+def dequantize(info: Any, dims: Dims, codes: Tensor, scale: Tensor, axis: int | None) -> tuple:
+    groups = _Groups(codes, dims[0], axis, info.batch_size)
+    scales = _for_each_sample(scale, dims[1], info.batch_size).flatten()
+    return groups.restored(_operators.dequantize(groups.x, scales, 0)), 0
+
+
+class _Groups:
+    """A batch with a group for each sample, or for each channel of each sample, along its first
+    axis: ``x``."""
+
+    def __init__(self, x: Tensor, dim: int | None, axis: int | None, batch: int) -> None:
+        x = _for_each_sample(x, dim, batch)
+        self.axis = checks.front_axis(axis, torch.empty(x.shape[1:], device="meta"))
+        self.scale_shape = x.shape[:1]
+        if self.axis is not None:
+            x = x.movedim(self.axis + 1, 1)
+            self.scale_shape = x.shape[:2]
+            x = x.flatten(0, 1)
+        self.x = x
+
+    def restored(self, y: Tensor) -> Tensor:
+        """Samples along the first axis, as they were."""
+        if self.axis is None:
+            return y
+        return y.unflatten(0, self.scale_shape).movedim(1, self.axis + 1)
+
+
+def _for_each_sample(x: Tensor, dim: int | None, batch: int) -> Tensor:
+    return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _whole_bytes(x: Tensor) -> Tensor:
+    """A row for each sample, whose size 8 divides."""
+    size = x[:1].numel()
+    return F.pad(x.reshape(x.shape[0], size), (0, -size % 8))
+
+
+RULES: dict[str, Callable] = {
+    rule.__name__: rule
+    for rule in (
+        fake_quantize,
+        fake_quantize_many,
+        fake_quantize_ema,
+        fake_quantize_fixed_range,
+        fake_quantize_fixed_range_clipped,
+        zero_clipped,
+        quantize,
+        dequantize,
+    )
+}

@@ -1,0 +1,261 @@
+"""Which layers of a model are first and last: those that see its input, and those that make its
+output."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Call = tuple[str, int]
+"""The name of a layer, and which of its calls."""
+_INPUT = None
+"""Stands for the model's input among calls."""
+Sources = frozenset[Call | None]
+"""Calls of layers, and the input, from which something was computed with no layer between."""
+
+
+@dataclass(frozen=True)
+class FirstLast:
+    """Names of layers."""
+
+    first: set[str] = field(default_factory=set)
+    last: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+    """Those that the model has called at all."""
+
+
+def by_registration(layers: Mapping[str, nn.Module]) -> FirstLast:
+    """The first and the last in the order in which the model has them."""
+    names = list(layers)
+    return FirstLast({names[0]}, {names[-1]}, set(names))
+
+
+def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> FirstLast:
+    """Those that see the model's input and those that make its outputs, on an example.
+
+    A layer sees the input if its own input, or a part of it that was concatenated, was computed
+    from the model's input, or from nothing, by no other of the layers. It makes an output if it
+    is the last of the layers on a way to it. So the stream of a residual network, to which all
+    layers add, makes neither the first nor the last of all.
+
+    Args:
+        model: run in evaluation mode and, if it is in training, in that mode too, where some models
+            have further heads. Left as it was.
+        layers: by name.
+        example: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    found = FirstLast()
+    before: dict[Call, Sources] = {}
+    count = dict.fromkeys(layers, 0)
+    token = torch.ones((), requires_grad=True)  # makes every marked tensor a part of the graph
+
+    def marked(call: Call | None, values: Any) -> Any:
+        done: dict[int, Tensor] = {}  # the same tensor twice stays the same
+
+        def mark(x: Any) -> Any:
+            if not (isinstance(x, Tensor) and x.is_floating_point()):
+                return x
+            if id(x) not in done:
+                done[id(x)] = _Mark.apply(x, token.to(x.device), call)
+            return done[id(x)]
+
+        return pytree.tree_map(mark, values)
+
+    def calls(name: str, has_layers: bool, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        found.called.add(name)
+        count[name] += 1
+        call = name, count[name]
+        graph = _Graph()
+        tensors = _tensors((args, kwargs))
+        # Indices are an input where there is no other; else integers are masks or the like.
+        tensors = [x for x in tensors if x.is_floating_point()] or tensors
+        before[call] = frozenset().union(*map(graph.sources, tensors))
+        if not before[call] or any(map(graph.sees_input, tensors)):
+            found.first.add(name)
+        # The name of an attention stands for its first projections: the last is a layer of its own.
+        return marked(call, (args, kwargs)) if has_layers else None
+
+    def name_output(name: str, layer: nn.Module, args: Any, output: Any) -> Any:
+        return marked((name, count[name]), output)
+
+    hooks = []
+    outputs = []
+    try:
+        for name, layer in layers.items():
+            others = [other for other in layer.modules() if other is not layer]
+            has_layers = any(other in others for other in layers.values())
+            before_call = functools.partial(calls, name, has_layers)
+            hooks.append(layer.register_forward_pre_hook(before_call, with_kwargs=True))
+            if not has_layers:
+                hooks.append(layer.register_forward_hook(functools.partial(name_output, name)))
+        for evaluating in (True, False) if model.training else (True,):
+            with (
+                _left_as_it_was(model),
+                torch.random.fork_rng(),
+                torch.enable_grad(),
+                _RecordsAll(),
+            ):
+                if evaluating:
+                    model.eval()
+                args, kwargs = marked(_INPUT, _arguments(example))
+                try:
+                    outputs += _tensors(model(*args, **kwargs))
+                except Exception:
+                    if evaluating:  # in training a batch norm, say, can ask for more samples
+                        raise
+    except Exception as error:
+        raise ValueError(f"example: the model does not run on it: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for output in outputs:
+        makers = _makers(_Graph().sources(output) - {_INPUT}, before)
+        found.last.update(name for name, _ in makers)
+    return found
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward changes: modes and buffers, such as the statistics of batch norm.
+    Until then nothing requires grad, so that the model may change it as without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), buffer.requires_grad)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.requires_grad_(False)
+    for _, _, buffer, _, _ in buffers:
+        buffer.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in parameters:
+            _as_leaf(parameter).requires_grad_(requires_grad)
+        for module, name, buffer, before, requires_grad in buffers:
+            buffer = _as_leaf(buffer)
+            with torch.no_grad():
+                buffer.copy_(before)
+            setattr(module, name, buffer.requires_grad_(requires_grad))
+
+
+def _as_leaf(x: Tensor) -> Tensor:
+    """Without the history that a change in place has given it."""
+    return x if x.grad_fn is None else x.detach_()
+
+
+def _makers(sources: Sources, before: Mapping[Call, Sources]) -> Sources:
+    """Those of the sources of an output that come before no other layer on a way to it."""
+    ways, nodes = set(), list(sources)
+    while nodes:
+        node = nodes.pop()
+        if node not in ways:
+            ways.add(node)
+            nodes += before[node] - {_INPUT}
+    return sources.difference(*map(before.get, ways))
+
+
+class _Mark(torch.autograd.Function):
+    """A copy whose place in autograd's graph has a name."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, call: Call | None) -> Tensor:
+        ctx.call_of_layer = call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+class _RecordsAll(TorchFunctionMode):
+    """Autograd's graph goes on where a model stops it."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch._C._set_grad_enabled:
+            return None
+        if function in (Tensor.detach, torch.detach) and args[0].grad_fn is not None:
+            return args[0].view_as(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All that are in containers, also in those that the pytree does not know."""
+    found = []
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += _tensors(dict(leaf))
+        elif hasattr(leaf, "__dataclass_fields__"):
+            found += _tensors(vars(leaf))
+    return found
+
+
+class _Graph:
+    """Autograd's graph behind tensors, as far as the marks."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Sources] = {}
+
+    def sources(self, x: Tensor) -> Sources:
+        if x.grad_fn is None:  # indices, or a constant
+            return frozenset() if x.is_floating_point() else frozenset([_INPUT])
+        return self._sources_of(x.grad_fn)
+
+    def sees_input(self, x: Tensor) -> bool:
+        sources = self.sources(x)
+        if sources == {_INPUT} or _INPUT not in sources:
+            return sources == {_INPUT}
+        node = x.grad_fn
+        parts = [node]
+        while parts:
+            node = parts.pop()
+            sources = self._sources_of(node)
+            if sources == {_INPUT}:
+                return True
+            if hasattr(node, "call_of_layer"):
+                continue
+            following = [n for n, _ in node.next_functions if n and self._sources_of(n)]
+            if len(following) == 1 or node.name().startswith(("CatBackward", "StackBackward")):
+                parts += following
+        return False
+
+    def _sources_of(self, node: Any) -> Sources:
+        # Without recursion, as graphs are deep.
+        todo = [node]
+        while todo:
+            node = todo[-1]
+            if node in self.known:
+                todo.pop()
+            elif hasattr(node, "call_of_layer"):
+                self.known[todo.pop()] = frozenset([node.call_of_layer])
+            else:
+                following = [n for n, _ in node.next_functions if n is not None]
+                waiting = [n for n in following if n not in self.known]
+                todo += waiting
+                if not waiting:
+                    self.known[todo.pop()] = frozenset().union(*map(self.known.get, following))
+        return self.known[node]
