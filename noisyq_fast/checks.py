@@ -20,6 +20,14 @@ def tensors(**values: object) -> None:
         tensor(name, value)
 
 
+def padded(*values: object) -> None:
+    if any(isinstance(value, Tensor) and value.is_nested for value in values):
+        raise ValueError(
+            "expected padded tensors, got a nested tensor; of a torch.nn.TransformerEncoder set "
+            "use_nested_tensor = False"
+        )
+
+
 def integer(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int")
