@@ -154,7 +154,8 @@ def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
     if x.device.type == "cpu" and running_absmax.isnan().any():
         raise ValueError(
             "running_absmax: got NaN, which means that no batch was seen in training; takes a "
-            "range that was recorded with training=True"
+            "range that was recorded with training=True: call the model on a batch in training, "
+            "after model.train(), before an evaluation, or load a checkpoint that has ranges"
         )
 
 

@@ -230,6 +230,13 @@ def test_another_kind_of_quantizer_is_an_error():
         QuantLinear(4, 3).load_state_dict(state)
 
 
+@pytest.mark.parametrize("value", [None, "4 bits", torch.zeros(0, dtype=torch.uint8)])
+def test_a_damaged_extra_state_is_an_error_that_names_the_layer(value):
+    state = trained().state_dict() | {"2.weight_quantizer._extra_state": value}
+    with pytest.raises(RuntimeError, match=r"2\.weight_quantizer: the checkpoint has another kind"):
+        make_model().load_state_dict(state)
+
+
 def test_a_float_checkpoint_into_a_converted_model():
     float_model = make_float()
     model = trained()

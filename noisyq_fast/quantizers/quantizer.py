@@ -133,8 +133,8 @@ class Quantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = state_dict.get(f"{prefix}_extra_state")
-        if saved is not None and (difference := self._difference(saved)):
+        key = f"{prefix}_extra_state"
+        if key in state_dict and (difference := self._difference(state_dict[key])):
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {difference}")
         for name, buffer in self.named_buffers(recurse=False):
             value = state_dict.get(prefix + name)
@@ -149,8 +149,8 @@ class Quantizer(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-        if saved is None and strict and not any(isinstance(k, _OfFloatModel) for k in missing_keys):
-            i = missing_keys.index(f"{prefix}_extra_state")
+        if key in missing_keys and not any(isinstance(k, _OfFloatModel) for k in missing_keys):
+            i = missing_keys.index(key)
             missing_keys[i] = _OfFloatModel(missing_keys[i])
 
     def _difference(self, saved: Any) -> str:
