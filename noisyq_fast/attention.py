@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisyq_fast import usage
+from noisyq_fast import checks, usage
 from noisyq_fast.layers import QuantLayer, QuantLinear
 from noisyq_fast.quantizers import Quantizer
 
@@ -26,8 +26,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         out_proj: a `QuantLinear`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, device=device, **kwargs)
         self.out_proj.__class__ = QuantLinear
         self.out_proj.set_quantizers_(self.weight_quantizer, self.input_quantizer)
 
@@ -81,11 +81,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         usage.called(self)
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise ValueError(
-                "QuantMultiheadAttention: expected padded tensors, got a nested tensor; of a "
-                "torch.nn.TransformerEncoder set use_nested_tensor = False"
-            )
+        checks.padded(query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal: got True without attn_mask, which it is a hint about")
         is_batched = query.dim() == 3

@@ -20,6 +20,14 @@ def tensors(**values: object) -> None:
         tensor(name, value)
 
 
+def padded(*values: object) -> None:
+    if any(isinstance(value, Tensor) and value.is_nested for value in values):
+        raise ValueError(
+            "expected padded tensors, got a nested tensor; of a torch.nn.TransformerEncoder set "
+            "use_nested_tensor = False"
+        )
+
+
 def integer(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int")
@@ -146,7 +154,8 @@ def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
     if x.device.type == "cpu" and running_absmax.isnan().any():
         raise ValueError(
             "running_absmax: got NaN, which means that no batch was seen in training; takes a "
-            "range that was recorded with training=True"
+            "range that was recorded with training=True: call the model on a batch in training, "
+            "after model.train(), before an evaluation, or load a checkpoint that has ranges"
         )
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from noisyq_fast import checks, usage
 from noisyq_fast import layers as quantized
-from noisyq_fast import usage
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
 from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
@@ -160,6 +160,14 @@ def quantize_model_(
         "activation": activation,
     }
     _quantizers(**options)
+    if first_last_bits is not None:
+        checks.integers(first_last_bits=first_last_bits)
+        checks.width(first_last_bits=first_last_bits)
+    if filter is not None and not callable(filter):
+        raise TypeError(
+            "filter: expected a function of a layer's name and the layer, or None, got "
+            f"{type(filter).__name__}"
+        )
     check_input_ranges(input_ranges)
     convertible, refused = _convertible(model)
     overrides = _checked(overrides, model, convertible)
@@ -176,10 +184,13 @@ def quantize_model_(
         """For a layer; ``bits`` for all that its override does not name."""
         chosen = _with_bits(bits, options)
         override = {k: v for k, v in overrides.get(name, {}).items() if k != "input_ranges"}
-        for option, kind in (("weight_bits", "weight"), ("activation_bits", "activation")):
-            if option in override:
-                chosen[kind] = _with_bits(override[option], {kind: chosen[kind]})[kind]
-        return _quantizers(**chosen | override)
+        try:
+            for option, kind in (("weight_bits", "weight"), ("activation_bits", "activation")):
+                if option in override:
+                    chosen[kind] = _with_bits(override[option], {kind: chosen[kind]})[kind]
+            return _quantizers(**chosen | override)
+        except (TypeError, ValueError) as error:  # the other options were checked before
+            raise type(error)(f"overrides[{name!r}]: {error}") from error
 
     inner = {name: quantizers_of(name, None) for name in layers}
     ends = {name: quantizers_of(name, first_last_bits) for name in layers}
@@ -187,7 +198,7 @@ def quantize_model_(
         if isinstance(layer, GroupedLinear):
             layer.input_ranges = (overrides.get(name) or {}).get("input_ranges", input_ranges)
         _convert(name, layer, *inner[name])
-    _refuse_fast_paths(model)
+    _refuse_nested_tensors(model)
     called = layers
     if layers and (example is not None or first_last_bits is not None):
         try:
@@ -245,7 +256,7 @@ def dequantize_model_(model: nn.Module) -> nn.Module:
             if name.endswith("_quantizer") or name in ("_float_class", "input_ranges"):
                 delattr(layer, name)
         layer.__class__ = _rebased(layer, float_class)
-    _allow_fast_paths(model)
+    _allow_nested_tensors(model)
     return model
 
 
@@ -266,11 +277,11 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
         raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
     layers, refused = {}, {}
     for name, module in modules.items():
+        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
+            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
         kind = _kind(type(module))
         if kind is None:
             continue
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
-            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
         if "forward" in vars(module):
             refused[name] = "its forward was replaced: quantize the model before that"
         elif any(
@@ -472,32 +483,24 @@ def _rebased(layer: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
     return type(f"Parametrized{base.__name__}", (base,), namespace)
 
 
-# Fast paths of PyTorch that read the weights of layers and compute by themselves, in float.
+# With padding, `torch.nn.TransformerEncoder` makes nested tensors for the fast path of its layers,
+# which quantized layers do not take.
 
 
-def _refuse_fast_paths(model: nn.Module) -> None:
+def _refuse_nested_tensors(model: nn.Module) -> None:
     for module in model.modules():
-        if not any(isinstance(layer, QuantLayer) for layer in module.modules()):
+        if not isinstance(module, nn.TransformerEncoder) or "_float_nested" in vars(module):
             continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
+        if any(isinstance(layer, QuantLayer) for layer in module.modules()):
+            module._float_nested = module.use_nested_tensor
             module.use_nested_tensor = False
 
 
-def _allow_fast_paths(model: nn.Module) -> None:
+def _allow_nested_tensors(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = _relu_or_gelu(module.activation)
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = module.enable_nested_tensor
-
-
-def _relu_or_gelu(activation: Any) -> int:
-    """The number by which `torch.nn.TransformerEncoderLayer` tells them."""
-    if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
-        return 1
-    return 2 if activation is nn.functional.gelu or isinstance(activation, nn.GELU) else 0
+        if "_float_nested" in vars(module):
+            module.use_nested_tensor = module._float_nested
+            del module._float_nested
 
 
 def _warn_of_floats(

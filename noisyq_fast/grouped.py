@@ -142,10 +142,16 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
     """
 
-    def __init__(self, *args: Any, input_ranges: str = PER_GROUP, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        input_ranges: str = PER_GROUP,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_input_ranges(input_ranges)
         self.input_ranges = input_ranges
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, device=device, **kwargs)
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         if self.input_ranges == PER_GROUP and type(activation) is MovingAbsMax:

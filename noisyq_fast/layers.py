@@ -83,9 +83,9 @@ class QuantLayer(nn.Module):
 
     # What is computed.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as by PyTorch
         usage.called(self)
-        x, weight = self.quantized_input(x), self.quantized_weight()
+        x, weight = self.quantized_input(input), self.quantized_weight()
         return self.compute(x, weight, self.bias, *args, **kwargs)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
@@ -287,13 +287,13 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().set_quantizers_(weight, None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         usage.called(self)
         weight = self.weight
         if self.max_norm is not None:
-            torch.embedding_renorm_(weight.detach(), x, self.max_norm, self.norm_type)
+            torch.embedding_renorm_(weight.detach(), input, self.max_norm, self.norm_type)
         return F.embedding(
-            x,
+            input,
             self.quantized_weight(weight),
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
@@ -304,6 +304,9 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 class QuantTransposedLinear(QuantLayer):
     """The linear layer of GPT-2 in Hugging Face transformers (`Conv1D`), whose weight is
     ``[in, out]``, on fake-quantized weights and inputs. `quantize_model_` makes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
     def by_channel(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1)

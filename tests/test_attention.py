@@ -302,3 +302,41 @@ def test_decoders_and_masks_train():
         for _ in range(2):
             model(source, target, tgt_mask=causal, tgt_is_causal=True).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def part_converted(model):
+    quantize_model_(model.layers[0].linear1, 2, 2)
+
+
+def converted_by_hand(model):
+    model.layers[0].linear1 = QuantLinear(E, 16, weight_bits=2, activation_bits=2)
+
+
+@pytest.mark.parametrize("change", [part_converted, converted_by_hand])
+def test_no_fast_path_around_a_quantized_layer(change):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(encoder_layer(), 2)
+    change(model)
+    x = torch.randn(N, L, E)
+    model(x)
+    expected = model.eval()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_around_a_quantized_layer_are_refused():
+    model = nn.TransformerEncoder(encoder_layer(), 2)
+    part_converted(model)
+    model(torch.randn(N, L, E))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"input_quantizer: .* got a nested"):
+        model.eval()(torch.randn(N, L, E), **masks(True))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_an_encoder_without_nested_tensors_has_none_after_dequantization():
+    model = nn.TransformerEncoder(encoder_layer(norm_first=True), 2)
+    dequantize_model_(quantize_model_(model))
+    assert model.use_nested_tensor is False
+    with torch.no_grad():
+        model.eval()(torch.randn(N, L, E), **masks(True))

@@ -172,7 +172,9 @@ def test_subclasses_stay_float_with_a_warning():
     [
         ({"weight_bits": 1}, ValueError, "weight_bits: got 1, takes 2..8"),
         ({"activation_bits": 4.0}, TypeError, "activation_bits: got 4.0"),
-        ({"first_last_bits": 9}, ValueError, "weight_bits: got 9"),
+        ({"first_last_bits": 9}, ValueError, "first_last_bits: got 9"),
+        ({"first_last_bits": "8"}, TypeError, "first_last_bits: got '8'"),
+        ({"filter": 3}, TypeError, "filter: expected a function .*, got int"),
         ({"averaging_constant": 2}, ValueError, "averaging_constant: got 2"),
         ({"ste": "no"}, ValueError, "ste: got 'no'"),
         ({"input_ranges": "all"}, ValueError, "input_ranges: got 'all', takes per-group or shared"),
@@ -185,8 +187,21 @@ def test_subclasses_stay_float_with_a_warning():
         ({"overrides": ["3"]}, TypeError, "overrides: expected a dict .*, got list"),
         ({"overrides": {3: None}}, TypeError, "expected the name of a layer, a str, got 3"),
         ({"overrides": {"3": 8}}, TypeError, r"overrides\['3'\]: expected a dict .*, got 8"),
-        ({"overrides": {"3": {"weight_bits": 9}}}, ValueError, "bits: got 9"),
-        ({"overrides": {"3": {"weight_bits": "2"}}}, TypeError, "bits: got '2'"),
+        (
+            {"overrides": {"3": {"weight_bits": 9}}},
+            ValueError,
+            r"overrides\['3'\]: weight_bits: got 9",
+        ),
+        (
+            {"overrides": {"3": {"weight_bits": "2"}}},
+            TypeError,
+            r"overrides\['3'\]: weight_bits: got",
+        ),
+        (
+            {"activation": AbsMax(4, None), "overrides": {"3": {"activation_bits": "2"}}},
+            TypeError,
+            r"overrides\['3'\]: bits: got '2'",
+        ),
         ({"overrides": {"3": {"activation": 8}}}, TypeError, "activation: expected a quantizer"),
         ({"overrides": {"3": {1: 8}}}, ValueError, r"overrides\['3'\]: got 1, takes weight"),
         (
@@ -225,9 +240,11 @@ def test_long_lists_of_names_are_cut_short():
 
 
 def test_a_lazy_layer_must_have_its_weight():
-    model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(ValueError, match="layer '0' has no weight yet"):
-        quantize_model_(model)
+    for lazy in (nn.LazyBatchNorm1d(), nn.LazyLinear(3)):
+        model = nn.Sequential(lazy, nn.Linear(3, 3))
+        with pytest.raises(ValueError, match="layer '0' has no weight yet"):
+            quantize_model_(model)
+        assert type(model[1]) is nn.Linear
     model(torch.randn(2, 4))
     assert type(quantize_model_(model)[0]) is QuantLinear
 

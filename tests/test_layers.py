@@ -1,6 +1,7 @@
 """Every kind of layer: the float layer's numbers on quantized weights and inputs."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -227,6 +228,22 @@ def test_the_linear_layer_of_gpt2():
     assert isinstance(layer, float_class)
     dequantize_model_(layer)
     assert type(layer) is float_class
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        *((make, torch.randn(shape)) for make, shape in LAYERS.values()),
+        (lambda: nn.Embedding(4, 3), torch.arange(4)),
+        (lambda: make_conv1d()(5, 6), torch.randn(2, 6)),
+    ],
+    ids=[*LAYERS, "Embedding", "Conv1D"],
+)
+def test_the_input_by_its_name_in_the_float_layer(make, x):
+    layer = make()
+    name = next(iter(inspect.signature(layer.forward).parameters))
+    expected = quantize_model_(copy.deepcopy(layer))(x)
+    assert torch.equal(quantize_model_(layer)(**{name: x}), expected)
 
 
 class Named(nn.Linear):

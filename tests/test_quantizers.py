@@ -208,7 +208,7 @@ def test_errors_name_the_layer():
         model[2](X, X.double(), X)
     with pytest.raises(
         ValueError,
-        match=r"^1\.0\.input_quantizer: .*no batch was seen in training",
+        match=r"^1\.0\.input_quantizer: .*no batch was seen.*: call the model on a batch in",
     ):
         model.eval()[1](X)
     model.train().double()

@@ -126,11 +126,20 @@ def test_ranges_are_unseen_in_new_memory():
     assert all(r.isnan() for r in ranges(model))
 
 
-def test_skip_init():
-    layer = nn.utils.skip_init(QuantLinear, 4, 3, weight_bits=2)
-    assert layer.weight.shape == (3, 4)
+@pytest.mark.parametrize(
+    ("cls", "sizes"),
+    [
+        (QuantLinear, (4, 3)),
+        (QuantEmbedding, (4, 3)),
+        (QuantGroupedLinear, (2, 4, 3)),
+        (QuantMultiheadAttention, (4, 2)),
+    ],
+)
+def test_skip_init(cls, sizes):
+    layer = nn.utils.skip_init(cls, *sizes, weight_bits=2)
+    assert [p.shape for p in layer.parameters()] == [p.shape for p in cls(*sizes).parameters()]
     assert layer.weight_bits == 2
-    assert layer.input_quantizer.range.isnan()
+    assert all((buffer == 0).all() for buffer in layer.buffers())
 
 
 def test_new_parameters_forget_the_range():
@@ -221,6 +230,13 @@ def test_another_kind_of_quantizer_is_an_error():
         QuantLinear(4, 3).load_state_dict(state)
 
 
+@pytest.mark.parametrize("value", [None, "4 bits", torch.zeros(0, dtype=torch.uint8)])
+def test_a_damaged_extra_state_is_an_error_that_names_the_layer(value):
+    state = trained().state_dict() | {"2.weight_quantizer._extra_state": value}
+    with pytest.raises(RuntimeError, match=r"2\.weight_quantizer: the checkpoint has another kind"):
+        make_model().load_state_dict(state)
+
+
 def test_a_float_checkpoint_into_a_converted_model():
     float_model = make_float()
     model = trained()
@@ -229,7 +245,8 @@ def test_a_float_checkpoint_into_a_converted_model():
     with pytest.raises(RuntimeError) as error:
         model.load_state_dict(state)
     assert (
-        "(the checkpoint is of a float model: load it before quantize_model_, or with strict=False"
+        "(the checkpoint has no such quantizer: if it is of a float model, load it before "
+        "quantize_model_, or with strict=False"
     ) in str(error.value)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == []
@@ -239,6 +256,12 @@ def test_a_float_checkpoint_into_a_converted_model():
     assert torch.equal(model[2].weight, float_model[2].weight)
     assert ranges(model) == before
     trained(model)
+
+
+def test_a_checkpoint_without_input_quantizers_is_not_called_one_of_a_float_model():
+    state = QuantLinear(4, 3, activation=None).state_dict()
+    with pytest.raises(RuntimeError, match="the checkpoint has no such quantizer: if it is of a"):
+        QuantLinear(4, 3).load_state_dict(state)
 
 
 def test_from_a_quantized_checkpoint_to_a_float_model():

@@ -23,9 +23,15 @@ class _OfFloatModel(str):
 
     def __format__(self, spec: str) -> str:
         return (
-            f"{self!s} (the checkpoint is of a float model: load it before quantize_model_, or "
-            "with strict=False, which leaves the quantizers as they are)"
+            f"{self!s} (the checkpoint has no such quantizer: if it is of a float model, load it "
+            "before quantize_model_, or with strict=False, which leaves the quantizers as they "
+            "are; else convert the model as it was when the checkpoint was written)"
         )
+
+
+def _keep_off_fast_paths(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Does nothing. `torch.nn.TransformerEncoderLayer` computes by itself, in float, without a call
+    of its layers, unless a module in it has a hook."""
 
 
 class Quantizer(nn.Module):
@@ -54,11 +60,15 @@ class Quantizer(nn.Module):
         self.axis = axis
         self.enabled = True
         self.name = ""
+        # Under a number of its own: those that PyTorch gives, from 0, start anew in a process that
+        # loads a pickled model.
+        self._forward_pre_hooks[-1] = _keep_off_fast_paths
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
         try:
+            checks.padded(x)
             return self.fake_quantize(x)
         except (TypeError, ValueError) as error:
             if not self.name:
@@ -78,7 +88,9 @@ class Quantizer(nn.Module):
 
     def like(self, **changes: Any) -> Quantizer:
         """A copy of its own that has seen nothing, with other attributes, such as ``bits``."""
-        checks.width(**{name: value for name, value in changes.items() if name == "bits"})
+        bits = {name: value for name, value in changes.items() if name == "bits"}
+        checks.integers(**bits)
+        checks.width(**bits)
         quantizer = copy.deepcopy(self)
         vars(quantizer).update(changes)
         quantizer.reset()
@@ -121,8 +133,8 @@ class Quantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = state_dict.get(f"{prefix}_extra_state")
-        if saved is not None and (difference := self._difference(saved)):
+        key = f"{prefix}_extra_state"
+        if key in state_dict and (difference := self._difference(state_dict[key])):
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {difference}")
         for name, buffer in self.named_buffers(recurse=False):
             value = state_dict.get(prefix + name)
@@ -137,8 +149,8 @@ class Quantizer(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-        if saved is None and strict and not any(isinstance(k, _OfFloatModel) for k in missing_keys):
-            i = missing_keys.index(f"{prefix}_extra_state")
+        if key in missing_keys and not any(isinstance(k, _OfFloatModel) for k in missing_keys):
+            i = missing_keys.index(key)
             missing_keys[i] = _OfFloatModel(missing_keys[i])
 
     def _difference(self, saved: Any) -> str:
