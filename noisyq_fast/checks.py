@@ -38,10 +38,9 @@ def integers(**values: object) -> None:
         integer(name, value)
 
 
-def boolean(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes a bool")
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes a bool")
 
 
 def axis_type(axis: object) -> None:
@@ -250,13 +249,13 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return start * x.itemsize, (start + last + 1) * x.itemsize
 
 
-def has_memory(name: str, value: Tensor | list[Tensor] | None) -> None:
+def has_memory(name: str, value: Tensor | list[Tensor]) -> None:
     """Raises for a tensor whose storage was freed (``untyped_storage().resize_(0)``, as sharded
     training does between forwards): a kernel would take its address for "none"."""
     if isinstance(value, list):
         for i, x in enumerate(value):
             has_memory(f"{name}[{i}]", x)
-    elif value is not None and value.data_ptr() == 0:
+    elif value.data_ptr() == 0:
         _not_freed(name, value)
 
 

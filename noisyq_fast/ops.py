@@ -64,7 +64,9 @@ def _declare(
     def compute(*arguments: Any) -> Any:
         arguments = prepare(*arguments)
         for i, argument in named:
-            checks.has_memory(argument, arguments[i])
+            value = arguments[i]
+            if value is not None and (type(value) is list or value.data_ptr() == 0):
+                checks.has_memory(argument, value)
         if check_values is not None:
             check_values(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
@@ -301,7 +303,7 @@ def fake_quantize_ema(
     checks.integer("bits", bits)
     checks.axis_type(axis)
     checks.averaging_constant(averaging_constant)
-    checks.boolean(training=training)
+    checks.boolean("training", training)
     checks.ste(ste)
     if observed is not None:
         checks.tensor("observed", observed)
