@@ -103,11 +103,11 @@ def ema(
 ) -> tuple[Tensor, Tensor, Tensor | None, int, int | None, float]:
     averaging_constant(constant)
     x, running_absmax, largest_code, axis = given_range(x, running_absmax, bits, axis)
-    _no_overlap("running_absmax", running_absmax, "x", x)
+    _own_memory("running_absmax", running_absmax, "x", x)
     if observed is not None:
         _one_per_range(observed, running_absmax)
-        _no_overlap("observed", observed, "x", x)
-        _no_overlap("observed", observed, "running_absmax", running_absmax)
+        _own_memory("observed", observed, "x", x)
+        _own_memory("observed", observed, "running_absmax", running_absmax)
     return x, running_absmax, observed, largest_code, axis, constant
 
 
@@ -224,7 +224,7 @@ def _no_gradient(name: str, value: Tensor) -> None:
         )
 
 
-def _no_overlap(name: str, value: Tensor, other: str, x: Tensor) -> None:
+def _own_memory(name: str, value: Tensor, other: str, x: Tensor) -> None:
     """``value`` (0-d or 1-d) must have its memory to itself: what a backend has read of ``x`` when
     it writes ``value`` differs."""
     if value.is_inference() and not torch.is_inference_mode_enabled():

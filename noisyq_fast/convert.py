@@ -330,10 +330,11 @@ def _checked(
             "overrides: expected a dict from names of layers to options, such as "
             f"{{'head': {{'weight_bits': 8}}, 'stem': None}}, got {type(overrides).__name__}"
         )
+    modules = dict(model.named_modules())
     for name, override in overrides.items():
         if not isinstance(name, str):
             raise TypeError(f"overrides: expected the name of a layer, a str, got {name!r}")
-        if override is None and _has_own_parameters(model, name):
+        if override is None and _has_own_parameters(modules.get(name)):
             continue
         if name not in layers:
             shown = [*layers][:20]
@@ -355,8 +356,7 @@ def _checked(
     return dict(overrides)
 
 
-def _has_own_parameters(model: nn.Module, name: str) -> bool:
-    module = dict(model.named_modules()).get(name)
+def _has_own_parameters(module: nn.Module | None) -> bool:
     return module is not None and next(module.parameters(recurse=False), None) is not None
 
 
