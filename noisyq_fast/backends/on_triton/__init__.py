@@ -86,7 +86,7 @@ def fake_quantize_ema(
 ) -> Tensor:
     x, y = dense(x)
     running, weight = running_absmax.contiguous(), contiguous(observed)
-    _quantize([_Row(x, y, qmax, axis, average=(running, weight))], averaging_constant)
+    _quantize([_Row(x, y, qmax, axis, running=running, observed=weight)], averaging_constant)
     write_back(running, running_absmax)
     write_back(weight, observed)
     return y
@@ -143,7 +143,8 @@ class _Row(NamedTuple):
     qmax: int
     axis: int | None
     scale: Tensor | None = None
-    average: tuple[Tensor, Tensor | None] | None = None
+    running: Tensor | None = None
+    observed: Tensor | None = None
 
 
 def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
@@ -173,7 +174,8 @@ def _quantize_channels(together: list[tuple[_Row, Tiling]], averaging_constant: 
         tuple(row.x for row in rows),
         tuple(row.y for row in rows),
         tuple(row.scale for row in rows),
-        tuple(row.average for row in rows),
+        tuple(row.running for row in rows),
+        tuple(row.observed for row in rows),
         averaging_constant,
         tuple(float(row.qmax) for row in rows),
         tuple((*tiling.layout, first) for tiling, first in zip(tilings, firsts, strict=True)),
@@ -183,10 +185,10 @@ def _quantize_channels(together: list[tuple[_Row, Tiling]], averaging_constant: 
 
 
 def _quantize_shared(row: _Row, tiling: Tiling, averaging_constant: float) -> None:
-    x, y, qmax, _, scale, average = row
+    x, y, qmax, _, scale, running, observed = row
     _, channels, _ = tiling.layout
     partial = torch.empty(tiling.splits, channels, dtype=torch.int32, device=x.device)
-    outputs = y, scale, average, averaging_constant, float(qmax)
+    outputs = y, scale, running, observed, averaging_constant, float(qmax)
     _launch_tiled(_kernels().reduce_partially, tiling, x, partial)
     _launch_tiled(_kernels().quantize_reduced, tiling, x, partial, *outputs)
 

@@ -73,7 +73,7 @@ def _largest_in_tiles(x, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def _record(largest, scale, average, averaging_constant, qmax, sizes, TILE: tl.constexpr):
+def _record(largest, scale, running, observed, averaging_constant, qmax, sizes, TILE: tl.constexpr):
     """The scale of each channel. One program for each channel stores what the operator returns."""
     absmax = largest.to(tl.float32, bitcast=True)
     scales = scale_of(absmax, qmax)
@@ -81,8 +81,7 @@ def _record(largest, scale, average, averaging_constant, qmax, sizes, TILE: tl.c
         channel, exists = channels_of_program(sizes, TILE)
         if scale is not None:
             tl.store(scale + channel, scales, exists)
-        if average is not None:
-            running, observed = average
+        if running is not None:
             known = tl.load(running + channel, exists, 0.0)
             if observed is not None:
                 known = tl.div_rn(known, tl.load(observed + channel, exists, 1.0))
@@ -111,7 +110,7 @@ def _quantize_tiles(x, y, scales, qmax, sizes, TILE: tl.constexpr):
 
 
 # The kernels. ``y`` receives int8 codes or values of any float dtype; it may be ``x``. ``scale``
-# may be None, and so may ``average``, (running_absmax, observed), and of it ``observed``.
+# may be None, and so may ``running`` (the moving absmax) and ``observed``.
 
 
 @triton.jit
@@ -119,7 +118,8 @@ def _quantize_channels(
     x,
     y,
     scale,
-    average,
+    running,
+    observed,
     averaging_constant,
     qmax,
     sizes,
@@ -135,7 +135,7 @@ def _quantize_channels(
             largest = largest_of_tile(magnitude(values))
         else:
             largest = _largest_in_tiles(x, sizes, TILE)
-        scales = _record(largest, scale, average, averaging_constant, qmax, sizes, TILE)
+        scales = _record(largest, scale, running, observed, averaging_constant, qmax, sizes, TILE)
         if ON_CHIP:
             _quantize_elements(values, y, offsets, exists, scales, qmax)
         else:
@@ -147,7 +147,8 @@ def quantize_channels(
     x,
     y,
     scale,
-    average,
+    running,
+    observed,
     averaging_constant,
     qmax,
     sizes,
@@ -161,12 +162,13 @@ def quantize_channels(
             x[i],
             y[i],
             scale[i],
-            average[i],
+            running[i],
+            observed[i],
             averaging_constant,
             qmax[i],
             sizes[i],
-            TILE[i],
-            ON_CHIP[i],
+            tl.constexpr(TILE[i]),
+            tl.constexpr(ON_CHIP[i]),
         )
 
 
@@ -180,7 +182,7 @@ def reduce_partially(x, partial, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def quantize_reduced(
-    x, partial, y, scale, average, averaging_constant, qmax, sizes, TILE: tl.constexpr
+    x, partial, y, scale, running, observed, averaging_constant, qmax, sizes, TILE: tl.constexpr
 ):
     """The second launch, on the same grid: every program reduces the rows for itself."""
     CHANNELS: tl.constexpr = TILE[1]
@@ -192,7 +194,9 @@ def quantize_reduced(
         read = (row < tl.num_programs(1))[:, None] & exists[None, :]
         rows = partial + row.to(tl.int64)[:, None] * sizes[1] + channel[None, :]
         largest = tl.maximum(largest, tl.load(rows, read, 0))
-    scales = _record(tl.max(largest, 0), scale, average, averaging_constant, qmax, sizes, TILE)
+    scales = _record(
+        tl.max(largest, 0), scale, running, observed, averaging_constant, qmax, sizes, TILE
+    )
     _quantize_tiles(x, y, scales, qmax, sizes, TILE)
 
 
