@@ -7,6 +7,7 @@ from noisyq_fast.backends import current_backend, use_backend
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
+from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.layers import (
     QuantConv1d,
@@ -35,6 +36,7 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "AbsMax",
+    "Grid",
     "GroupedLinear",
     "MovingAbsMax",
     "QuantConv1d",

@@ -1,30 +1,74 @@
+#include <atomic>
+#include <memory>
+
 #include "drivers.h"
 
 namespace noisyq::cpu {
 
-void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
-                   MovingAverage average, int threads) {
-  const bool has_elements = layout.outer > 0;
-  const auto observed = [&](int64_t c, float absmax) {
-    if (has_elements) observe(average, c, absmax);
-  };
-  std::vector<float> scale(layout.channels);
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    map_with_absmax<FakeQuantize<T>>(static_cast<const T*>(x), static_cast<T*>(y), layout,
-                                     scale.data(), qmax, observed, threads);
-  });
+namespace {
+
+template <class T, class Channels>
+void write_mask(const T* x, Mask mask, Layout layout, GridKind kind, Channels levels,
+                int threads) {
+  const int64_t elements = layout.outer * layout.channels * layout.inner;
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[elements]);
+  if (mask.masked == Masked::negative) {
+    map<Negative<T>>(x, bytes.get(), layout, levels, threads);
+  } else if (kind == GridKind::is_unsigned) {
+    map<Outside<T>>(x, bytes.get(), layout, levels, threads);
+  } else {
+    map<Clipped<T>>(x, bytes.get(), layout, levels, threads);
+  }
+  pack_bits(bytes.get(), mask.bits, elements);
 }
 
-void fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
-                               uint8_t* clipped, Layout layout, int qmax, int threads) {
-  std::vector<float> scale(layout.channels);
-  for (int64_t c = 0; c < layout.channels; ++c) scale[c] = scale_of(absmax[c], qmax);
+}  // namespace
+
+void fake_quantize(DType dtype, const void* x, void* y, Mask mask, Layout layout, Grid grid,
+                   MovingAverage average, int threads) {
+  const bool has_elements = layout.outer > 0;
+  // With its own range nothing is above an unsigned grid, and mostly, after a ReLU, nothing below.
+  std::atomic<bool> may_mask = grid.kind != GridKind::is_unsigned;
+  const auto observed = [&](int64_t c, Range range) {
+    if (!has_elements) return;
+    if (range.low < 0.0f) may_mask = true;
+    if (grid.kind == GridKind::is_affine) {
+      observe(average, c, layout.channels, range);
+    } else {
+      observe(average, c, range.high);
+    }
+  };
+  std::vector<float> scale(layout.channels), zero(layout.channels);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const T* in = static_cast<const T*>(x);
-    if (clipped != nullptr) map<Clipped<T>>(in, clipped, layout, scale.data(), qmax, threads);
-    map<FakeQuantize<T>>(in, static_cast<T*>(y), layout, scale.data(), qmax, threads);
+    with_grid(grid, scale.data(), zero.data(), [&](auto levels) {
+      map_with_own_range<FakeQuantize<T>>(in, static_cast<T*>(y), layout, levels, observed,
+                                          threads);
+      if (mask.masked == Masked::none) return;
+      if (may_mask) {
+        write_mask(in, mask, layout, grid.kind, levels, threads);
+      } else {
+        memset(mask.bits, 0, (layout.outer * layout.channels * layout.inner + 7) / 8);
+      }
+    });
+  });
+}
+
+void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, void* y, Mask mask,
+                               Layout layout, Grid grid, int threads) {
+  const float* high = grid.kind == GridKind::is_affine ? range + layout.channels : range;
+  std::vector<float> scale(layout.channels), zero(layout.channels);
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* in = static_cast<const T*>(x);
+    with_grid(grid, scale.data(), zero.data(), [&](auto levels) {
+      for (int64_t c = 0; c < layout.channels; ++c) levels.set(c, {range[c], high[c]});
+      if (mask.masked != Masked::none) {
+        write_mask(in, mask, layout, grid.kind, levels, threads);
+      }
+      map<FakeQuantize<T>>(in, static_cast<T*>(y), layout, levels, threads);
+    });
   });
 }
 

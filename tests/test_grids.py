@@ -1,0 +1,216 @@
+"""The grids and granularities: NumPy's definition, the reference and the CPU agree to the bit."""
+
+import numpy as np
+import numpy_specification as specification
+import pytest
+import torch
+from assert_same import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, axes, bits, tensors
+from test_numerics import ROUND_TO, assert_like, front
+
+import noisyq_fast
+from noisyq_fast import Grid, dequantize, fake_quantize, fake_quantize_ema, quantize
+from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
+from noisyq_fast.grid import KINDS
+
+kinds = st.sampled_from(KINDS)
+estimators = st.sampled_from(STRAIGHT_THROUGH_ESTIMATORS)
+NEW = KINDS[1:]
+
+
+@st.composite
+def granularities(draw, x):
+    """The arguments that name one which suits ``x``."""
+    options = [st.fixed_dictionaries({"axis": axes(x)})]
+    if x.dim() > 0:
+        options.append(st.just({"axis": "token"}))
+    if x.dim() > 1:
+        sizes = [g for g in range(1, x.shape[1] + 1) if x.shape[1] % g == 0] or [3]
+        options.append(st.fixed_dictionaries({"group_size": st.sampled_from(sizes)}))
+    return draw(st.one_of(options))
+
+
+def grouped(x, axis=None, group_size=None):
+    """The groups of an array along an axis of another shape, and the shape that scales have."""
+    if group_size is not None:
+        shape = (x.shape[0], x.shape[1] // group_size)
+        return x.reshape(shape[0] * shape[1], group_size, *x.shape[2:]), 0, shape
+    if axis == "token":
+        return x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1]), 0, x.shape[:-1]
+    return x, axis, () if axis is None else (x.shape[axis],)
+
+
+@settings(max_examples=400)
+@given(data=st.data(), x=tensors(), bits=bits, kind=kinds)
+def test_reference_equals_numpy(data, x, bits, kind):
+    options = data.draw(granularities(x))
+    if isinstance(options.get("axis"), int):
+        options = {"axis": front(options["axis"], x)}
+    groups, axis, shape = grouped(x.float().numpy(), **options)
+    codes, scale, zero, values = specification.on_grid(groups, bits, kind, axis)
+    with noisyq_fast.use_backend("reference"):
+        y = fake_quantize(x, bits, grid=kind, **options)
+        codes_, scale_, *zero_ = quantize(x, bits, grid=kind, **options)
+    rounded = ROUND_TO[x.dtype](np.asarray(values, np.float32))
+    assert_same(y.float(), torch.from_numpy(np.asarray(rounded)).reshape(x.shape))
+    assert_same(codes_.float(), torch.from_numpy(np.asarray(codes)).reshape(x.shape))
+    assert_same(scale_, torch.from_numpy(np.asarray(scale)).reshape(shape))
+    assert codes_.dtype == (torch.uint8 if kind in ("unsigned", "affine") else torch.int8)
+    assert len(zero_) == (kind == "affine")
+    if zero_:
+        assert_same(zero_[0].float(), torch.from_numpy(np.asarray(zero)).reshape(shape))
+
+
+@settings(max_examples=600)
+@given(data=st.data(), x=tensors(), bits=bits, kind=kinds, ste=estimators)
+def test_cpu_equals_reference(data, x, bits, kind, ste):
+    options = data.draw(granularities(x))
+    results = []
+    for backend in ("reference", "cpu"):
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        with noisyq_fast.use_backend(backend):
+            y = fake_quantize(leaf, bits, grid=kind, ste=ste, **options)
+            y.backward(torch.ones_like(y))
+            codes, scale, *zero_point = quantize(x, bits, grid=kind, **options)
+            zero = {"zero_point": zero_point[0]} if zero_point else {}
+            values = dequantize(codes, scale, **options, **zero)
+        results.append([y.detach(), leaf.grad, codes, scale, values, *zero_point])
+        if x.numel() > 0:
+            for output in (y, codes, values):
+                assert_like(output, x)
+    for actual, wanted in zip(*reversed(results), strict=True):
+        assert_same(actual, wanted)
+
+
+@settings(max_examples=400)
+@given(data=st.data(), x=tensors(), bits=bits, kind=kinds, ste=estimators, training=st.booleans())
+def test_cpu_equals_reference_with_a_running_range(data, x, bits, kind, ste, training):
+    axis = data.draw(axes(x))
+    shape = (2,) * (kind == "affine") + (() if axis is None else (x.shape[axis],))
+    # Smaller than most values, so that they clip; of an affine grid any sign, low above high too.
+    start = data.draw(tensors(st.just(shape), st.just(torch.float32))) / 2
+    start = start if kind == "affine" else start.abs()
+    if not training:
+        start = start.nan_to_num(nan=1.0)
+    weight = data.draw(st.sampled_from([None, *([0.0] if training else []), 1.0, 0.25, 0.999]))
+    results = []
+    for backend in ("reference", "cpu"):
+        running = start.clone()
+        of_each = running[0] if kind == "affine" else running
+        observed = None if weight is None else torch.full_like(of_each, weight)
+        leaf = x.detach().clone().requires_grad_()
+        with noisyq_fast.use_backend(backend):
+            y = fake_quantize_ema(
+                leaf,
+                running,
+                bits,
+                axis,
+                averaging_constant=0.3,
+                training=training,
+                ste=ste,
+                observed=observed,
+                grid=kind,
+            )
+        y.backward(torch.ones_like(y))
+        results.append((y.detach(), running, leaf.grad, *([observed] if weight else [])))
+    for actual, wanted in zip(*reversed(results), strict=True):
+        assert_same(actual, wanted)
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_after_a_relu_unsigned_bits_are_worth_one_more(bits, dtype):
+    x = torch.randn(8, 100).relu().to(dtype)
+    for options in ({}, {"axis": 0}, {"axis": "token"}, {"group_size": 20}):
+        y = fake_quantize(x, bits, grid="unsigned", **options)
+        assert torch.equal(y, fake_quantize(x, bits + 1, **options))
+    codes, scale = quantize(x, bits, grid="unsigned")
+    signed_codes, signed_scale = quantize(x, bits + 1)
+    assert torch.equal(codes.int(), signed_codes.int())
+    assert torch.equal(scale, signed_scale)
+
+
+def test_how_many_values_a_relu_has():
+    x = torch.linspace(-1, 1, 1001).relu()
+    counts = {
+        (bits, kind): len(fake_quantize(x, bits, grid=kind).unique())
+        for bits in (2, 4)
+        for kind in ("signed", "unsigned")
+    }
+    assert counts == {(2, "signed"): 2, (2, "unsigned"): 4, (4, "signed"): 8, (4, "unsigned"): 16}
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_reach_both_ends_of_the_grid(backend, bits, kind):
+    grid = Grid(bits, kind)
+    x = torch.linspace(-3, 3, 2001)
+    codes, *_ = quantize(x, bits, grid=kind)
+    assert (codes.min(), codes.max()) == (grid.code_min, grid.code_max)
+    assert codes.dtype == grid.code_dtype
+
+
+def test_the_definitions_by_hand(backend):
+    x = torch.tensor([-3.0, 0.2, 1.0, 4.5])
+    # n = 15; s = 7.5 / 15 = 0.5, z = 6
+    codes, scale, zero_point = quantize(x, 4, grid="affine")
+    assert (codes.tolist(), scale, zero_point) == ([0, 6, 8, 15], 0.5, 6)
+    # s = 4.5 / 7.5 = 0.6; 4.5 is 7.5 steps, rounds to 8 and is clipped to 7
+    codes, scale = quantize(x, 4, grid="full")
+    assert codes.tolist() == [-5, 0, 2, 7]
+    assert scale.item() == pytest.approx(0.6)
+    # s = 4.5 / 15 = 0.3
+    codes, scale = quantize(x, 4, grid="unsigned")
+    assert codes.tolist() == [0, 1, 3, 15]
+    assert scale.item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_affine_range_holds_zero(backend, sign):
+    x = sign * torch.tensor([1.0, 2.0, 3.0])
+    _, scale, zero_point = quantize(x, 2, grid="affine")
+    assert scale == 1
+    assert zero_point == (0 if sign == 1 else 3)
+    assert torch.equal(fake_quantize(x, 2, grid="affine"), x)
+    y = fake_quantize_ema(x, x[:2].clone(), 2, training=False, grid="affine")
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+def test_a_group_that_is_not_finite_is_nan_and_others_are_not(backend, kind, bad):
+    x = torch.randn(3, 50)
+    x[1, 7] = bad
+    y = fake_quantize(x, 4, 0, grid=kind)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    codes, scale, *zero_point = quantize(x, 4, 0, grid=kind)
+    assert (codes[1] == 0).all()
+    assert not scale[1].isfinite()
+    assert all(z[1] == 0 for z in zero_point)
+    zero = {"zero_point": zero_point[0]} if zero_point else {}
+    assert dequantize(codes, scale, 0, **zero)[1].isnan().all()
+
+
+def test_an_affine_range_that_overflows_is_nan(backend):
+    x = torch.tensor([-3e38, 3e38, 1.0])
+    running = torch.tensor([-1.0, 1.0])
+    assert fake_quantize_ema(x, running, 8, grid="affine").isnan().all()
+    assert running.tolist() == [-1, 1]
+    assert fake_quantize(x / 2, 8, grid="affine").isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_subnormals_and_nothing(backend, kind):
+    assert_same(fake_quantize(torch.zeros(3), 4, grid=kind), torch.zeros(3))
+    tiny = torch.tensor([1e-45, -1e-45, 1e-39])
+    assert fake_quantize(tiny, 4, grid=kind).isfinite().all()
+    _, scale, *_ = quantize(tiny, 4, grid=kind)
+    assert scale == torch.finfo(torch.float32).tiny
+    for axis in (None, 0, "token"):
+        empty = torch.empty(2, 0)
+        codes, scale, *_ = quantize(empty, 4, axis, grid=kind)
+        assert codes.shape == (2, 0)
+        assert (scale == torch.finfo(torch.float32).tiny).all()
