@@ -23,6 +23,16 @@ def tensors(**values: object) -> None:
         tensor(name, value)
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether it has values that may be asked for: not so while something traces or batches."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 def padded(*values: object) -> None:
     if any(isinstance(value, Tensor) and value.is_nested for value in values):
         raise ValueError(

@@ -183,13 +183,7 @@ class DequantizeOnGrid(Gradient):
 def _is_known_to_be_zero(mask: Tensor) -> bool:
     """Whether no bit is set. Asked only of plain tensors on the CPU: of others the answer is not
     there yet, or a device would have to be waited for."""
-    if type(mask) is not Tensor or mask.device.type != "cpu":
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(
-        mask
-    ):
-        return False
-    return not mask.any()
+    return checks.is_plain(mask) and mask.device.type == "cpu" and not mask.any()
 
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:

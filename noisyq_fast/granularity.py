@@ -64,13 +64,13 @@ def by_group(axis: Axis, group_size: int | None) -> bool:
     return group_size is not None or axis == TOKEN
 
 
-def check_group_size(value: object) -> None:
+def check_group_size(value: object, name: str = "group_size") -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"group_size: got {value!r} ({type(value).__name__}), takes an int or None")
-    if value < 1:
-        raise ValueError(f"group_size: got {value}, takes 1 or more")
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes an int or None")
+    if not 1 <= value < 2**18:
+        raise ValueError(f"{name}: got {value}, takes 1..262143")
 
 
 def _tokens(x: Tensor, group_size: int | None) -> torch.Size:
