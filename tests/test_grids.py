@@ -214,3 +214,231 @@ def test_zeros_subnormals_and_nothing(backend, kind):
         codes, scale, *_ = quantize(empty, 4, axis, grid=kind)
         assert codes.shape == (2, 0)
         assert (scale == torch.finfo(torch.float32).tiny).all()
+
+
+# Gradients, and what PyTorch does with operators.
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
+def test_values_below_0_have_no_gradient_on_an_unsigned_grid(backend, training, ste):
+    # -0.1 is rounded to 0 like 0.1, 3.6 to 4 steps of 1, beyond a range of 3.
+    x = torch.tensor([-1.0, -0.1, -0.0, 0.1, 3.0, 3.6], requires_grad=True)
+    y = fake_quantize_ema(x, torch.tensor(3.0), 2, training=training, ste=ste, grid="unsigned")
+    y.backward(torch.arange(1.0, 7.0))
+    last = 0 if ste == "clipped" and not training else 6
+    assert x.grad.tolist() == [0, 0, 3, 4, 5, last]
+    assert (y[:4] == 0).all()
+
+
+@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
+def test_what_full_and_affine_grids_clip(backend, ste):
+    passed = 0 if ste == "clipped" else 1
+    # s = 1.5 / 1.5 = 1: codes -2 .. 1, and 1.5 rounds to 2; -1.5 to -2, which is a code.
+    x = torch.tensor([1.5, -1.5, 1.4], requires_grad=True)
+    y = fake_quantize(x, 2, grid="full", ste=ste)
+    y.sum().backward()
+    assert y.tolist() == [1, -2, 1]
+    assert x.grad.tolist() == [passed, 1, 1]
+    # s = 1, z = rint(1.5) = 2: steps -2 .. 1, and 1.5 rounds to 2.
+    x = torch.tensor([-1.5, 1.5], requires_grad=True)
+    y = fake_quantize(x, 2, grid="affine", ste=ste)
+    y.sum().backward()
+    assert y.tolist() == [-2, 1]
+    assert x.grad.tolist() == [1, passed]
+    # A range that is given clips on both sides.
+    x = torch.tensor([-9.0, -1.0, 2.0, 9.0], requires_grad=True)
+    y = fake_quantize_ema(x, torch.tensor([-1.0, 2.0]), 2, training=False, ste=ste, grid="affine")
+    y.sum().backward()
+    assert y.tolist() == [-1, -1, 2, 2]
+    assert x.grad.tolist() == [passed, 1, 1, passed]
+
+
+def saved_by(function, x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = function(x)
+    return y, sum(t.nbytes for t in saved)
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_what_is_saved_for_backward(kind):
+    x = torch.randn(3, 21, requires_grad=True)
+    for values, expected in ((x, 8 if kind == "unsigned" else 0), (x.detach().relu(), 0)):
+        values = values.detach().requires_grad_()
+        y, saved = saved_by(lambda x: fake_quantize(x, 4, grid=kind), values)
+        assert saved == expected
+        grad = torch.randn(3, 21)
+        (received,) = torch.autograd.grad(y, values, grad)
+        assert (received.data_ptr() == grad.data_ptr()) == (expected == 0)
+    with torch.no_grad():  # nothing is computed for a gradient that nobody asks for
+        assert not fake_quantize(x, 4, grid=kind).requires_grad
+
+
+RANGES = {"signed": torch.tensor(2.0), "affine": torch.tensor([-1.0, 2.0])}
+FUNCTIONS = {
+    "channel": lambda x, kind: fake_quantize(x, 3, 0, grid=kind),
+    "token": lambda x, kind: fake_quantize(x, 3, "token", grid=kind),
+    "group": lambda x, kind: fake_quantize(x, 3, grid=kind, group_size=2),
+    "given range": lambda x, kind: fake_quantize_ema(
+        x,
+        RANGES.get(kind, RANGES["signed"]),
+        3,
+        training=False,
+        ste="clipped",
+        grid=kind,
+    ),
+    "codes": lambda x, kind: quantize(x, 3, "token", grid=kind)[0].float(),
+    "values": lambda x, kind: dequantize(*quantize(x, 3, 1, grid=kind)[:2], 1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_is_a_loop_over_samples(kind, name):
+    f = FUNCTIONS[name]
+    x = torch.randn(3, 5, 4)
+    for dim in (0, 1, 2):
+        samples = x.movedim(0, dim)
+        expected = torch.stack([f(sample, kind) for sample in x])
+        assert torch.equal(torch.vmap(lambda x: f(x, kind), dim)(samples), expected)
+
+    def energy(x):
+        return f(x, kind).square().sum()
+
+    if name in ("codes", "values"):
+        return
+    leaf = x.clone().requires_grad_()
+    sum(energy(sample) for sample in leaf).backward()
+    assert torch.equal(torch.vmap(torch.func.grad(energy))(x), leaf.grad)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS)[:4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_and_second_derivatives(kind, name):
+    f = FUNCTIONS[name]
+    x = torch.randn(2, 4, requires_grad=True)
+
+    def energy(x):
+        return f(x, kind).square().sum()
+
+    (first,) = torch.autograd.grad(energy(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    x = x.detach()
+    assert torch.equal(torch.func.grad(energy)(x), first)
+    assert torch.equal(torch.func.grad(lambda x: torch.func.grad(energy)(x).sum())(x), second)
+    _, tangent = torch.func.jvp(energy, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, first.sum().detach())
+    assert torch.equal(torch.func.jacfwd(energy)(x), first)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", ["unsigned", "affine"])
+def test_compiles_to_one_graph(kind, name):
+    f = FUNCTIONS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: f(x, kind), fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 6)
+    leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+    outputs = compiled(leaves[0]), f(leaves[1], kind)
+    assert torch.equal(*outputs)
+    if outputs[1].requires_grad:
+        for y in outputs:
+            y.square().sum().backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+def test_dequantize_is_differentiable_in_the_scale():
+    codes = torch.randint(0, 16, (3, 4), dtype=torch.uint8)
+    scale, zero_point = torch.rand(4, requires_grad=True), torch.tensor([3, 0, 15, 7]).byte()
+    y = dequantize(codes, scale, 1, zero_point=zero_point)
+    grad = torch.randn(3, 4)
+    y.backward(grad)
+    steps = codes.float() - zero_point.float()
+    torch.testing.assert_close(y.detach(), steps * scale.detach())
+    torch.testing.assert_close(scale.grad, (grad * steps).sum(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tensors_are_like_each(kind):
+    tensors = [torch.randn(4, 6), torch.randn(2, 4, 3, 3).half()]
+    for options in ({"axis": 1}, {"axis": "token"}, {"group_size": 2}):
+        together = noisyq_fast.fake_quantize_many(tensors, [3, 8], grid=kind, **options)
+        for y, x, b in zip(together, tensors, [3, 8], strict=True):
+            assert torch.equal(y, fake_quantize(x, b, grid=kind, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_do_not_depend_on_the_number_of_threads(kind, restore_threads):
+    x = torch.randn(5, 37, 2000)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        y = fake_quantize(leaf, 4, 1, grid=kind, ste="clipped")
+        y.sum().backward()
+        results.append((y.detach(), leaf.grad, *quantize(x, 4, 1, grid=kind)))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+X = torch.randn(4, 6)
+ONE = torch.tensor(1.0)
+REFUSED = [
+    (lambda: Grid(9), ValueError, "bits: got 9, takes 2..8"),
+    (lambda: Grid(4, "odd"), ValueError, "grid: got 'odd', takes one of signed, full, unsigned,"),
+    (lambda: fake_quantize(X, 4, grid="odd"), ValueError, "grid: got 'odd'"),
+    (lambda: quantize(X, 4, grid=4), ValueError, "grid: got 4"),
+    (lambda: fake_quantize_ema(X, ONE, 4, grid=None), ValueError, "grid: got None"),
+    (lambda: fake_quantize(X, 1, grid="full"), ValueError, "bits: got 1, takes 2..8"),
+    (lambda: fake_quantize(X, 4, grid="full", ste="no"), ValueError, "ste: got 'no'"),
+    (lambda: fake_quantize(X.double(), 4, grid="full"), TypeError, "x: got torch.float64"),
+    (
+        lambda: fake_quantize(X, 4, group_size=4),
+        ValueError,
+        r"group_size: got 4 .* \[4, 6\], whose 6 input channels leave a remainder of 2",
+    ),
+    (lambda: fake_quantize(X, 4, group_size=0), ValueError, "group_size: got 0"),
+    (lambda: fake_quantize(X, 4, group_size=2.0), TypeError, "group_size: got 2.0"),
+    (lambda: fake_quantize(X[0], 4, group_size=2), ValueError, r"group_size: .* \[6\]"),
+    (lambda: fake_quantize(X, 4, 1, group_size=2), ValueError, "axis: got 1 with group_size 2"),
+    (lambda: fake_quantize(X, 4, "token", group_size=2), ValueError, "group_size: got 2 with axis"),
+    (lambda: fake_quantize(ONE, 4, "token"), ValueError, "axis: got 'token' for a tensor of"),
+    (lambda: fake_quantize_ema(X, ONE, 4, "token"), ValueError, "axis: got 'token', which keeps"),
+    (
+        lambda: fake_quantize_ema(X, ONE, 4, grid="affine"),
+        ValueError,
+        r"running_absmax: got shape \[\], takes \[2\] for",
+    ),
+    (
+        lambda: fake_quantize_ema(X, torch.ones(2), 4, grid="affine", observed=torch.ones(2)),
+        ValueError,
+        r"observed: got shape \[2\], takes that of an end of running_absmax, \[\]",
+    ),
+    (
+        lambda: fake_quantize_ema(X, torch.full((2,), torch.nan), 4, training=False, grid="affine"),
+        ValueError,
+        "running_absmax: got NaN",
+    ),
+    (
+        lambda: dequantize(X.byte(), torch.ones(2), "token"),
+        ValueError,
+        r"scale: got shape \[2\], takes \[4\]",
+    ),
+    (
+        lambda: dequantize(X.to(torch.int8), ONE, zero_point=ONE.byte()),
+        TypeError,
+        "zero_point: got one for int8 codes",
+    ),
+    (
+        lambda: dequantize(X.byte(), ONE, zero_point=ONE),
+        TypeError,
+        "zero_point: got torch.float32, takes torch.uint8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -31,7 +31,7 @@ void fake_quantize(DType dtype, const void* x, void* y, Mask mask, Layout layout
   std::atomic<bool> may_mask = grid.kind != GridKind::is_unsigned;
   const auto observed = [&](int64_t c, Range range) {
     if (!has_elements) return;
-    if (range.low < 0.0f) may_mask = true;
+    if (range.low != 0.0f) may_mask = true;  // of a NaN too
     if (grid.kind == GridKind::is_affine) {
       observe(average, c, layout.channels, range);
     } else {
