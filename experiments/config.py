@@ -314,7 +314,7 @@ class RunConfig:
         flat["method"] = self.method or methods.BASELINE
         del flat["options"], flat["faces"]
         for options in self.methods.values():
-            flat |= dataclasses.asdict(options)
+            flat |= options.flat()
         return flat | (dataclasses.asdict(self.faces) if self.detects_action_units else {})
 
     def identity(self) -> dict[str, Any]:

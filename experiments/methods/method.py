@@ -1,7 +1,7 @@
 """What a training method is."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class Method:
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ()
+    """Options that runs had not at first: at their defaults they are in no name of a run and in no
+    file, so that those runs keep theirs."""
 
     @property
     def on(self) -> bool:
@@ -40,6 +43,11 @@ class Method:
     def changed(self) -> list[str]:
         """The options that differ from their defaults."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+    def flat(self) -> dict[str, Any]:
+        """The options by name, as they are written."""
+        left_out = set(self.ADDED_LATER) - set(self.changed())
+        return {k: v for k, v in asdict(self).items() if k not in left_out}
 
     @property
     def label(self) -> str:
