@@ -45,6 +45,15 @@ PYBIND11_MODULE(_core, m) {
       release);
 
   m.def(
+      "zero_clipped",
+      [](int dtype, uintptr_t grad, uintptr_t out, uintptr_t clipped, int64_t elements,
+         int threads) {
+        cpu::zero_clipped(DType{dtype}, pointer<const void>(grad), pointer<void>(out),
+                          pointer<const uint8_t>(clipped), elements, threads);
+      },
+      release);
+
+  m.def(
       "quantize",
       [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t outer,
          int64_t channels, int64_t inner, int kind, int qmax, int threads) {

@@ -53,6 +53,10 @@ void fake_quantize(DType dtype, const void* x, void* y, Mask mask, Layout layout
 void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, void* y, Mask mask,
                                Layout layout, Grid grid, int threads);
 
+// out = grad, but 0 where the bit of the element is set.
+void zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
+                  int64_t elements, int threads);
+
 // Codes, one scale for each channel and, of an affine grid, one zero point. Codes are int8 where
 // some are negative, else uint8.
 void quantize(DType dtype, const void* x, void* codes, float* scale, uint8_t* zero, Layout layout,

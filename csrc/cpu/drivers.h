@@ -28,21 +28,48 @@ void map(const In* x, Out* y, Layout layout, Channels levels, int threads) {
   });
 }
 
+// A bit for each element, Op(x), in the order of memory.
+template <class Op, class In, class Channels>
+void map_to_bits(const In* x, uint8_t* bits, Layout layout, Channels levels, int threads) {
+  const bool is_row = layout.outer == 1;
+  const int64_t units = is_row ? layout.channels : layout.outer;
+  const int64_t unit = is_row ? layout.inner : layout.channels * layout.inner;
+  // So many that a block begins with a byte.
+  const int64_t block = 8 * std::max<int64_t>(1, 512 / std::max<int64_t>(1, unit));
+  parallel(useful_threads(units * unit, threads), [&](Member member) {
+    std::vector<uint8_t> bytes(std::min(block, units) * unit);
+    const int64_t blocks = (units + block - 1) / block;
+    for (int64_t b = member.begin(blocks); b < member.end(blocks); ++b) {
+      const int64_t first = b * block;
+      const int64_t count = std::min(block, units - first);
+      map_rows<Op>(x + first * unit, bytes.data(), is_row ? 1 : count,
+                   is_row ? count : layout.channels, layout.inner, levels, is_row ? first : 0);
+      pack_bits(bytes.data(), bits + first * unit / 8, count * unit);
+    }
+  });
+}
+
 // Channels that are contiguous (weights): each is read once and mapped while it is in the cache.
 template <class Op, class In, class Out, class Channels, class Observe>
 void map_contiguous_channels(const In* x, Out* y, Layout layout, Channels levels,
                              const Observe& observe, int threads) {
   using Reduction = typename Channels::template Reduction<In>;
   parallel(threads, [&](Member member) {
+    // Short channels together.
+    const int64_t block = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, layout.inner));
+    std::vector<typename Reduction::Key> keys(block * Reduction::kKeys);
     const int64_t end = member.end(layout.channels);
-    for (int64_t c = member.begin(layout.channels); c < end; ++c) {
-      const In* channel = x + c * layout.inner;
-      typename Reduction::Key keys[Reduction::kKeys] = {};
-      Reduction::rows(channel, 1, 1, layout.inner, keys);
-      const Range range = Reduction::range(keys, 1, 0);
-      observe(c, range);
-      levels.set(c, range);
-      map_rows<Op>(channel, y + c * layout.inner, 1, 1, layout.inner, levels, c);
+    for (int64_t c = member.begin(layout.channels); c < end; c += block) {
+      const int64_t count = std::min(block, end - c);
+      const In* channels = x + c * layout.inner;
+      std::fill(keys.begin(), keys.end(), 0);
+      Reduction::rows(channels, 1, count, layout.inner, keys.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const Range range = Reduction::range(keys.data(), count, i);
+        observe(c + i, range);
+        levels.set(c + i, range);
+      }
+      map_rows<Op>(channels, y + c * layout.inner, 1, count, layout.inner, levels, c);
     }
   });
 }

@@ -1,5 +1,4 @@
 #include <atomic>
-#include <memory>
 
 #include "drivers.h"
 
@@ -10,16 +9,25 @@ namespace {
 template <class T, class Channels>
 void write_mask(const T* x, Mask mask, Layout layout, GridKind kind, Channels levels,
                 int threads) {
-  const int64_t elements = layout.outer * layout.channels * layout.inner;
-  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[elements]);
   if (mask.masked == Masked::negative) {
-    map<Negative<T>>(x, bytes.get(), layout, levels, threads);
+    map_to_bits<Negative<T>>(x, mask.bits, layout, levels, threads);
   } else if (kind == GridKind::is_unsigned) {
-    map<Outside<T>>(x, bytes.get(), layout, levels, threads);
+    map_to_bits<Outside<T>>(x, mask.bits, layout, levels, threads);
   } else {
-    map<Clipped<T>>(x, bytes.get(), layout, levels, threads);
+    map_to_bits<Clipped<T>>(x, mask.bits, layout, levels, threads);
   }
-  pack_bits(bytes.get(), mask.bits, elements);
+}
+
+template <class Word>
+void zero_masked_in_parallel(const void* grad, void* out, const uint8_t* bits, int64_t elements,
+                             int threads) {
+  parallel(useful_threads(elements, threads), [&](Member member) {
+    const int64_t bytes = (elements + 7) / 8;
+    const int64_t begin = 8 * member.begin(bytes);
+    const int64_t end = std::min(elements, 8 * member.end(bytes));
+    zero_masked(static_cast<const Word*>(grad) + begin, static_cast<Word*>(out) + begin,
+                bits + begin / 8, end - begin);
+  });
 }
 
 }  // namespace
@@ -70,6 +78,15 @@ void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, v
       map<FakeQuantize<T>>(in, static_cast<T*>(y), layout, levels, threads);
     });
   });
+}
+
+void zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
+                  int64_t elements, int threads) {
+  if (dtype == DType::float32) {
+    zero_masked_in_parallel<uint32_t>(grad, out, clipped, elements, threads);
+  } else {
+    zero_masked_in_parallel<uint16_t>(grad, out, clipped, elements, threads);
+  }
 }
 
 }  // namespace noisyq::cpu

@@ -103,12 +103,39 @@ NOISYQ_EACH_VECTOR_WIDTH void map_rows(const In* x, Out* y, int64_t rows, int64_
   }
 }
 
+// out = grad, but 0 where the bit of the element is set.
+template <class Word>
+NOISYQ_EACH_VECTOR_WIDTH void zero_masked(const Word* grad, Word* out, const uint8_t* bits,
+                                          int64_t count) {
+  // A bit minus 1 is a word of ones, or 0: without branches.
+  const int64_t whole = count / 8;
+  for (int64_t b = 0; b < whole; ++b) {
+    const uint32_t eight = bits[b];
+#pragma omp simd
+    for (int i = 0; i < 8; ++i) {
+      out[8 * b + i] = static_cast<Word>(grad[8 * b + i] & ((eight >> i & 1u) - 1u));
+    }
+  }
+  for (int64_t i = 8 * whole; i < count; ++i) {
+    out[i] = static_cast<Word>(grad[i] & ((bits[i / 8] >> i % 8 & 1u) - 1u));
+  }
+}
+
 // A bit for each of `count` bytes that are 0 or 1, the first of eight the lowest.
 inline void pack_bits(const uint8_t* bytes, uint8_t* bits, int64_t count) {
-  for (int64_t i = 0; i < count; i += 8) {
-    uint64_t eight = 0;
-    memcpy(&eight, bytes + i, std::min<int64_t>(8, count - i));
-    *bits++ = static_cast<uint8_t>(eight * 0x0102040810204080u >> 56);
+  const auto packed = [](uint64_t eight) {
+    return static_cast<uint8_t>(eight * 0x0102040810204080u >> 56);
+  };
+  const int64_t whole = count / 8;
+  for (int64_t b = 0; b < whole; ++b) {
+    uint64_t eight;
+    memcpy(&eight, bytes + 8 * b, 8);
+    bits[b] = packed(eight);
+  }
+  if (count % 8 != 0) {
+    uint64_t rest = 0;
+    memcpy(&rest, bytes + 8 * whole, count % 8);
+    bits[whole] = packed(rest);
   }
 }
 

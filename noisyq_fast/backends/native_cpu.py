@@ -91,6 +91,21 @@ def fake_quantize_fixed_range_clipped(
 
 
 @backend.register
+def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
+    grad, out = dense(grad)
+    clipped = clipped.contiguous()
+    core.zero_clipped(
+        DTYPE_CODES[grad.dtype],
+        grad.data_ptr(),
+        out.data_ptr(),
+        clipped.data_ptr(),
+        grad.numel(),
+        _threads(),
+    )
+    return out
+
+
+@backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     return _quantize(x, SIGNED, qmax, axis, torch.int8)
 
