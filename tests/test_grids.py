@@ -12,6 +12,7 @@ from test_numerics import ROUND_TO, assert_like, front
 
 import noisyq_fast
 from noisyq_fast import Grid, dequantize, fake_quantize, fake_quantize_ema, quantize
+from noisyq_fast.backends import BACKENDS, reference
 from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
 from noisyq_fast.grid import KINDS
 
@@ -442,3 +443,11 @@ REFUSED = [
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_backend_without_grids_leaves_them_to_the_next(backend):
+    expected = next(b for b in ("cpu", "reference") if not BACKENDS[b].unavailable())
+    for operator in reference.backend.functions:
+        if "on_grid" in operator and operator not in BACKENDS[backend].functions:
+            assert noisyq_fast.current_backend("cpu", operator) == expected
+    assert noisyq_fast.current_backend("cpu", "quantize") == backend
