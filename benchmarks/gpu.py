@@ -37,7 +37,8 @@ def main() -> int:
         print(f"{parser.prog}: nothing measured: PyTorch finds no CUDA device", file=sys.stderr)
         return 1
 
-    files = sorted(str(path) for path in HERE.glob("test_gpu_*.py"))
+    # Whole steps first: a run that is interrupted writes what it has.
+    files = sorted((str(path) for path in HERE.glob("test_gpu_*.py")), reverse=True)
     selection = ["-k", options.k] if options.k else []
     status = pytest.main([*files, "--benchmark-only", "--benchmark-quiet", *selection])
     from comparison import COMPARISONS  # The one that the tests filled.

@@ -7,6 +7,11 @@ from test_training import trainer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def same_kernels_each_time(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def losses(arguments, **options):
     options = {"device": torch.device("cuda"), "batch_size": 64, "epochs": 3} | options
     return [metrics.loss for metrics in trainer(arguments, **options).epochs()]
