@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from noisyq_fast import QuantLayer, dequantize_model_, quantize_model_
-from noisyq_fast.first_last import _tensors
+from noisyq_fast.running import tensors_in
 
 IMAGES = torch.randn(2, 3, 32, 32)
 TOKENS = torch.randint(0, 90, (2, 12))
@@ -99,7 +99,7 @@ NETWORKS = {
 
 def outputs(model, example):
     y = model(**example) if isinstance(example, dict) else model(example)
-    return [x for x in _tensors(y) if x.is_floating_point()]
+    return [x for x in tensors_in(y) if x.is_floating_point()]
 
 
 @pytest.mark.parametrize(("make", "ends", "uncalled"), NETWORKS.values(), ids=NETWORKS)
