@@ -29,6 +29,7 @@ from noisyq_fast.ops import (
 )
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
+from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -38,7 +39,9 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 __all__ = [
     "AbsMax",
     "GroupedLinear",
+    "LayerSummary",
     "MovingAbsMax",
+    "OperatorSummary",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
@@ -51,6 +54,7 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "Quantizer",
+    "Summary",
     "calibrate",
     "current_backend",
     "dequantize",
@@ -65,6 +69,7 @@ __all__ = [
     "quantize_model_",
     "register_layer",
     "reset_ranges_",
+    "summary",
     "sync_ranges_",
     "use_backend",
 ]

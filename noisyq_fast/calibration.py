@@ -199,8 +199,7 @@ class _Seen:
         self.exponents = exponents
 
     def _count(self, values: Tensor) -> None:
-        scaled = torch.ldexp(values, (_BITS - self.exponents).unsqueeze(1))
-        bins = scaled.abs().to(torch.int64)
+        bins = (values / self._width()).abs().to(torch.int64)
         bins = torch.where(values < 0, ~bins, bins) + _BINS
         bins += 2 * _BINS * torch.arange(len(values), device=values.device).unsqueeze(1)
         counts = torch.bincount(bins.flatten(), minlength=self.counts.numel())
@@ -210,11 +209,16 @@ class _Seen:
         """A value of each bin, float32 ``[ranges, bins]``: its inner edge at 0, its outer at 1."""
         positive = torch.arange(_BINS, device=self.counts.device) + at
         bins = torch.cat([-positive.flip(0), positive]).float()
-        return torch.ldexp(bins, (self.exponents - _BITS).unsqueeze(1))
+        return bins * self._width()
+
+    def _width(self) -> Tensor:
+        """Of the bins, ``[ranges, 1]``."""
+        exponents = (self.exponents - _BITS).unsqueeze(1)
+        return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 
 
 def _exponents(absmax: Tensor) -> Tensor:
-    """Of the least power of two above; not so small that the bins' width underflows."""
+    """Of the least power of two above; not so small that the width of the bins underflows."""
     return torch.frexp(absmax).exponent.to(torch.int64).clamp(min=-100)
 
 
