@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,9 @@ from noisyq_fast.ranges import disabled
 from noisyq_fast.running import arguments, in_evaluation, tensors_in
 
 aten = torch.ops.aten
-_MOVES = frozenset(
-    "alias as_strided cat clone constant_pad_nd copy detach embedding empty_like fill full_like gather index "
-    "index_select lift_fresh new_empty new_full new_ones new_zeros ones_like repeat roll stack "
-    "to_copy unsafe_view zero zeros_like".split()
+_MOVES = re.compile(
+    r"\w+_like|new_\w+|index(_select|_put)?|gather|alias|as_strided|cat|stack|clone|copy|to_copy|"
+    r"detach|constant_pad_nd|embedding|fill|zero|repeat|roll|flip|lift_fresh|unsafe_view"
 )
 """Operators that compute nothing."""
 
@@ -164,7 +164,7 @@ class _Counter(TorchDispatchMode):
             self._note_macs(layer, _name(func), args, flops_of(*args, **kwargs, out_val=out) // 2)
         elif layer is None or layer in self.containers:
             name = _name(func)
-            computes = any(x.is_floating_point() for x in outputs) and name not in _MOVES
+            computes = any(x.is_floating_point() for x in outputs) and not _MOVES.fullmatch(name)
             if computes and not getattr(func, "is_view", False):
                 self.work.operators[name] += 1
 

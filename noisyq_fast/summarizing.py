@@ -220,9 +220,7 @@ def _row(
     bits, quantized = 0, 0
     if weight is not None:
         weights = layer.weights()
-        bits += sum(
-            stored.add(w, weight.bits, weight.scales(layer.by_channel(w))) for w in weights
-        )
+        bits += sum(stored.add(w, weight.bits, weight.scales(layer.by_channel(w))) for w in weights)
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
         quantized = stored.count(own[key] for key in made & own.keys())
         state = {key: x for key, x in state.items() if key not in made}
@@ -311,8 +309,17 @@ def _text(summary: Summary) -> str:
         for layer in summary.layers
     ]
     rows += [
-        (op.name, "operator", "float", "float", str(op.calls), _cell(op.macs, summary.macs))
-        + ("", "", "")
+        (
+            op.name,
+            "operator",
+            "float",
+            "float",
+            str(op.calls),
+            _cell(op.macs, summary.macs),
+            "",
+            "",
+            "",
+        )
         for op in summary.operators
     ]
     right = {4, 5, 6, 7}
