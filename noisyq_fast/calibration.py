@@ -243,12 +243,13 @@ def _percentile(seen: _Seen, low: Tensor, high: Tensor, percentile: float) -> Te
     factors = torch.where(ends == 0, 0.0, edges / ends).clamp(max=1)
     factors, order = factors.sort(dim=1)
     held = seen.counts.gather(1, order).cumsum(1).double()
-    enough = held >= held[:, -1:] * (percentile / 100)
+    enough = held >= held[:, -1:] * (percentile / 100) * (1 - 1e-12)  # 99.9 is no exact number
     return factors.gather(1, enough.int().argmax(1, keepdim=True)).squeeze(1)
 
 
 def _least_error(quantizer: Quantizer, seen: _Seen, low: Tensor, high: Tensor) -> Tensor:
-    centers, counts = seen.bins(0.5), seen.counts.double()
+    used = seen.counts.any(0)
+    centers, counts = seen.bins(0.5)[:, used], seen.counts[:, used].double()
     best = torch.ones_like(high)
     least = torch.full_like(high, torch.inf, dtype=torch.float64)
     for factor in _CANDIDATES:

@@ -25,6 +25,8 @@ _MOVES = re.compile(
     r"detach|constant_pad_nd|embedding|fill|zero|repeat|roll|flip|lift_fresh|unsafe_view"
 )
 """Operators that compute nothing."""
+_STATES = ("zeros", "new_zeros")
+"""What recurrent layers start from, in place of something computed from the input."""
 
 
 @dataclass
@@ -79,17 +81,20 @@ def count(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Wo
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """Without operators that compute a whole layer, of which it is not known how much that is."""
+    """Without operators that compute a whole layer, of which it is not known how much that is:
+    recurrent ones of the libraries, and PyTorch's fast path of attention."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.enabled for library in libraries]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            torch.backends.mkldnn.flags(enabled=False),
-            torch.backends.cudnn.flags(enabled=False),
-        ):
-            yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in libraries:
+            library.enabled = False
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for library, before in zip(libraries, enabled, strict=True):
+            library.enabled = before
 
 
 def _flops_by_operator() -> dict[Any, Any]:
@@ -152,8 +157,9 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        from_input = any(_memory(x) in self.from_input for x in tensors_in((args, kwargs)))
-        outputs = tensors_in(out)
+        name = _name(func)
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
+        from_input = any(_memory(x) in self.from_input for x in inputs) or name in _STATES
         change = self.from_input.update if from_input else self.from_input.difference_update
         change(map(_memory, outputs))
         if not from_input:
@@ -161,9 +167,8 @@ class _Counter(TorchDispatchMode):
         layer = self.running[-1] if self.running else None
         flops_of = self.flops_of.get(getattr(func, "_overloadpacket", func))
         if flops_of is not None:
-            self._note_macs(layer, _name(func), args, flops_of(*args, **kwargs, out_val=out) // 2)
+            self._note_macs(layer, name, args, flops_of(*args, **kwargs, out_val=out) // 2)
         elif layer is None or layer in self.containers:
-            name = _name(func)
             computes = any(x.is_floating_point() for x in outputs) and not _MOVES.fullmatch(name)
             if computes and not getattr(func, "is_view", False):
                 self.work.operators[name] += 1

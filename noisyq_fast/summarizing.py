@@ -351,6 +351,9 @@ def _sums(summary: Summary) -> list[str]:
         macs = sum(layer.macs - layer.quantized_macs for layer in layers)
         numbers = sum(layer.parameters - layer.quantized_parameters for layer in layers)
         lines.append(_line(reason, macs, numbers, _kinds(layer.kind for layer in layers), summary))
+    biases = sum(x.parameters - x.quantized_parameters for x in summary.layers if not x.why_float)
+    if biases:
+        lines.append(_line("biases and the like", 0, biases, "of quantized layers", summary))
     if summary.operators:
         macs = sum(operator.macs for operator in summary.operators)
         names = ", ".join(f"{op.name} x{op.calls}" for op in summary.operators)
