@@ -199,9 +199,10 @@ class _Seen:
         self.exponents = exponents
 
     def _count(self, values: Tensor) -> None:
-        bins = (values / self._width()).abs().to(torch.int64)
-        bins = torch.where(values < 0, ~bins, bins) + _BINS
-        bins += 2 * _BINS * torch.arange(len(values), device=values.device).unsqueeze(1)
+        bins = (values / self._width()).to(torch.int32)  # towards 0
+        bins -= (values < 0).to(torch.int32)
+        ranges = torch.arange(len(values), dtype=torch.int32, device=values.device)
+        bins += _BINS + 2 * _BINS * ranges.unsqueeze(1)
         counts = torch.bincount(bins.flatten(), minlength=self.counts.numel())
         self.counts += counts.view_as(self.counts)
 
