@@ -18,7 +18,7 @@ METHODS = ("absmax", "percentile", "mse")
 _BITS = 14
 _BINS = 2**_BITS
 _AT_ONCE = 2**22
-"""Values that are counted at once: their indices take eight bytes each."""
+"""Values that are counted at once, which takes some bytes for each."""
 _CANDIDATES = [2 ** (-k / 32) for k in range(257)]
 
 
@@ -52,7 +52,8 @@ def calibrate(
         model: a module with quantized layers, such as `quantize_model_` returns.
         batches: inputs of the model: each a tensor, a tuple of arguments or a dict of keyword
             arguments, on the model's device. Labels left out: ``(x for x, _ in loader)``. For a
-            progress bar, wrap them: ``tqdm(loader)``. A few hundred samples are usual.
+            progress bar, wrap them: ``tqdm(loader)``. A few hundred samples are usual. Calibrate
+            before `DistributedDataParallel`, which then gives all ranks the ranges of the first.
         method: ``"absmax"``, ``"percentile"`` or ``"mse"``. The wider the codes, the closer all
             three; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
         percentile: of method ``"percentile"``, above 0, up to 100.

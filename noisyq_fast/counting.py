@@ -161,7 +161,7 @@ class _Counter(TorchDispatchMode):
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
         from_input = any(_memory(x) in self.from_input for x in inputs) or name in _STATES
         change = self.from_input.update if from_input else self.from_input.difference_update
-        change(map(_memory, outputs))
+        change({_memory(x) for x in outputs} - self.owners.keys())
         if not from_input:
             return
         layer = self.running[-1] if self.running else None

@@ -26,14 +26,20 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward changes: modes and buffers, such as the statistics of batch norm.
-    Until then nothing requires grad, so that the model may change it as without gradients."""
+    """Puts back what a forward changes: modes, buffers (such as the statistics of batch norm), and
+    weights that an embedding with ``max_norm`` makes smaller. Until then nothing requires grad, so
+    that the model may change it as without gradients."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
         (module, name, buffer, buffer.detach().clone(), buffer.requires_grad)
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
+    ]
+    weights = [
+        (module.weight, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
     ]
     model.requires_grad_(False)
     for _, _, buffer, _, _ in buffers:
@@ -45,6 +51,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, requires_grad in parameters:
             _as_leaf(parameter).requires_grad_(requires_grad)
+        for weight, before in weights:
+            weight.detach().copy_(before)
         for module, name, buffer, before, requires_grad in buffers:
             buffer = _as_leaf(buffer)
             with torch.no_grad():

@@ -241,8 +241,8 @@ def _row(
         kind=type(layer).__name__,
         weight_bits=weight and weight.bits,
         activation_bits=activation and activation.bits,
-        weight_grid=_grid(weight),
-        activation_grid=_grid(activation),
+        weight_grid="" if weight is None else weight.form,
+        activation_grid="" if activation is None else activation.form,
         calls=work.calls[name],
         macs=work.macs[name] + work.macs_outside[name],
         quantized_macs=work.macs[name] if fully else 0,
@@ -260,12 +260,6 @@ def _quantizers(layer: nn.Module) -> list[Quantizer]:
 def _active(layer: nn.Module, kind: str) -> Quantizer | None:
     quantizer = getattr(layer, f"{kind}_quantizer", None) if _quantizers(layer) else None
     return quantizer if quantizer is not None and quantizer.enabled else None
-
-
-def _grid(quantizer: Quantizer | None) -> str:
-    if quantizer is None:
-        return ""
-    return f"{quantizer.GRID or type(quantizer).__name__} {quantizer.granularity}"
 
 
 def _makes_weight(name: str, x: Tensor, weights: Iterable[Tensor]) -> bool:

@@ -310,6 +310,29 @@ def test_spectral_norm_stays_as_it_is():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("convert", [True, False])
+def test_an_embedding_with_a_largest_norm(convert):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(6, 4, max_norm=0.1)
+            self.inner = nn.Linear(4, 4)
+            self.last = nn.Linear(4, 6, bias=False)
+            self.last.weight = self.table.weight
+
+        def forward(self, indices):
+            return self.last(self.inner(self.table(indices)))
+
+    model, indices = Tied(), torch.tensor([[1, 2]])
+    before = model.table.weight.clone()
+    if convert:
+        converted(model, example=indices)
+        calibrate(model, [indices])
+    assert [row.macs for row in summary(model, indices).layers] == [0, 32, 48]
+    assert torch.equal(model.table.weight, before)
+    assert model.table.weight.requires_grad
+
+
 def test_compiled_models_and_inference_mode():
     model = converted(network())
     expected = summary(model, IMAGE)

@@ -25,7 +25,6 @@ class AbsMax(Quantizer):
     """
 
     KIND: ClassVar[int] = 1
-    GRID: ClassVar[str] = "signed"
 
     def __init__(self, bits: int = 4, axis: int | None = 0) -> None:
         super().__init__(bits, axis)

@@ -51,7 +51,6 @@ class MovingAbsMax(Quantizer):
     """
 
     KIND: ClassVar[int] = 2
-    GRID: ClassVar[str] = "signed"
     keeps_range: ClassVar[bool] = True
 
     running_absmax: Tensor

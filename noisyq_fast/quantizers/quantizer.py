@@ -53,8 +53,6 @@ class Quantizer(nn.Module):
 
     KIND: ClassVar[int] = 0
     """A number that tells the subclass in a state dict; 0 for those outside this package."""
-    GRID: ClassVar[str] = ""
-    """What the values it rounds to are called in a summary."""
     keeps_range: ClassVar[bool] = False
     """Whether it has a range that is calibrated, frozen and reset."""
     frozen: bool = False  # not in the state dict, like the training mode
@@ -110,9 +108,10 @@ class Quantizer(nn.Module):
     # What a summary tells, and what calibration asks for.
 
     @property
-    def granularity(self) -> str:
-        """What has a scale of its own."""
-        return "tensor" if self.axis is None else "channel"
+    def form(self) -> str:
+        """Such as "signed channel": its grid, and what has a scale of its own."""
+        grid = "signed" if self.KIND else type(self).__name__
+        return f"{grid} {'tensor' if self.axis is None else 'channel'}"
 
     def scales(self, x: Tensor) -> int:
         """How many scales a tensor has."""
