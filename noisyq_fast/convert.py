@@ -275,10 +275,9 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
     done = [name for name, module in modules.items() if isinstance(module, QuantLayer)]
     if done:
         raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
+    check_not_lazy(modules)
     layers, refused = {}, {}
     for name, module in modules.items():
-        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
-            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
         why_not = why_not_quantized(module)
         if why_not:
             refused[name] = why_not
@@ -290,6 +289,12 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
             "such as Conv2d, Linear or GroupedLinear"
         )
     return layers, refused
+
+
+def check_not_lazy(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
+            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
 
 
 def why_not_quantized(module: nn.Module) -> str | None:

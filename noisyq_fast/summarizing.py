@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from noisyq_fast.convert import why_not_quantized
+from noisyq_fast.convert import check_not_lazy, why_not_quantized
 from noisyq_fast.counting import Work, count, parameters_of
 from noisyq_fast.layers import QuantEmbedding, QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import in_evaluation
 
 _SCALE_BITS = 32
-_NOT_CALLED = "not called on the example"
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def summary(model: nn.Module, example: Any) -> Summary:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the model does not run on the example.
+        ValueError: the model does not run on the example, or is lazy and has not run yet.
 
     Example:
         >>> import torch, noisyq_fast
@@ -157,6 +156,7 @@ def summary(model: nn.Module, example: Any) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    check_not_lazy(dict(model.named_modules()))
     layers = {name: m for name, m in model.named_modules() if _has_state(name, m)}
     work = count(model, layers, example)
     any_quantized = any(isinstance(layer, QuantLayer) for layer in layers.values())
@@ -194,7 +194,8 @@ class _Stored:
     """What was counted so far, so that nothing that layers share counts twice."""
 
     def __init__(self) -> None:
-        self.known: set[tuple[int, int | None]] = set()
+        self.widths: dict[int, tuple[Tensor, set[int | None]]] = {}
+        """At which widths a tensor is stored, by its id; with the tensor, so that it keeps that."""
         self.parameters: set[int] = set()
         self.float_bits = 0
 
@@ -207,11 +208,13 @@ class _Stored:
     def add(self, x: Tensor, bits: int | None = None, scales: int = 0) -> int:
         """The bits that a tensor takes beside what is stored already."""
         float_bits = 8 * x.element_size() * x.numel()
-        if not any(known == id(x) for known, _ in self.known):
+        if id(x) not in self.widths:
+            self.widths[id(x)] = x, set()
             self.float_bits += float_bits
-        if (id(x), bits) in self.known:
+        _, widths = self.widths[id(x)]
+        if bits in widths:
             return 0
-        self.known.add((id(x), bits))
+        widths.add(bits)
         return float_bits if bits is None else bits * x.numel() + _SCALE_BITS * scales
 
 
@@ -286,7 +289,7 @@ def _why_float(name: str, layer: nn.Module, work: Work, any_quantized: bool) -> 
     if work.macs_outside[name]:
         reasons.append("its weight is read by other code")
     elif not work.calls[name]:
-        reasons.append(_NOT_CALLED)
+        reasons.append("not called on the example")
     return "; ".join(reasons)
 
 

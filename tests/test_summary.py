@@ -188,6 +188,12 @@ def test_a_weight_that_other_code_multiplies_is_float():
     assert not any(op.macs for op in found.operators)
 
 
+def test_a_model_without_memory():
+    with torch.device("meta"):
+        found = summary(converted(network()), torch.randn(1, 3, 8, 8))
+    assert found.to_dict() == summary(converted(network()), IMAGE).to_dict()
+
+
 @pytest.mark.parametrize(
     ("layer", "x", "macs"),
     [
@@ -303,6 +309,12 @@ def test_nothing_moves(look, fails):
     assert all(q.enabled for q in model.modules() if isinstance(q, Quantizer))
 
 
+def test_weights_that_are_made_anew_are_all_counted():
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(5)))
+    sizes = {row.size_in_bits for row in summary(converted(model), torch.randn(2, 4)).layers}
+    assert sizes == {4 * 16 + 32 * (4 + 4 + 1)}
+
+
 def test_spectral_norm_stays_as_it_is():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -373,3 +385,5 @@ def test_bad_arguments():
         summary(3, IMAGE)
     with pytest.raises(ValueError, match=r"example: the model does not run on it: .*channels"):
         summary(network(), torch.randn(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="layer '0' has no weight yet: run the lazy model once"):
+        summary(nn.Sequential(nn.LazyLinear(2)), torch.randn(1, 4))
