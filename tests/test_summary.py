@@ -310,7 +310,7 @@ def test_nothing_moves(look, fails):
 
 
 def test_weights_that_are_made_anew_are_all_counted():
-    model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(5)))
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(60)))
     sizes = {row.size_in_bits for row in summary(converted(model), torch.randn(2, 4)).layers}
     assert sizes == {4 * 16 + 32 * (4 + 4 + 1)}
 
