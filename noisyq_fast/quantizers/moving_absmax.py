@@ -20,8 +20,9 @@ class MovingAbsMax(Quantizer):
     """`fake_quantize_ema` as a module: the quantizer of activations in arXiv 2303.11803.
 
     In training (`nn.Module.train`) the scale comes from the batch's own absmax, which also moves
-    the average. In evaluation it comes from the average, which stays. A forward that is run again
-    inside a backward (activation checkpointing) gives the same values and does not move it twice.
+    the average. In evaluation, and in training while it is ``frozen``, it comes from the average,
+    which stays. A forward that is run again inside a backward (activation checkpointing) gives the
+    same values and does not move it twice.
 
     Args:
         bits: width of the codes, 2..8.
@@ -50,6 +51,7 @@ class MovingAbsMax(Quantizer):
     """
 
     KIND: ClassVar[int] = 2
+    keeps_range: ClassVar[bool] = True
 
     running_absmax: Tensor
     observed: Tensor
@@ -83,7 +85,7 @@ class MovingAbsMax(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         if self.running_absmax.is_meta and not x.is_meta:  # like the weight at the conversion
             self.to_empty(device=x.device)
-        if not self.training:
+        if self.frozen or not self.training:
             return fake_quantize_ema(
                 x,
                 self.running_absmax,
@@ -121,8 +123,19 @@ class MovingAbsMax(Quantizer):
         self.running_absmax.zero_()
         self.observed.zero_()
 
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        absmax = torch.maximum(-low, high)
+        return -absmax, absmax
+
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        self.set_range(high.reshape(self.running_absmax.shape))
+
+    def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return fake_quantize_ema(x, high, self.bits, axis=0, training=False)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}"
+        frozen = ", frozen" if self.frozen else ""
+        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}{frozen}"
 
 
 def in_backward() -> bool:

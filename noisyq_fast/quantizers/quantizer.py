@@ -37,7 +37,9 @@ def _keep_off_fast_paths(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
 class Quantizer(nn.Module):
     """Fake-quantizes a tensor: rounds it to the values that ``bits`` bits can tell apart.
 
-    A subclass defines `fake_quantize`, and `reset` if it keeps a state.
+    A subclass defines `fake_quantize`, and `reset` if it keeps a state. One that keeps a range sets
+    ``keeps_range``, holds the range still where it is ``frozen``, and defines what calibration asks
+    for: `bounds`, `set_bounds` and `fake_quantize_within`.
 
     Args:
         bits: width of the codes, 2..8.
@@ -45,11 +47,15 @@ class Quantizer(nn.Module):
 
     Attributes:
         enabled: ``False`` passes tensors on as they are.
+        frozen: whether the range stays as it is in training too, and gives the scale there.
         name: where the quantizer is in a model, for error messages; `quantize_model_` sets it.
     """
 
     KIND: ClassVar[int] = 0
     """A number that tells the subclass in a state dict; 0 for those outside this package."""
+    keeps_range: ClassVar[bool] = False
+    """Whether it has a range that is calibrated, frozen and reset."""
+    frozen: bool = False  # not in the state dict, like the training mode
 
     def __init__(self, bits: int = 4, axis: int | None = None) -> None:
         super().__init__()
@@ -92,12 +98,40 @@ class Quantizer(nn.Module):
         checks.integers(**bits)
         checks.width(**bits)
         quantizer = copy.deepcopy(self)
-        vars(quantizer).update(changes)
+        vars(quantizer).update({"frozen": False} | changes)
         quantizer.reset()
         return quantizer
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"
+
+    # What a summary tells, and what calibration asks for.
+
+    @property
+    def form(self) -> str:
+        """Such as "signed channel": its grid, and what has a scale of its own."""
+        grid = "signed" if self.KIND else type(self).__name__
+        return f"{grid} {'tensor' if self.axis is None else 'channel'}"
+
+    def scales(self, x: Tensor) -> int:
+        """How many scales a tensor has."""
+        return 1 if self.axis is None else x.shape[self.axis]
+
+    def by_range(self, x: Tensor) -> Tensor:
+        """The values of a tensor as ``[ranges, values]``."""
+        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends, float32 ``[ranges]``, of the smallest range that holds ``low`` and ``high``."""
+        raise NotImplementedError
+
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        """Sets the range to ends that are as from `bounds`, or these made smaller by a factor."""
+        raise NotImplementedError
+
+    def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """``x``, float32 ``[ranges, values]``, quantized as with this range; nothing is kept."""
+        raise NotImplementedError
 
     # The state. Buffers are statistics: they stay float32 when the model's weights become bfloat16.
 
