@@ -69,11 +69,11 @@ def compare_on_device(
 
 
 def by_backend(make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
-    """Ours, by each backend that is usable on the GPU."""
+    """Ours, by each backend that is usable on the GPU, but for the reference, which is not fast."""
     names = [
         name
         for name, backend in BACKENDS.items()
-        if backend.takes("cuda") and backend.unavailable() is None
+        if name != "reference" and backend.takes("cuda") and backend.unavailable() is None
     ]
     return {our_name(name): lambda name=name: _with_backend(name, make()) for name in names}
 

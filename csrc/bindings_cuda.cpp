@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -18,6 +19,9 @@ void check(cuda::Status status) {
   cudaGetLastError();  // or the next call that looks for an error would find this one
   throw std::runtime_error(cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
+
+// Blocks of a reduction and of a map.
+using Pair = std::pair<int, int>;
 
 // (x, y, scale, channels, inner, qmax)
 using Row = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int>;
@@ -54,34 +58,36 @@ void bind_cuda(py::module_& core) {
 
   m.def("fake_quantize_spread",
         [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
-           int splits, uintptr_t partial, int qmax, uintptr_t running_absmax, uintptr_t observed,
-           float averaging_constant, uintptr_t stream) {
+           Pair splits, uintptr_t partial, int qmax, uintptr_t running_absmax,
+           uintptr_t observed, float averaging_constant, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
           check(cuda::fake_quantize_spread(
-                    DType{dtype}, pointer<const void>(x), pointer<void>(y), layout, splits,
-                    pointer<uint32_t>(partial), qmax,
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y), layout,
+                    {splits.first, splits.second}, pointer<uint32_t>(partial), qmax,
                     moving_average(running_absmax, observed, averaging_constant),
                     pointer<void>(stream)));
         });
 
   m.def("quantize_spread",
         [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, int64_t outer,
-           int64_t channels, int64_t inner, int splits, uintptr_t partial, int qmax,
-           uintptr_t stream) {
+           int64_t channels, int64_t inner, Pair splits, uintptr_t partial,
+           int qmax, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
           check(cuda::quantize_spread(DType{dtype}, pointer<const void>(x),
                                       pointer<int8_t>(codes), pointer<float>(scale), layout,
-                                      splits, pointer<uint32_t>(partial), qmax,
+                                      {splits.first, splits.second},
+                                      pointer<uint32_t>(partial), qmax,
                                       pointer<void>(stream)));
         });
 
   m.def("fake_quantize_mixed",
         [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
-           int blocks, uintptr_t progress, int qmax, uintptr_t running_absmax,
+           Pair blocks, uintptr_t progress, int qmax, uintptr_t running_absmax,
            uintptr_t observed, float averaging_constant, uintptr_t stream) {
           const Layout layout{outer, channels, inner};
           check(cuda::fake_quantize_mixed(
-                    DType{dtype}, pointer<const void>(x), pointer<void>(y), layout, blocks, qmax,
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y), layout,
+                    {blocks.first, blocks.second}, qmax,
                     moving_average(running_absmax, observed, averaging_constant),
                     pointer<uint32_t>(progress), pointer<void>(stream)));
         });

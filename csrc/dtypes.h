@@ -41,6 +41,11 @@ NOISYQ_INLINE float to_float(BFloat16 x) {
 }
 
 NOISYQ_INLINE float to_float(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(x.bits));
+  return converted;
+#endif
   // Shifted into place, the exponent is 112 too small. A subnormal is shifted one exponent higher
   // and loses the implicit 2^-14 that this gave it.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -62,6 +67,11 @@ NOISYQ_INLINE float from_float<float>(float x) {
 
 template <>
 NOISYQ_INLINE BFloat16 from_float<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 converted;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(converted.bits) : "f"(x));
+  return converted;
+#endif
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0u)};
@@ -69,6 +79,11 @@ NOISYQ_INLINE BFloat16 from_float<BFloat16>(float x) {
 
 template <>
 NOISYQ_INLINE Float16 from_float<Float16>(float x) {
+#ifdef __CUDA_ARCH__
+  Float16 converted;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(converted.bits) : "f"(x));
+  return converted;
+#endif
   const uint32_t bits = magnitude(x);
   // Normal results: move the exponent by 112 and round the 13 bits that fall off.
   const uint32_t normal = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;

@@ -89,16 +89,21 @@ struct ChannelTensor {
 Status fake_quantize_channels(DType dtype, const ChannelTensor* tensors, int count, Stream stream);
 Status quantize_channels(DType dtype, const ChannelTensor* tensors, int count, Stream stream);
 
-// A reduction and a map, of `splits` blocks for each channel. `partial` is scratch for
-// channels * splits values.
-Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, int splits,
+// How many blocks share a channel.
+struct Splits {
+  int of_reduction;
+  int of_map;
+};
+
+// A reduction and a map. `partial` is scratch for channels * of_reduction values.
+Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, Splits splits,
                             uint32_t* partial, int qmax, MovingAverage average, Stream stream);
 Status quantize_spread(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout,
-                       int splits, uint32_t* partial, int qmax, Stream stream);
+                       Splits splits, uint32_t* partial, int qmax, Stream stream);
 
-// The same of channels that lie mixed in memory. `progress` is channels + 1 values, 0 before and
-// after.
-Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, int blocks,
+// The same of channels that lie mixed in memory, which all blocks share. `progress` is channels + 1
+// values, 0 before and after.
+Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, Splits blocks,
                            int qmax, MovingAverage average, uint32_t* progress, Stream stream);
 
 // A single channel that fits on chip, in one cooperative launch of `blocks`, at most one for each

@@ -53,7 +53,20 @@ NOISYQ_INLINE float zero_point(float low, float scale) {
 }
 
 // rint(x / s), half to even, before it is clamped. A NaN stays NaN.
-NOISYQ_INLINE float rounded_of(float x, float scale) { return rintf(x / scale); }
+NOISYQ_INLINE float rounded_of(float x, float scale) {
+#ifdef __CUDA_ARCH__
+  // A division is most of what a GPU computes here. For |x / s| <= 256, x times a 1 / s that may be
+  // an ulp off is less than 2^-12 away from it, also where 1 / s is subnormal. So both round alike,
+  // unless that is close to a tie. What is larger is clamped either way; NaN, and inf - inf, compare
+  // false.
+  float reciprocal;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
+  const float nearly = x * reciprocal;
+  const float rounded = rintf(nearly);
+  if (fabsf(nearly - rounded) < 0.5f - 0x1p-12f) return rounded;
+#endif
+  return rintf(x / scale);
+}
 
 NOISYQ_INLINE float clamp_to(float rounded, float low, float high) {
   const float raised = rounded < low ? low : rounded;

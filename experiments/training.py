@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import cost, distributed
+import noisyq_fast
+from experiments import distributed
 from experiments.config import RunConfig
 from experiments.cuda_graph import GraphedStep
 from experiments.evaluation import predict
@@ -266,11 +267,12 @@ class Trainer:
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
         require_finite_scores(scores, _AT_THE_END)
+        summary = noisyq_fast.summary(self.model, self._example())
         return scores | {
             "epochs_trained": len(self.history),
-            "parameters": cost.parameters(self.model),
-            "size_in_bits": cost.size_in_bits(self.model),
-            "macs": cost.macs(self.model, self._example()),
+            "parameters": summary.parameters,
+            "size_in_bits": summary.size_in_bits,
+            "macs": summary.macs,
         }
 
     def _line(self, metrics: EpochMetrics) -> str:

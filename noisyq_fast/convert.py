@@ -319,23 +319,13 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
     done = [name for name, module in modules.items() if isinstance(module, QuantLayer)]
     if done:
         raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
+    check_not_lazy(modules)
     layers, refused = {}, {}
     for name, module in modules.items():
-        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
-            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
-        kind = _kind(type(module))
-        if kind is None:
-            continue
-        if "forward" in vars(module):
-            refused[name] = "its forward was replaced: quantize the model before that"
-        elif any(
-            getattr(type(module), method, None) is not getattr(kind[0], method, None)
-            for method in ("forward", "_conv_forward")
-        ):
-            refused[name] = (
-                f"a subclass of {kind[0].__name__} with a forward of its own: see register_layer"
-            )
-        else:
+        why_not = why_not_quantized(module)
+        if why_not:
+            refused[name] = why_not
+        elif why_not is not None:
             layers[name] = module
     if not layers:
         raise ValueError(
@@ -343,6 +333,28 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
             "such as Conv2d, Linear or GroupedLinear"
         )
     return layers, refused
+
+
+def check_not_lazy(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
+            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
+
+
+def why_not_quantized(module: nn.Module) -> str | None:
+    """Why a layer of a kind that can be quantized cannot be; empty if it can; None if it is of no
+    such kind."""
+    kind = _kind(type(module))
+    if kind is None:
+        return None
+    if "forward" in vars(module):
+        return "its forward was replaced: quantize the model before that"
+    if any(
+        getattr(type(module), method, None) is not getattr(kind[0], method, None)
+        for method in ("forward", "_conv_forward")
+    ):
+        return f"a subclass of {kind[0].__name__} with a forward of its own: see register_layer"
+    return ""
 
 
 def _kind(cls: type) -> tuple[type, type[QuantLayer]] | None:

@@ -112,6 +112,10 @@ class QuantLayer(nn.Module):
         """Those of the layer by name."""
         return {k: m for k, m in self._modules.items() if isinstance(m, Quantizer)}
 
+    def weights(self) -> list[Tensor]:
+        """Those that the weight quantizer quantizes."""
+        return [self.weight]
+
     @property
     def weight_bits(self) -> int | None:
         return None if self.weight_quantizer is None else self.weight_quantizer.bits

@@ -39,7 +39,7 @@ FLAGS = [
 
 # Small, so that tensors of a few elements are shared by several blocks. The emulator runs at most 4
 # blocks of a cooperative launch at once.
-LIMITS = DeviceLimits(multiprocessors=4, kept_bytes=64, share_bytes=32)
+LIMITS = DeviceLimits(multiprocessors=4, kept_bytes=64, access_bytes=8)
 
 
 def make_module() -> ModuleType:
@@ -49,7 +49,7 @@ def make_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module._limits = lambda device: LIMITS
-    module._stream = lambda: 0
+    module._stream = lambda device: 0
 
     @cache
     def unavailable() -> str | None:

@@ -22,7 +22,12 @@ from strategies import DTYPES, VALUES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisyq_fast.backends import reference
-from noisyq_fast.backends.cuda_launch import DeviceLimits, resident_blocks, splits_per_channel
+from noisyq_fast.backends.cuda_launch import (
+    DeviceLimits,
+    resident_blocks,
+    splits_of_map,
+    splits_of_reduction,
+)
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -71,12 +76,16 @@ def test_arithmetic_is_ieee_and_accesses_are_wide(source, tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 64, 100_000])
 @pytest.mark.parametrize("channel_bytes", [2, 16_383, 16_384, 16_385, 8 << 20, 1 << 40])
 def test_blocks_fill_the_device_and_have_work(channel_bytes, channels, multiprocessors):
-    splits = splits_per_channel(channel_bytes, channels, DeviceLimits(multiprocessors))
-    assert 1 <= splits <= max(1, -(-channel_bytes // 16_384))
-    assert channels * splits < 2**31
+    sizes = channel_bytes, channels, DeviceLimits(multiprocessors)
+    reduction, map_ = splits_of_reduction(*sizes), splits_of_map(*sizes)
+    with_work, with_full_loads = -(-channel_bytes // 4096), -(-channel_bytes // 8192)
+    assert 1 <= reduction <= with_work
     # One fewer would leave room on the device, or is as many as have work.
-    full = channels * splits >= 8 * multiprocessors
-    assert full or splits == -(-channel_bytes // 16_384)
+    assert channels * reduction >= 8 * multiprocessors or reduction == with_work
+    # More only where each has full loads, and not without an end.
+    assert reduction <= map_ <= max(reduction, with_full_loads)
+    assert channels * map_ >= 64 * multiprocessors or map_ in (reduction, with_full_loads)
+    assert channels * map_ < 2**31
 
 
 @pytest.mark.parametrize("multiprocessors", [13, 132])
@@ -86,7 +95,7 @@ def test_resident_blocks_all_run_at_once_and_keep_the_tensor(tensor_bytes, multi
     blocks = resident_blocks(tensor_bytes, limits)
     # A cooperative launch needs every block on the device; one that is alone has no work to share.
     assert 1 <= blocks <= multiprocessors
-    assert blocks == multiprocessors or blocks == -(-tensor_bytes // 16_384)
+    assert blocks == multiprocessors or blocks == -(-tensor_bytes // 8192)
     packs = -(-tensor_bytes // 16)
     assert -(-packs // blocks) * 16 <= limits.kept_bytes
 
@@ -101,10 +110,10 @@ def test_a_tensor_that_does_not_fit_on_chip(limits):
 # The emulator runs the kernels themselves. These limits make it walk in every way: one block or
 # several for a channel, on chip and not, in shares that 16-byte accesses fit and do not.
 LIMITS = [
-    DeviceLimits(1, share_bytes=32),
-    DeviceLimits(4, share_bytes=32),
-    DeviceLimits(4, share_bytes=64, kept_bytes=64),
-    DeviceLimits(3, share_bytes=256, kept_bytes=1 << 16),
+    DeviceLimits(1, access_bytes=8),
+    DeviceLimits(4, access_bytes=8),
+    DeviceLimits(4, access_bytes=16, kept_bytes=64),
+    DeviceLimits(3, access_bytes=64, kept_bytes=1 << 16),
 ]
 SHAPES = [(), (3,), (64,), (3, 40), (70, 2), (2, 5, 3, 3), (4, 3, 2, 8), (2, 8, 3, 3)]
 
@@ -236,7 +245,9 @@ def test_pytorch_only_allocates(emulated, axis):
 
 def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device(emulated, monkeypatch):
     # More blocks than the emulator has multiprocessors cannot all run at once.
-    monkeypatch.setattr(emulated, "_limits", lambda device: DeviceLimits(5, 1 << 16, share_bytes=4))
+    monkeypatch.setattr(
+        emulated, "_limits", lambda device: DeviceLimits(5, 1 << 16, access_bytes=1)
+    )
     running = torch.tensor(1.0)
     with pytest.raises(RuntimeError) as error:
         emulated.fake_quantize_ema(torch.ones(7, 11), running, None, 7, None, 0.3)

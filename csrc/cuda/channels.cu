@@ -29,18 +29,23 @@ __device__ void quantize_channel(const T* x, Out* y, float* scale_out, int64_t i
   const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
   const int64_t count = inner / N;
   uint32_t largest = 0;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    const Pack<T, N> pack = load(packs + i);
+  const auto block = static_cast<int>(blockDim.x);
+  const auto at = [](int64_t i) { return i; };
+  const auto for_each = [&](const Pack<T, N>* from, const auto& take) {
+    for_each_pack(from, block, int64_t{0}, count, int64_t{block} * kInFlight, at,
+                  [&] { return take; });
+  };
+  for_each(packs, [&](int64_t i, const Pack<T, N>& pack) {
     if (keep) store(kept + i, pack);
     largest = absmax_of_pack(pack, largest);
-  }
+  });
   const float scale = scale_of(absmax_from<T>(block_max(largest)), qmax);
   if (scale_out != nullptr && threadIdx.x == 0) *scale_out = scale;
   auto* out = reinterpret_cast<Pack<Out, N>*>(y);
   // Each thread maps the very packs that it kept: no barrier is needed.
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    store(out + i, map_pack<Op, Out>(load(keep ? kept + i : packs + i), scale, qmax));
-  }
+  for_each(keep ? kept : packs, [&](int64_t i, const Pack<T, N>& pack) {
+    store(out + i, map_pack<Op, Out>(pack, scale, qmax));
+  });
 }
 
 template <class Op, class T, class Out>

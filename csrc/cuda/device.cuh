@@ -87,6 +87,38 @@ __device__ __forceinline__ void store(P* pack, const P& values) {
   *reinterpret_cast<Word*>(pack) = bit_cast<Word>(values);
 }
 
+constexpr int kInFlight = 2;
+
+// A block of `block` threads takes the packs `begin` to `end` in tiles of block * kInFlight, the
+// first at `begin` and each `stride` after the one before. What make_take() returns is called with
+// (i, pack) for each i, which lies at packs[at(i)]. The first loads are under way before that, and
+// all of a tile before one is used, also at the end, where a loop that the compiler unrolls would
+// take its last packs one by one.
+template <class P, class Index, class At, class MakeTake>
+__device__ __forceinline__ void for_each_pack(const P* packs, int block, Index begin, Index end,
+                                              Index stride, const At& at,
+                                              const MakeTake& make_take) {
+  Index first = begin + threadIdx.x;
+  P batch[kInFlight];
+  const auto load_batch = [&] {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + k * block < end) batch[k] = load(packs + at(first + k * block));
+    }
+  };
+  load_batch();
+  const auto take = make_take();
+#pragma unroll 1
+  while (first < end) {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + k * block < end) take(first + k * block, batch[k]);
+    }
+    first += stride;
+    load_batch();
+  }
+}
+
 template <class T, int N>
 __device__ __forceinline__ uint32_t absmax_of_pack(const Pack<T, N>& pack, uint32_t absmax) {
 #pragma unroll

@@ -16,14 +16,14 @@ template <class Op, class From, class T, class Out, int N>
 __global__ void __launch_bounds__(kThreads)
     known_kernel(const T* x, Out* y, Layout layout, int splits, const float* known, float qmax) {
   const Share<N> share(layout, splits);
-  const float scale = From::scale(known[share.channel], qmax);
   const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
   auto* out = reinterpret_cast<Pack<Out, N>*>(y);
-#pragma unroll 4
-  for (int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) {
-    const int64_t at = share.at(i);
-    store(out + at, map_pack<Op, Out>(load(packs + at), scale, qmax));
-  }
+  share.backwards(packs, [&] {
+    const float scale = From::scale(known[share.channel], qmax);
+    return [=](int64_t at, const Pack<T, N>& pack) {
+      store(out + at, map_pack<Op, Out>(pack, scale, qmax));
+    };
+  });
 }
 
 template <class Op, class From, class T, class Out>

@@ -122,18 +122,18 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, int blocks,
+Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, Splits blocks,
                            int qmax, MovingAverage average, uint32_t* progress, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const T* in = static_cast<const T*>(x);
     return with_groups(x, y, layout, [&](auto wide, auto channels) -> Status {
-      const Grid reduction{blocks, kThreads, shared_bytes_of_maxima(layout)};
+      const Grid reduction{blocks.of_reduction, kThreads, shared_bytes_of_maxima(layout)};
       if (const Status status = launch(absmax_kernel<T, wide, channels>, reduction, stream, in,
                                        layout, progress)) {
         return status;
       }
-      return launch(map_kernel<T, wide, channels>, {blocks, kThreads}, stream, in,
+      return launch(map_kernel<T, wide, channels>, {blocks.of_map, kThreads}, stream, in,
                     static_cast<T*>(y), layout, qmax, average, progress);
     });
   });

@@ -22,12 +22,14 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const auto size = static_cast<int>(count * (blockIdx.x + 1) / gridDim.x - begin);
 
   uint32_t largest = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < size; i += kResidentThreads) {
-    const Pack<T, N> pack = load(packs + begin + i);
-    store(kept + i, pack);
-    largest = absmax_of_pack(pack, largest);
-  }
+  const auto at = [&](int i) { return begin + i; };
+  for_each_pack(packs, kResidentThreads, 0, size, kResidentThreads * kInFlight, at,
+                [&] {
+                  return [&](int i, const Pack<T, N>& pack) {
+                    store(kept + i, pack);
+                    largest = absmax_of_pack(pack, largest);
+                  };
+                });
   largest = block_max(largest);
   if (threadIdx.x == 0) partial[blockIdx.x] = largest;
   cooperative_groups::this_grid().sync();

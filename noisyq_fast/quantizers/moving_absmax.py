@@ -11,7 +11,7 @@ from torch import Tensor
 from noisyq_fast import checks
 from noisyq_fast.backends.reference import average_
 from noisyq_fast.granularity import TOKEN
-from noisyq_fast.grid import AFFINE, SIGNED
+from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.ops import fake_quantize, fake_quantize_ema
 from noisyq_fast.quantizers.quantizer import Quantizer
 
@@ -22,8 +22,9 @@ class MovingAbsMax(Quantizer):
     """`fake_quantize_ema` as a module: the quantizer of activations in arXiv 2303.11803.
 
     In training (`nn.Module.train`) the scale comes from the batch's own absmax, which also moves
-    the average. In evaluation it comes from the average, which stays. A forward that is run again
-    inside a backward (activation checkpointing) gives the same values and does not move it twice.
+    the average. In evaluation, and in training while it is ``frozen``, it comes from the average,
+    which stays. A forward that is run again inside a backward (activation checkpointing) gives the
+    same values and does not move it twice.
 
     Args:
         bits: width of the codes, 2..8.
@@ -57,6 +58,7 @@ class MovingAbsMax(Quantizer):
     """
 
     KIND: ClassVar[int] = 2
+    keeps_range: ClassVar[bool] = True
 
     observed: Tensor
 
@@ -102,7 +104,7 @@ class MovingAbsMax(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         if self.observed.is_meta and not x.is_meta:  # like the weight at the conversion
             self.to_empty(device=x.device)
-        if not self.training:
+        if self.frozen or not self.training:
             return fake_quantize_ema(
                 x,
                 self.running,
@@ -160,8 +162,28 @@ class MovingAbsMax(Quantizer):
         self.running.zero_()
         self.observed.zero_()
 
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.grid.is_unsigned:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            if self.grid_kind == UNSIGNED:
+                if (low < 0).any():
+                    self.warn_of_negatives()
+                low = torch.zeros_like(low)
+            return low, high
+        absmax = torch.maximum(-low, high)
+        return -absmax, absmax
+
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        ends = (low, high) if self.grid.is_affine else (high,)
+        self.set_range(*(end.reshape(self.observed.shape) for end in ends))
+
+    def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        range_ = torch.stack([low, high]) if self.grid.is_affine else high
+        return fake_quantize_ema(x, range_, self.bits, axis=0, training=False, grid=self.grid_kind)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}"
+        frozen = ", frozen" if self.frozen else ""
+        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}{frozen}"
 
 
 def in_backward() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks
-from noisyq_fast.granularity import TOKEN, Axis, by_group, check_group_size
+from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_kind
 
 _STATE_FORMAT = 1
@@ -44,7 +45,9 @@ def _keep_off_fast_paths(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
 class Quantizer(nn.Module):
     """Fake-quantizes a tensor: rounds it to the values that ``bits`` bits can tell apart.
 
-    A subclass defines `fake_quantize`, and `reset` if it keeps a state.
+    A subclass defines `fake_quantize`, and `reset` if it keeps a state. One that keeps a range sets
+    ``keeps_range``, holds the range still where it is ``frozen``, and defines what calibration asks
+    for: `bounds`, `set_bounds` and `fake_quantize_within`.
 
     Args:
         bits: width of the codes, 2..8.
@@ -56,11 +59,15 @@ class Quantizer(nn.Module):
     Attributes:
         grid: the `Grid`.
         enabled: ``False`` passes tensors on as they are.
+        frozen: whether the range stays as it is in training too, and gives the scale there.
         name: where the quantizer is in a model, for error messages; `quantize_model_` sets it.
     """
 
     KIND: ClassVar[int] = 0
     """A number that tells the subclass in a state dict; 0 for those outside this package."""
+    keeps_range: ClassVar[bool] = False
+    """Whether it has a range that is calibrated, frozen and reset."""
+    frozen: bool = False  # not in the state dict, like the training mode
 
     grid_kind: str = SIGNED
     group_size: int | None = None
@@ -121,13 +128,17 @@ class Quantizer(nn.Module):
             return
         self._left_to_look_at -= 1
         if (x < 0).any():
-            self._left_to_look_at = 0
-            warnings.warn(
-                f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid "
-                "makes 0, without a gradient; use the signed or the affine grid here, such as with "
-                "overrides={...: {'activation_grid': 'affine'}}",
-                stacklevel=2,
-            )
+            self.warn_of_negatives()
+
+    def warn_of_negatives(self) -> None:
+        """Once, that the unsigned grid loses what it gets."""
+        self._left_to_look_at = 0
+        warnings.warn(
+            f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid makes "
+            "0, without a gradient; use the signed or the affine grid here, such as with "
+            "overrides={...: {'activation_grid': 'affine'}}",
+            stacklevel=2,
+        )
 
     def reset(self) -> None:
         """Forgets what the quantizer has seen or learned."""
@@ -142,7 +153,7 @@ class Quantizer(nn.Module):
         checks.integers(**bits)
         checks.width(**bits)
         quantizer = copy.deepcopy(self)
-        vars(quantizer).update(changes)
+        vars(quantizer).update({"frozen": False} | changes)
         quantizer._left_to_look_at = _BATCHES_LOOKED_AT if self.grid_kind == UNSIGNED else 0
         quantizer.reset()
         return quantizer
@@ -158,6 +169,39 @@ class Quantizer(nn.Module):
         if by_group(self.axis, self.group_size):
             parts.append(f"group {self.group_size}" if self.group_size else TOKEN)
         return " ".join(parts)
+
+    # What a summary tells, and what calibration asks for.
+
+    @property
+    def form(self) -> str:
+        """Such as "signed channel": its grid, and what has a scale of its own."""
+        grid = self.grid_kind if self.KIND else type(self).__name__
+        if self.group_size:
+            return f"{grid} group {self.group_size}"
+        named = {None: "tensor", TOKEN: TOKEN}
+        return f"{grid} {named.get(self.axis, 'channel')}"
+
+    def scales(self, x: Tensor) -> int:
+        """How many scales a tensor has."""
+        if by_group(self.axis, self.group_size):
+            return math.prod(Groups(x.detach(), self.axis, self.group_size).shape)
+        return 1 if self.axis is None else x.shape[self.axis]
+
+    def by_range(self, x: Tensor) -> Tensor:
+        """The values of a tensor as ``[ranges, values]``."""
+        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends, float32 ``[ranges]``, of the smallest range that holds ``low`` and ``high``."""
+        raise NotImplementedError
+
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        """Sets the range to ends that are as from `bounds`, or these made smaller by a factor."""
+        raise NotImplementedError
+
+    def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """``x``, float32 ``[ranges, values]``, quantized as with this range; nothing is kept."""
+        raise NotImplementedError
 
     # The state. Buffers are statistics: they stay float32 when the model's weights become bfloat16.
 

@@ -14,7 +14,9 @@ EVERY_METHOD = ["baseline", *METHODS]
 
 def trainer(arguments="", device=torch.device("cpu"), **options):  # noqa: B008
     options = {"epochs": 2, "train_size": 256, "threads": 1} | options
-    config = replace(run.parse(arguments.split()), **options).resolved(gpu=False, threads=1)
+    config = replace(run.parse(arguments.split()), **options).resolved(
+        gpu=device.type == "cuda", threads=1
+    )
     return Trainer(config, tasks.make(config, tasks.read(config), device), device)
 
 
