@@ -104,10 +104,6 @@ class QuantLayer(nn.Module):
                 "activation_granularity='tensor'"
             )
 
-    def weights(self) -> list[Tensor]:
-        """Those that the weight quantizer quantizes."""
-        return [self.weight]
-
     def quantizers(self) -> dict[str, Quantizer]:
         """Those of the layer by name."""
         return {k: m for k, m in self._modules.items() if isinstance(m, Quantizer)}

@@ -17,6 +17,7 @@ from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import in_evaluation
 
 _SCALE_BITS = 32
+_ZERO_POINT_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class LayerSummary:
         parameters: how many numbers it trains. Those that several layers share count at the first.
         quantized_parameters: those of them that are quantized.
         size_in_bits: what inference needs to store: quantized weights at their width with a float32
-            scale for each channel (or tensor), one for each range of an input, all else at its own
-            width. What several layers share counts at the first.
+            scale for each channel (or tensor, or group; with 8 bits more for a zero point), one for
+            each range of an input, all else at its own width. What several layers share counts at
+            the first.
         why_float: why it, or a part of it, is float; empty where it is quantized.
     """
 
@@ -205,7 +207,7 @@ class _Stored:
         self.parameters |= new.keys()
         return sum(new.values())
 
-    def add(self, x: Tensor, bits: int | None = None, scales: int = 0) -> int:
+    def add(self, x: Tensor, bits: int | None = None, scale_bits: int = 0) -> int:
         """The bits that a tensor takes beside what is stored already."""
         float_bits = 8 * x.element_size() * x.numel()
         if id(x) not in self.widths:
@@ -215,7 +217,7 @@ class _Stored:
         if bits in widths:
             return 0
         widths.add(bits)
-        return float_bits if bits is None else bits * x.numel() + _SCALE_BITS * scales
+        return float_bits if bits is None else bits * x.numel() + scale_bits
 
 
 def _row(
@@ -230,7 +232,10 @@ def _row(
     bits, quantized = 0, 0
     if weight is not None:
         weights = layer.weights()
-        bits += sum(stored.add(w, weight.bits, weight.scales(layer.by_channel(w))) for w in weights)
+        each = _SCALE_BITS + (_ZERO_POINT_BITS if weight.grid.is_affine else 0)
+        bits += sum(
+            stored.add(w, weight.bits, each * weight.scales(layer.by_channel(w))) for w in weights
+        )
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
         quantized = stored.count(own[key] for key in made & own.keys())
         state = {key: x for key, x in state.items() if key not in made}

@@ -17,11 +17,15 @@ from noisyq_fast import (
     QuantEmbedding,
     QuantLinear,
     QuantMultiheadAttention,
+    calibrate,
     dequantize,
     fake_quantize,
     fake_quantize_ema,
+    freeze_ranges_,
     quantize_model_,
+    summary,
 )
+from noisyq_fast.calibration import METHODS
 from noisyq_fast.grid import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*got values below 0")
@@ -387,3 +391,54 @@ def test_a_model_compiles_to_one_graph_with_the_same_numbers(kind, training):
         assert torch.equal(a, b), name
     for a, b in zip(eager.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+# What a summary tells, and what calibration sets.
+
+
+def test_a_summary_tells_grids_and_groups_and_what_they_take():
+    model = quantize_model_(
+        make_model(), overrides={"4": {"activation_granularity": "token"}}, **OPTIONS
+    )
+    first, middle, last = summary(model, torch.randn(2, 8)).layers
+    assert (first.weight_grid, first.activation_grid) == ("affine group 4", "signed tensor")
+    assert middle.activation_grid == "unsigned tensor"
+    assert last.activation_grid == "unsigned token"
+    # 8 rows of 2 groups, each with a scale and a zero point; a bias; a range.
+    assert middle.size_in_bits == 4 * 64 + 16 * (32 + 8) + 32 * 8 + 32
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration(kind, method):
+    layer = quantize_model_(
+        nn.Sequential(nn.Linear(4, 2)), first_last_bits=None, activation_grid=kind
+    )
+    x = 0.5 + torch.randn(1000, 4)
+    x[0, 0], x[0, 1] = 30.0, -10.0  # outliers
+    calibrate(layer, [x[:500], x[500:]], method=method, percentile=99)
+    found = layer[0].input_quantizer.range
+    whole = {"unsigned": [30.0], "affine": [-10.0, 30.0]}.get(kind, [30.0])
+    whole = torch.tensor(whole).squeeze()
+    if method == "absmax":
+        assert torch.equal(found, whole)
+    else:
+        assert (found.abs() < 0.6 * whole.abs()).all()
+        assert (found * whole > 0).all()
+    assert layer.eval()(x).isfinite().all()
+
+
+def test_calibration_warns_of_values_below_0_on_an_unsigned_grid():
+    model = quantize_model_(make_model()[:3], first_last_bits=None, **OPTIONS)
+    with pytest.warns(UserWarning, match="^0.input_quantizer: got values below 0") as caught:
+        calibrate(model, [torch.randn(5, 8)])
+    assert len(caught) == 1
+
+
+def test_frozen_ranges_on_an_affine_grid():
+    model = quantize_model_(make_model(), activation_grid="affine")
+    x = torch.randn(5, 8)
+    model(x)
+    freeze_ranges_(model)
+    expected = model.eval()(3 * x)
+    assert torch.equal(model.train()(3 * x), expected)

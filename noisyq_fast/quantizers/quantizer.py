@@ -134,8 +134,8 @@ class Quantizer(nn.Module):
         """Once, that the unsigned grid loses what it gets."""
         self._left_to_look_at = 0
         warnings.warn(
-            f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid makes "
-            "0, without a gradient; use the signed or the affine grid here, such as with "
+            f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid "
+            "makes 0, without a gradient; use the signed or the affine grid here, such as with "
             "overrides={...: {'activation_grid': 'affine'}}",
             stacklevel=2,
         )
