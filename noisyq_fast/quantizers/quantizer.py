@@ -53,7 +53,7 @@ class Quantizer(nn.Module):
         bits: width of the codes, 2..8.
         axis: one scale for each index of this axis; ``None``: one scale; ``"token"``: one for each
             index of all axes but the last.
-        grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as in `Grid`.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
         group_size: one scale for each so many input channels, as for `fake_quantize`.
 
     Attributes:
