@@ -339,6 +339,33 @@ def test_nothing_moves(look, fails):
     assert all(q.enabled for q in model.modules() if isinstance(q, Quantizer))
 
 
+@pytest.mark.parametrize("look", [summary, lambda model, x: calibrate(model, [x])])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_may_wait_for_its_backward(look, training):
+    def gradients(between):
+        torch.manual_seed(0)
+        model = converted(network())
+        model(IMAGE)
+        loss = model.train(training)(IMAGE).sum()
+        between(model, IMAGE)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(lambda model, x: None)
+    assert all(map(torch.equal, gradients(look), expected))
+
+
+@pytest.mark.parametrize("look", [summary, lambda model, x: calibrate(model, [x])])
+def test_only_devices_of_the_model_are_asked_for_their_random_state(look, monkeypatch):
+    model = converted(network())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("initialized"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(model, IMAGE)
+        quantize_model_(network(), example=IMAGE)
+
+
 def test_weights_that_are_made_anew_are_all_counted():
     model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(60)))
     sizes = {row.size_in_bits for row in summary(converted(model), torch.randn(2, 4)).layers}
