@@ -15,6 +15,7 @@ from noisyq_fast import (
     MovingAbsMax,
     QuantConv2d,
     QuantEmbedding,
+    QuantLayer,
     QuantLinear,
     QuantMultiheadAttention,
     calibrate,
@@ -179,6 +180,10 @@ def test_per_group_ranges_have_the_grid_too():
     assert_same(layer.input_quantizer.range, torch.stack([x.amin((0, 2)), x.amax((0, 2))]))
 
 
+class QuantOfOnesOwn(QuantLayer, nn.Conv2d):
+    """As `register_layer` takes it."""
+
+
 REFUSED = [
     (
         lambda: quantize_model_(
@@ -193,6 +198,7 @@ REFUSED = [
         "layer '1': activation: got one scale for each token for a QuantConv2d",
     ),
     (lambda: QuantConv2d(4, 4, 3, activation=AbsMax(4, "token")), "got one scale for each token"),
+    (lambda: QuantOfOnesOwn(4, 4, 3, activation_granularity="token"), "got one scale for each tok"),
     (lambda: QuantLinear(6, 4, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantMultiheadAttention(6, 2, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantEmbedding(4, 6, weight_group_size=4), "whose 6 input channels leave"),
@@ -217,6 +223,19 @@ REFUSED = [
     ),
     (lambda: MovingAbsMax(8, "token"), r"axis: got 'token', which keeps no range; use AbsMax"),
     (lambda: AbsMax(8, grid="even"), "grid: got 'even'"),
+    (lambda: AbsMax(8, grid="odd"), "bits: got 8, takes 2..7 of an odd grid"),
+    (lambda: AbsMax(4, grid="odd").like(bits=8), "bits: got 8, takes 2..7 of an odd grid"),
+    (lambda: QuantLinear(4, 4, weight_bits=8, weight_grid="odd"), "weight_bits: got 8, takes 2..7"),
+    (
+        lambda: quantize_model_(make_model(), weight=AbsMax(4, grid="odd")),
+        "first_last_bits: got 8, takes 2..7 of an odd grid",
+    ),
+    (
+        lambda: quantize_model_(
+            make_model(), weight_grid="odd", overrides={"2": {"weight_bits": 8}}
+        ),
+        r"overrides\['2'\]: weight_bits: got 8, takes 2..7 of an odd grid",
+    ),
 ]
 
 
