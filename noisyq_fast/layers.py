@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from noisyq_fast import gradients, usage
 from noisyq_fast.granularity import TOKEN, Groups, check_group_size
-from noisyq_fast.grid import SIGNED, check_bits, check_kind
+from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
@@ -333,6 +333,15 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().set_quantizers_(weight, None)
+
+    def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        super().check_granularity(weight, activation)
+        # Sparse gradients pass as they are, but can be neither cut into groups nor masked.
+        if self.sparse and weight and (weight.group_size or weight.grid_kind == UNSIGNED):
+            raise ValueError(
+                f"weight: got {weight} for an embedding with sparse gradients; takes a grid that "
+                "is not unsigned and one scale for each row, or sparse=False"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         usage.called(self)

@@ -202,6 +202,18 @@ REFUSED = [
     (lambda: QuantLinear(6, 4, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantMultiheadAttention(6, 2, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantEmbedding(4, 6, weight_group_size=4), "whose 6 input channels leave"),
+    (
+        lambda: QuantEmbedding(4, 6, sparse=True, weight_group_size=3),
+        r"weight: got AbsMax\(bits=4, group_size=3\) for an embedding with sparse gradients",
+    ),
+    (
+        lambda: quantize_model_(
+            nn.Sequential(nn.Embedding(4, 6, sparse=True)), weight_grid="unsigned"
+        ),
+        "layer '0': weight: got AbsMax.* for an embedding with sparse gradients",
+    ),
+    (lambda: MovingAbsMax(4).set_range(-1.0), "set_range: got .*, takes 0 or more"),
+    (lambda: MovingAbsMax(4, grid="affine").set_range(1.0, -1.0), "takes the least before the la"),
     (lambda: quantize_model_(make_model(), weight_grid="even"), "weight_grid: got 'even'"),
     (lambda: quantize_model_(make_model(), activation_grid=1), "activation_grid: got 1"),
     (lambda: quantize_model_(make_model(), weight_group_size=0), "weight_group_size: got 0"),
@@ -243,6 +255,15 @@ REFUSED = [
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["signed", "full", "affine", "odd"])
+def test_sparse_gradients_of_embeddings_pass(kind):
+    embedding = QuantEmbedding(4, 6, sparse=True, weight_grid=kind)
+    embedding(torch.tensor([1, 3, 1])).sum().backward()
+    assert embedding.weight.grad.is_sparse
+    expected = torch.tensor([0.0, 2.0, 0.0, 1.0])[:, None].expand(4, 6)
+    assert torch.equal(embedding.weight.grad.to_dense(), expected)
 
 
 def test_a_model_that_is_refused_is_as_it_was():

@@ -152,6 +152,10 @@ class MovingAbsMax(Quantizer):
             raise ValueError(
                 f"set_range: got {len(ends)} values on the {self.grid_kind} grid, takes {takes}"
             )
+        least = ends[0] if self.grid_kind == AFFINE else 0
+        if (ends[-1] < least).any():
+            takes = "the least before the largest" if self.grid_kind == AFFINE else "0 or more"
+            raise ValueError(f"set_range: got {', '.join(map(str, ends))}, takes {takes}")
         of_ends = self.running if self.grid_kind == AFFINE else [self.running]
         for running, end in zip(of_ends, ends, strict=True):
             running.copy_(end)
