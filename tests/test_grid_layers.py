@@ -351,6 +351,18 @@ def test_every_group_size_is_kept(size):
         AbsMax(4, group_size=7).load_state_dict(state)
 
 
+def test_modules_pickled_before_there_were_grids():
+    layer, x = QuantLinear(4, 3), torch.randn(5, 4)
+    expected = copy.deepcopy(layer)(x)
+    for quantizer in layer.quantizers().values():
+        for name in ("frozen", "grid_kind", "group_size", "_left_to_look_at", "range_of_ranks"):
+            vars(quantizer).pop(name, None)
+    assert torch.equal(layer(x), expected)
+    freeze_ranges_(calibrate(layer, [x]))
+    assert torch.equal(layer(x), expected)
+    assert summary(layer, x).layers[0].weight_grid == "signed channel"
+
+
 def test_checkpoints_of_the_first_version_are_on_the_signed_grid():
     old = QuantLinear(8, 2).state_dict()
     old = {k: v for k, v in old.items() if "_quantizer" not in k} | {

@@ -61,6 +61,8 @@ class MovingAbsMax(Quantizer):
     keeps_range: ClassVar[bool] = True
 
     observed: Tensor
+    # Of the class, as those of `Quantizer` are: modules that an earlier version pickled have none.
+    range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
 
     def __init__(
         self,
@@ -83,7 +85,6 @@ class MovingAbsMax(Quantizer):
             raise ValueError(f"ranges: got {ranges} with axis {axis}, takes both or none")
         self.averaging_constant = averaging_constant
         self.ste = ste
-        self.range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
         shape = [] if ranges is None else [ranges]
         running = "running_range" if self.grid.is_affine else "running_absmax"
         shapes = {running: [2, *shape] if self.grid.is_affine else shape, "observed": shape}
