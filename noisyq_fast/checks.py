@@ -224,9 +224,9 @@ def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
         raise ValueError(
             "running_absmax: got NaN, which means that no batch was seen in training; takes a "
             "range that was recorded with training=True: call the model on a batch in training, "
-            "after model.train(), before an evaluation, set the ranges with "
-            "noisyq_fast.calibrate(model, batches), or load a checkpoint that has them; to "
-            "evaluate in float, use `with noisyq_fast.disabled(model):`"
+            "after model.train() and with ranges that are not frozen, before an evaluation, set "
+            "the ranges with noisyq_fast.calibrate(model, batches), or load a checkpoint that has "
+            "them; to evaluate in float, use `with noisyq_fast.disabled(model):`"
         )
 
 

@@ -93,6 +93,11 @@ class QuantLayer(nn.Module):
             quantizer.train(self.training)
 
     def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        if weight is not None and weight.axis == TOKEN:
+            raise ValueError(
+                f"weight: got {weight}; takes one scale, one for each output channel (axis=0) or a "
+                "group_size: tokens are of activations"
+            )
         if weight is not None and weight.group_size is not None:
             for w in self.weights():
                 Groups(self.by_channel(w.detach()), weight.axis, weight.group_size)

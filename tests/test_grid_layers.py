@@ -199,6 +199,10 @@ REFUSED = [
     ),
     (lambda: QuantConv2d(4, 4, 3, activation=AbsMax(4, "token")), "got one scale for each token"),
     (lambda: QuantOfOnesOwn(4, 4, 3, activation_granularity="token"), "got one scale for each tok"),
+    (
+        lambda: QuantConv2d(4, 4, 3, weight=AbsMax(4, "token")),
+        "weight: got AbsMax.*'token'.; takes",
+    ),
     (lambda: QuantLinear(6, 4, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantMultiheadAttention(6, 2, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantEmbedding(4, 6, weight_group_size=4), "whose 6 input channels leave"),
@@ -323,8 +327,8 @@ def load(here, there):
             "signed grid for groups of 8",
         ),
         (
-            {"weight": AbsMax(4, group_size=4)},
-            {"weight": AbsMax(4, "token")},
+            {"activation": AbsMax(4, group_size=4)},
+            {"activation": AbsMax(4, "token")},
             "signed grid for tokens, the model 4 bits on the signed grid for groups of 4",
         ),
         (
