@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from noisyq_fast import checks, usage
 from noisyq_fast import layers as quantized
+from noisyq_fast import usage
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
-from noisyq_fast.grid import ODD, SIGNED, UNSIGNED
+from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
 from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
 from noisyq_fast.layers import (
     DEFAULT_BITS,
@@ -198,8 +198,9 @@ def quantize_model_(
     }
     _quantizers(**options)
     if first_last_bits is not None:
-        checks.integers(first_last_bits=first_last_bits)
-        checks.width(first_last_bits=first_last_bits)
+        for chosen in (weight, activation):
+            kind = chosen.grid_kind if isinstance(chosen, Quantizer) else SIGNED
+            check_bits(first_last_bits, kind, "first_last_bits")
     if filter is not None and not callable(filter):
         raise TypeError(
             "filter: expected a function of a layer's name and the layer, or None, got "

@@ -48,11 +48,12 @@ class Grid:
     """The values that ``bits`` bits can tell apart, in steps of a scale.
 
     Args:
-        bits: width of the codes, 2..8.
+        bits: width of the codes, 2..8; of an odd grid 2..7.
         kind: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``: see the table
             above.
 
     Raises:
+        TypeError: bits that are no int.
         ValueError: bits out of range, or an unknown kind.
 
     Example:
@@ -68,10 +69,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        most = 7 if self.kind == ODD else 8
-        if not 2 <= self.bits <= most:
-            which = " of an odd grid, whose codes are int8" if self.kind == ODD else ""
-            raise ValueError(f"bits: got {self.bits}, takes 2..{most}{which}")
+        check_bits(self.bits, self.kind)
 
     @property
     def qmax(self) -> int:
@@ -121,3 +119,17 @@ grid = cache(Grid)
 def check_kind(kind: object, name: str = "grid") -> None:
     if kind not in KINDS:
         raise ValueError(f"{name}: got {kind!r}, takes one of {', '.join(KINDS)}")
+
+
+def check_bits(bits: object, kind: str = SIGNED, name: str = "bits") -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{name}: got {bits!r} ({type(bits).__name__}), takes an int")
+    most = most_bits(kind)
+    if not 2 <= bits <= most:
+        which = " of an odd grid, whose codes are int8" if kind == ODD else ""
+        raise ValueError(f"{name}: got {bits}, takes 2..{most}{which}")
+
+
+def most_bits(kind: str) -> int:
+    """The largest width whose codes are bytes."""
+    return 7 if kind == ODD else 8

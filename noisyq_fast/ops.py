@@ -513,10 +513,10 @@ def dequantize(
         >>> noisyq_fast.dequantize(codes, scale)
         tensor([ 0.1000, -0.7000,  0.3000])
     """
-    if has_torch_function_variadic(codes, scale):
+    if has_torch_function_variadic(codes, scale, zero_point):
         return handle_torch_function(
             dequantize,
-            (codes, scale),
+            (codes, scale, zero_point),
             codes,
             scale,
             axis,

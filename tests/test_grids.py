@@ -406,6 +406,12 @@ X = torch.randn(4, 6)
 ONE = torch.tensor(1.0)
 REFUSED = [
     (lambda: Grid(9), ValueError, "bits: got 9, takes 2..8"),
+    (lambda: Grid(4.0), TypeError, r"bits: got 4.0 \(float\), takes an int"),
+    (lambda: Grid("4"), TypeError, "bits: got '4'"),
+    (lambda: Grid(True), TypeError, "bits: got True"),
+    (lambda: Grid(8, "odd"), ValueError, "bits: got 8, takes 2..7 of an odd grid"),
+    (lambda: fake_quantize(X.to_sparse(), 4, "token"), ValueError, "x: got a tensor of layout"),
+    (lambda: quantize(X.to_sparse(), 4, group_size=2), ValueError, "x: got a tensor of layout"),
     (lambda: Grid(4, "even"), ValueError, "grid: got 'even', takes one of signed, full, unsigned"),
     (lambda: fake_quantize(X, 4, grid="even"), ValueError, "grid: got 'even'"),
     (lambda: quantize(X, 4, grid=4), ValueError, "grid: got 4"),

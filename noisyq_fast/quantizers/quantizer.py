@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from noisyq_fast import checks
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
-from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_kind
+from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
 
 _STATE_FORMAT = 1
 # Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts
@@ -81,11 +81,10 @@ class Quantizer(nn.Module):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
-        checks.integers(bits=bits)
-        checks.width(bits=bits)
+        check_kind(grid)
+        check_bits(bits, grid)
         if axis != TOKEN:
             checks.axis_type(axis)
-        check_kind(grid)
         check_group_size(group_size)
         self.bits = bits
         self.axis = axis
@@ -149,9 +148,7 @@ class Quantizer(nn.Module):
 
     def like(self, **changes: Any) -> Quantizer:
         """A copy of its own that has seen nothing, with other attributes, such as ``bits``."""
-        bits = {name: value for name, value in changes.items() if name == "bits"}
-        checks.integers(**bits)
-        checks.width(**bits)
+        check_bits(changes.get("bits", self.bits), self.grid_kind)
         quantizer = copy.deepcopy(self)
         vars(quantizer).update({"frozen": False} | changes)
         quantizer._left_to_look_at = _BATCHES_LOOKED_AT if self.grid_kind == UNSIGNED else 0
