@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from assert_same import assert_same
-from every_operator import every_operator
+from every_operator import every_operator, every_operator_on_grid
 from strategies import DTYPES, VALUES
 
 import noisyq_fast
+from noisyq_fast import Grid
 from noisyq_fast.backends import BACKENDS, on_triton, reference
 from noisyq_fast.backends.cuda_launch import progress
 from noisyq_fast.backends.on_triton.tiling import TileLimits, absmax_tiling
+from noisyq_fast.grid import KINDS
 
 DEVICE = "cpu" if on_triton.INTERPRETED else "cuda"
 
@@ -72,6 +74,45 @@ def test_results_do_not_depend_on_the_tiles(dtype, shape, limits, monkeypatch):
         assert_same(actual, expected)
 
 
+@usable
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_grids_do_not_depend_on_the_tiles(kind, dtype, limits, monkeypatch):
+    monkeypatch.setattr(on_triton, "_limits", lambda device: limits)
+    image = torch.randn(2, 5, 3, 2, device=DEVICE).to(dtype)
+    for x, axis in (
+        (torch.randn((), device=DEVICE).to(dtype), None),
+        (torch.randn(2, 20, device=DEVICE).to(dtype), 0),
+        (image, 1),
+        (image.to(memory_format=torch.channels_last), 1),
+        (image[:, ::2], None),
+        (image[:, :0], 0),
+    ):
+        expected, actual = (
+            every_operator_on_grid(backend, x, axis, Grid(3, kind))
+            for backend in (reference, on_triton)
+        )
+        assert_same(actual, expected)
+
+
+@usable
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
+def test_grids_of_values_that_break_quantizers(values, kind, monkeypatch):
+    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
+    rng = np.random.default_rng(0)
+    for bits, dtype, axis in ((8, torch.float32, 0), (3, torch.float16, None)):
+        with np.errstate(over="ignore"):
+            x = np.asarray(values(rng, (4, 13), 2 ** (bits - 1) - 1), np.float32)
+        x = torch.from_numpy(x).to(dtype).to(DEVICE)
+        expected, actual = (
+            every_operator_on_grid(backend, x, axis, Grid(bits, kind))
+            for backend in (reference, on_triton)
+        )
+        assert_same(actual, expected)
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that are launched."""
@@ -123,6 +164,21 @@ def test_tensors_whose_channels_programs_share_take_their_own_launches(launches,
     actual = on_triton.fake_quantize_many(*arguments)
     assert launches == [*["reduce_partially", "quantize_reduced"] * 2, "quantize_channels"]
     assert_same(actual, reference.fake_quantize_many(*arguments))
+
+
+@usable
+@pytest.mark.parametrize("masked", reference.MASKED)
+def test_a_mask_takes_a_launch_more(masked, launches, monkeypatch):
+    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
+    last = [] if masked == reference.NOTHING else ["quantize_fixed_range_masked"]
+    for shape, first in (
+        ((2, 9), ["quantize_tensor"]),
+        ((2, 100), ["reduce_partially", "quantize_reduced"]),
+    ):
+        x = torch.randn(shape, device=DEVICE)
+        on_triton.fake_quantize_on_grid(x, Grid(4, "affine"), 0, masked)
+        assert launches == [*first, *last]
+        launches.clear()
 
 
 @usable
