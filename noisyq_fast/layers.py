@@ -36,8 +36,8 @@ class QuantLayer(nn.Module):
         weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits, ...)``;
             ``None`` leaves the weight as it is.
         activation: the same for the input, instead of ``MovingAbsMax(activation_bits, ...)``.
-        weight_grid, activation_grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as
-            in `Grid`.
+        weight_grid, activation_grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or
+            ``"odd"``, as in `Grid`.
         weight_group_size: one scale for each so many consecutive input channels, instead of one for
             each output channel; must divide their number.
         activation_granularity: ``"tensor"``: one range for the input. ``"token"``: one scale for

@@ -196,7 +196,7 @@ REFUSED = [
     (lambda: QuantLinear(6, 4, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantMultiheadAttention(6, 2, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantEmbedding(4, 6, weight_group_size=4), "whose 6 input channels leave"),
-    (lambda: quantize_model_(make_model(), weight_grid="odd"), "weight_grid: got 'odd'"),
+    (lambda: quantize_model_(make_model(), weight_grid="even"), "weight_grid: got 'even'"),
     (lambda: quantize_model_(make_model(), activation_grid=1), "activation_grid: got 1"),
     (lambda: quantize_model_(make_model(), weight_group_size=0), "weight_group_size: got 0"),
     (
@@ -216,7 +216,7 @@ REFUSED = [
         r"overrides\['2'\]: activation_grid: got 'affine' beside activation=MovingAbsMax",
     ),
     (lambda: MovingAbsMax(8, "token"), r"axis: got 'token', which keeps no range; use AbsMax"),
-    (lambda: AbsMax(8, grid="odd"), "grid: got 'odd'"),
+    (lambda: AbsMax(8, grid="even"), "grid: got 'even'"),
 ]
 
 

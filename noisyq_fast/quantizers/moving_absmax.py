@@ -34,9 +34,9 @@ class MovingAbsMax(Quantizer):
         ste: in evaluation, ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it
             where a value is beyond the range. In training nothing is, but see `fake_quantize` on
             full and affine grids.
-        grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as in `Grid`. The range is
-            the absmax, of an unsigned grid max(x, 0), and of an affine one the pair of min(x, 0)
-            and max(x, 0).
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`. The
+            range is the absmax, of an unsigned grid max(x, 0), and of an affine one the pair of
+            min(x, 0) and max(x, 0).
 
     Attributes:
         running_absmax, observed: float32 buffers, ``[]`` or ``[ranges]``. The range is
