@@ -17,7 +17,7 @@ from noisyq_fast import Grid
 from noisyq_fast.backends import BACKENDS, on_triton, reference
 from noisyq_fast.backends.cuda_launch import progress
 from noisyq_fast.backends.on_triton.tiling import TileLimits, absmax_tiling
-from noisyq_fast.grid import KINDS
+from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 
 DEVICE = "cpu" if on_triton.INTERPRETED else "cuda"
 
@@ -74,40 +74,56 @@ def test_results_do_not_depend_on_the_tiles(dtype, shape, limits, monkeypatch):
         assert_same(actual, expected)
 
 
+# Each kind meets tiles of both sizes, and each dtype.
+GRIDS = [
+    (Grid(3, FULL), torch.float16, LIMITS[0]),
+    (Grid(2, FULL), torch.float32, LIMITS[1]),
+    (Grid(4, UNSIGNED), torch.bfloat16, LIMITS[0]),
+    (Grid(8, UNSIGNED), torch.float32, LIMITS[1]),
+    (Grid(4, AFFINE), torch.float32, LIMITS[0]),
+    (Grid(8, AFFINE), torch.bfloat16, LIMITS[1]),
+]
+
+
 @usable
-@pytest.mark.parametrize("limits", LIMITS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_grids_do_not_depend_on_the_tiles(kind, dtype, limits, monkeypatch):
+@pytest.mark.parametrize(("grid", "dtype", "limits"), GRIDS, ids=str)
+def test_grids_do_not_depend_on_the_tiles(grid, dtype, limits, monkeypatch):
     monkeypatch.setattr(on_triton, "_limits", lambda device: limits)
-    image = torch.randn(2, 5, 3, 2, device=DEVICE).to(dtype)
-    for x, axis in (
-        (torch.randn((), device=DEVICE).to(dtype), None),
-        (torch.randn(2, 20, device=DEVICE).to(dtype), 0),
-        (image, 1),
-        (image.to(memory_format=torch.channels_last), 1),
-        (image[:, ::2], None),
-        (image[:, :0], 0),
-    ):
+    images = torch.randn(2, 3, 2, 2, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+    matrix = torch.randn(2, 20, device=DEVICE).to(dtype)
+    for x, axis in ((images, 1), (matrix, 0), (matrix[0, ::3], None), (matrix[:, :0], 0)):
         expected, actual = (
-            every_operator_on_grid(backend, x, axis, Grid(3, kind))
-            for backend in (reference, on_triton)
+            every_operator_on_grid(backend, x, axis, grid) for backend in (reference, on_triton)
         )
         assert_same(actual, expected)
 
 
 @usable
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [SIGNED, FULL, UNSIGNED, AFFINE])
 @pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
-def test_grids_of_values_that_break_quantizers(values, kind, monkeypatch):
-    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
-    rng = np.random.default_rng(0)
-    for bits, dtype, axis in ((8, torch.float32, 0), (3, torch.float16, None)):
-        with np.errstate(over="ignore"):
-            x = np.asarray(values(rng, (4, 13), 2 ** (bits - 1) - 1), np.float32)
-        x = torch.from_numpy(x).to(dtype).to(DEVICE)
+def test_grids_of_values_that_break_quantizers(values, kind):
+    with np.errstate(over="ignore"):
+        x = np.asarray(values(np.random.default_rng(0), (5, 13), 127), np.float32)
+    x = torch.from_numpy(x).to(DEVICE)
+    expected, actual = (
+        every_operator_on_grid(backend, x, 0, Grid(8, kind)) for backend in (reference, on_triton)
+    )
+    assert_same(actual, expected)
+
+
+@usable
+@pytest.mark.parametrize("kind", [SIGNED, FULL, UNSIGNED, AFFINE])
+def test_ranges_that_are_given(kind):
+    """Of any sign, upside down, without a width, not finite."""
+    ends = [-2.0, -1e-45, 0.0, 1e-45, 0.7, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]
+    low, high = torch.cartesian_prod(torch.tensor(ends), torch.tensor(ends)).to(DEVICE).T
+    grid = Grid(8, kind)
+    ranges = torch.stack([low, high]) if kind == AFFINE else high
+    x = torch.randn(len(high), 3, device=DEVICE)
+    x *= torch.tensor([1.0, 1e-40, 1e38], device=DEVICE)
+    for masked in (reference.NOTHING, reference.CLIPPED):
         expected, actual = (
-            every_operator_on_grid(backend, x, axis, Grid(bits, kind))
+            backend.fake_quantize_fixed_range_on_grid(x, ranges, grid, 0, masked)
             for backend in (reference, on_triton)
         )
         assert_same(actual, expected)
@@ -170,7 +186,7 @@ def test_tensors_whose_channels_programs_share_take_their_own_launches(launches,
 @pytest.mark.parametrize("masked", reference.MASKED)
 def test_a_mask_takes_a_launch_more(masked, launches, monkeypatch):
     monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
-    last = [] if masked == reference.NOTHING else ["quantize_fixed_range_masked"]
+    last = [] if masked == reference.NOTHING else ["quantize_masked"]
     for shape, first in (
         ((2, 9), ["quantize_tensor"]),
         ((2, 100), ["reduce_partially", "quantize_reduced"]),

@@ -105,7 +105,8 @@ def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | 
 def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    return _fake_quantize_masked(*dense(x), absmax, SIGNED, qmax, axis, CLIPPED)
+    x, y = dense(x)
+    return y, _quantize_masked(_Row(x, y, qmax, axis), CLIPPED, absmax)
 
 
 @backend.register
@@ -163,7 +164,8 @@ def fake_quantize_fixed_range_on_grid(
 ) -> tuple[Tensor, Tensor]:
     if masked == NOTHING:
         return _fake_quantize_fixed_range(x, range_, grid.kind, grid.qmax, axis), _no_mask(x)
-    return _fake_quantize_masked(*dense(x), range_, grid.kind, grid.qmax, axis, masked)
+    x, y = dense(x)
+    return y, _quantize_masked(_Row(x, y, grid.qmax, axis, grid.kind), masked, range_)
 
 
 @backend.register
@@ -198,7 +200,6 @@ class _Row(NamedTuple):
     qmax: int
     axis: int | None
     kind: str = SIGNED
-    range_: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
     running: Tensor | None = None
@@ -224,11 +225,11 @@ def _fake_quantize(
     if masked == NOTHING:
         _quantize_alone(row, averaging_constant)
         return y, _no_mask(x)
-    # The bits of a mask lie in the order of memory; a channel may not.
-    channels = 1 if axis is None else x.shape[axis]
-    range_ = x.new_empty(2 if grid.is_affine else 1, channels, dtype=torch.float32)
-    _quantize_alone(row._replace(y=None, range_=range_), averaging_constant)
-    return _fake_quantize_masked(x, y, range_, grid.kind, grid.qmax, axis, masked)
+    # First the scales: the bits of a mask lie in the order of memory, and a channel may not.
+    scale, zero = (_for_each_channel(x, axis, dtype) for dtype in (torch.float32, torch.uint8))
+    row = row._replace(scale=scale, zero=zero)
+    _quantize_alone(row._replace(y=None), averaging_constant)
+    return y, _quantize_masked(row, masked)
 
 
 def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
@@ -304,15 +305,20 @@ def _fake_quantize_fixed_range(
     return y
 
 
-def _fake_quantize_masked(
-    x: Tensor, y: Tensor, range_: Tensor, kind: str, qmax: int, axis: int | None, masked: str
-) -> tuple[Tensor, Tensor]:
+def _quantize_masked(row: _Row, masked: str, range_: Tensor | None = None) -> Tensor:
+    """The mask. By the range, if one is given, or else by the scale and the zero point."""
+    x, y, qmax, axis, kind, scale, zero, *_ = row
     mask = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
-    _, channels, inner = channel_layout(x, axis)
-    several = None if channels == 1 else channels
-    arguments = range_.contiguous(), y, mask, float(qmax), kind, masked, several, inner
-    _map(_masked_kernels().quantize_fixed_range_masked, x, None, *arguments)
-    return y, mask
+    if x.numel() > 0:
+        _, channels, inner = channel_layout(x, axis)
+        levels = contiguous(range_), scale, zero
+        walk = channels, None if channels == 1 else inner
+        arguments = *levels, y, mask, float(qmax), kind, masked, *walk
+        tiling = _map_tiling(x, None)
+        # Each element of several channels has levels of its own, in registers.
+        warps = tiling.warps * (1 if channels == 1 else 2)
+        _launch_tiled(_masked_kernels().quantize_masked, tiling, x, *arguments, warps=warps)
+    return mask
 
 
 def _no_mask(x: Tensor) -> Tensor:
@@ -333,9 +339,11 @@ def _map_tiling(x: Tensor, axis: int | None) -> Tiling:
     return map_tiling(layout, x.element_size(), _limits(x.device))
 
 
-def _launch_tiled(kernel: Any, tiling: Tiling, x: Tensor, *arguments: object) -> None:
+def _launch_tiled(
+    kernel: Any, tiling: Tiling, x: Tensor, *arguments: object, warps: int | None = None
+) -> None:
     sizes = (*tiling.layout, None)
-    _launch(x, kernel, tiling.grid, tiling.warps, x, *arguments, sizes, tiling.tile)
+    _launch(x, kernel, tiling.grid, warps or tiling.warps, x, *arguments, sizes, tiling.tile)
 
 
 def _launch(x: Tensor, kernel: Any, grid: tuple[int, ...], warps: int, *arguments: object) -> None:

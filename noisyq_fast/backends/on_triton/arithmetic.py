@@ -44,13 +44,13 @@ def from_float(x, dtype: tl.constexpr):
 def high_key(x, KIND: tl.constexpr):
     """An integer of each value: their maximum is the range of a group, or its high end (`ends_of`).
     They order like what they stand for, with NaN above inf."""
-    bits = to_float(x).to(tl.int32, bitcast=True)
-    if KIND == AFFINE:
-        return bits
+    key = to_float(x).to(tl.int32, bitcast=True)
     if KIND == UNSIGNED:
-        # Negative: 0 has more. But -inf, and a NaN with that sign, make the range NaN.
-        return tl.where(bits.to(tl.uint32, bitcast=True) >= 0xFF800000, 0x7FC00000, bits)
-    return bits & 0x7FFFFFFF
+        # What is negative has no part in it. But -inf and a NaN of that sign make the range NaN.
+        key = tl.where(key.to(tl.uint32, bitcast=True) >= 0xFF800000, 0x7FC00000, key)
+    elif KIND != AFFINE:
+        key &= 0x7FFFFFFF
+    return key
 
 
 @triton.jit
@@ -63,14 +63,12 @@ def low_key(x):
 def ends_of(low_keys, high_keys, KIND: tl.constexpr):
     """The low and the high end of the range whose largest keys these are. The high end is the range
     of a grid that is not affine, and NaN where the low end is not finite."""
+    high = tl.maximum(high_keys, 0).to(tl.float32, bitcast=True)
+    low = high
     if KIND == AFFINE:
         low = -tl.maximum(low_keys, 0).to(tl.float32, bitcast=True)
-        high = tl.maximum(high_keys, 0).to(tl.float32, bitcast=True)
-        return low, tl.where(low > -INFINITY, high, float("nan"))
-    if KIND == UNSIGNED:
-        high_keys = tl.maximum(high_keys, 0)
-    high = high_keys.to(tl.float32, bitcast=True)
-    return high, high
+        high = tl.where(low > -INFINITY, high, float("nan"))
+    return low, high
 
 
 @triton.jit
@@ -92,26 +90,30 @@ def levels_of(low, high, qmax, KIND: tl.constexpr):
         low = tl.where(low > 0.0, 0.0, low)
         scale = scale_of(tl.where(high < 0.0, 0.0, high) - low, 2 * qmax + 1)
         zero = rounded_of(tl.div_rn(-low, scale))
-        return scale, tl.where(zero == zero, zero, 0.0)
-    if KIND == UNSIGNED:
-        scale = scale_of(high, 2 * qmax + 1)
-    elif KIND == FULL:
-        scale = scale_of(high, qmax + 0.5)
+        zero = tl.where(zero == zero, zero, 0.0)
     else:
-        scale = scale_of(high, qmax)
-    return scale, tl.zeros_like(scale)
+        if KIND == UNSIGNED:
+            scale = scale_of(high, 2 * qmax + 1)
+        elif KIND == FULL:
+            scale = scale_of(high, qmax + 0.5)
+        else:
+            scale = scale_of(high, qmax)
+        zero = tl.zeros_like(scale)
+    return scale, zero
 
 
 @triton.jit
 def code_ends(zero, qmax, KIND: tl.constexpr):
     """The smallest and the largest code, less that of 0."""
     if KIND == AFFINE:
-        return -zero, 2 * qmax + 1 - zero
-    if KIND == UNSIGNED:
-        return 0.0, 2 * qmax + 1
-    if KIND == FULL:
-        return -qmax - 1, qmax
-    return -qmax, qmax
+        low, high = -zero, 2 * qmax + 1 - zero
+    elif KIND == UNSIGNED:
+        low, high = 0.0, 2 * qmax + 1
+    elif KIND == FULL:
+        low, high = -qmax - 1, qmax
+    else:
+        low, high = -qmax, qmax
+    return low, high
 
 
 @triton.jit
@@ -129,12 +131,13 @@ def quantized(rounded, scale, zero, qmax, KIND: tl.constexpr, dtype: tl.constexp
 def is_masked(x, rounded, zero, qmax, KIND: tl.constexpr, MASKED: tl.constexpr):
     """Whether an element has no gradient."""
     if MASKED == NEGATIVE:
-        return x < 0.0
-    low, high = code_ends(zero, qmax, KIND)
-    is_clipped = (rounded < low) | (rounded > high)
-    if KIND == UNSIGNED:
-        return is_clipped | (x < 0.0)
-    return is_clipped
+        masked = x < 0.0
+    else:
+        low, high = code_ends(zero, qmax, KIND)
+        masked = (rounded < low) | (rounded > high)
+        if KIND == UNSIGNED:
+            masked |= x < 0.0
+    return masked
 
 
 @triton.jit

@@ -70,9 +70,10 @@ def elements_of_tile(tile, sizes, TILE: tl.constexpr):
 def load_ends(range_, channel, exists, KIND: tl.constexpr, channels):
     """The range of channels: its low and its high end, of a grid that is not affine one twice."""
     low = tl.load(range_ + channel, exists, 0.0)
+    high = low
     if KIND == AFFINE:
-        return low, tl.load(range_ + channels + channel, exists, 0.0)
-    return low, low
+        high = tl.load(range_ + channels + channel, exists, 0.0)
+    return low, high
 
 
 @triton.jit
@@ -107,7 +108,6 @@ def _largest_in_tiles(x, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
 def _record(
     low,
     high,
-    range_,
     scale,
     zero,
     running,
@@ -124,8 +124,6 @@ def _record(
     scales, zeros = levels_of(low, high, qmax, KIND)
     if tl.program_id(1) == 0:
         channel, exists = channels_of_program(sizes, TILE)
-        if range_ is not None:
-            _store_ends(range_, low, high, channel, exists, KIND, sizes[1])
         if scale is not None:
             tl.store(scale + channel, scales, exists)
         if zero is not None:
@@ -148,9 +146,7 @@ def _record(
 
 
 @triton.jit
-def _quantize_elements(
-    x, y, offsets, exists, scales, zeros, qmax, KIND: tl.constexpr
-):
+def _quantize_elements(x, y, offsets, exists, scales, zeros, qmax, KIND: tl.constexpr):
     scales, zeros = scales[None, :, None], zeros[None, :, None]
     rounded = rounded_of(tl.div_rn(to_float(x), scales))
     dtype: tl.constexpr = y.dtype.element_ty
@@ -158,9 +154,7 @@ def _quantize_elements(
 
 
 @triton.jit
-def _quantize_tiles(
-    x, y, scales, zeros, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr
-):
+def _quantize_tiles(x, y, scales, zeros, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
     tiles = tiles_of_program(sizes, TILE)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         # Backwards: what was reduced last is still in the cache.
@@ -170,15 +164,14 @@ def _quantize_tiles(
 
 
 # The kernels. ``y`` receives codes or values of any float dtype; it may be ``x``. It may be None,
-# and so may ``range_``, ``scale``, ``zero``, ``running`` (the moving range) and ``observed``. Where
-# the grid, ``KIND``, is affine, the low ends of all channels come first, then the high ends.
+# and so may ``scale``, ``zero``, ``running`` (the moving range) and ``observed``. Where the grid,
+# ``KIND``, is affine, ranges are the low ends of all channels and then the high ends.
 
 
 @triton.jit
 def quantize_tensor(
     x,
     y,
-    range_,
     scale,
     zero,
     running,
@@ -204,7 +197,6 @@ def quantize_tensor(
         scales, zeros = _record(
             low,
             high,
-            range_,
             scale,
             zero,
             running,
@@ -241,7 +233,6 @@ def quantize_channels(
         quantize_tensor(
             x[i],
             y[i],
-            None,
             scale[i],
             None,
             running[i],
@@ -286,7 +277,6 @@ def quantize_reduced(
     x,
     partial,
     y,
-    range_,
     scale,
     zero,
     running,
@@ -306,7 +296,6 @@ def quantize_reduced(
     scales, zeros = _record(
         low,
         high,
-        range_,
         scale,
         zero,
         running,

@@ -1,6 +1,7 @@
 """The Triton kernels that tell which elements have no gradient, and mask gradients by it.
 
-The bits that tell which those are lie in the order of memory, eight to a byte (`reference.pack`). Arguments and tiles are otherwise as in `kernels`.
+The bits that tell which those are lie in the order of memory, eight to a byte (`reference.pack`).
+Arguments and tiles are otherwise as in `kernels`.
 """
 
 import triton
@@ -25,9 +26,11 @@ def _groups_of_tile(tile, elements, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def quantize_fixed_range_masked(
+def quantize_masked(
     x,
     range_,
+    scale,
+    zero,
     y,
     mask,
     qmax,
@@ -38,17 +41,19 @@ def quantize_fixed_range_masked(
     sizes,
     TILE: tl.constexpr,
 ):
-    """With a range for each channel that is known before, over memory as it lies. ``channels`` is
-    None where one range is for all."""
+    """With a range for each channel that is known before, or else its scale and zero point, over
+    memory as it lies. ``inner`` is None where all elements are of one."""
     GROUPS: tl.constexpr = (TILE[2] + 7) // 8
     elements = sizes[2]
     for tile in range(tl.program_id(1), tiles_along(elements, GROUPS * 8), tl.num_programs(1)):
         groups, offsets, exists = _groups_of_tile(tile, elements, GROUPS)
-        if channels is None:
-            low, high = load_ends(range_, 0, True, KIND, 1)
+        channel = 0 if inner is None else offsets // inner % channels
+        if range_ is None:
+            scales = tl.load(scale + channel)
+            zeros = tl.load(zero + channel).to(tl.float32)
         else:
-            low, high = load_ends(range_, offsets // inner % channels, exists, KIND, channels)
-        scales, zeros = levels_of(low, high, qmax, KIND)
+            low, high = load_ends(range_, channel, True, KIND, channels)
+            scales, zeros = levels_of(low, high, qmax, KIND)
         values = to_float(tl.load(x + offsets, exists, 0.0))
         rounded = rounded_of(tl.div_rn(values, scales))
         bits = is_masked(values, rounded, zeros, qmax, KIND, MASKED).to(tl.int32)
