@@ -20,7 +20,7 @@ from experiments.data.cifar10n import HUMAN_LABELS
 from experiments.data.noise import NOISE_KINDS
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.recipes import Recipe, recipe
-from experiments.schedule import SCHEDULES
+from experiments.training.schedules import SCHEDULES
 from noisyq_fast.backends import AUTO, BACKENDS
 
 ANNOTATORS = "annotators"

@@ -10,10 +10,10 @@ import numpy as np
 from safetensors.torch import save
 from torch import nn
 
-from experiments import checkpoints
 from experiments.config import RunConfig
 from experiments.files import atomic, open_lock, remove_temporaries
-from experiments.history import EpochMetrics
+from experiments.training import checkpoints
+from experiments.training.history import EpochMetrics
 
 # The result goes first and comes last: where there is one, everything else belongs to it.
 _FILES = (

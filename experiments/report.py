@@ -14,10 +14,10 @@ import polars as pl
 import tyro
 
 from experiments.files import atomic
-from experiments.reporting import escaping, statistics, tables
+from experiments.reporting import comparison, escaping, tables
 from experiments.reporting import figures as classification_figures
+from experiments.reporting.action_units import comparison as action_unit_comparison
 from experiments.reporting.action_units import figure as action_unit_figure
-from experiments.reporting.action_units import statistics as action_unit_statistics
 from experiments.reporting.action_units import tables as action_unit_tables
 from experiments.reporting.action_units.runs import ActionUnitRun, ActionUnitStudy
 from experiments.reporting.finished_run import FinishedRun
@@ -86,7 +86,7 @@ _CLASSIFICATION = _Kind(
     "classification",
     FinishedRun,
     Study,
-    statistics.summary,
+    comparison.summary,
     tables.study_section,
     classification_figures.draw_all,
     csv="summary.csv",
@@ -96,7 +96,7 @@ _ACTION_UNITS = _Kind(
     "action units",
     ActionUnitRun,
     ActionUnitStudy,
-    action_unit_statistics.summary,
+    action_unit_comparison.summary,
     action_unit_tables.study_section,
     action_unit_figure.draw_all,
     csv="table1.csv",
@@ -126,7 +126,7 @@ def _report(kind: _Kind, runs: Path, out: Path) -> None:
         sections.append(of_others)
     text = "\n\n".join(sections) + "\n"
     out.mkdir(parents=True, exist_ok=True)
-    _write_csv([statistics.by_run(study) for study in found], names, out / "runs.csv")
+    _write_csv([comparison.by_run(study) for study in found], names, out / "runs.csv")
     _write_csv(summaries, names, out / kind.csv)
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -20,16 +20,17 @@ import torch
 import tyro
 
 import noisyq_fast
-from experiments import distributed, tasks
-from experiments.allocator import keep_freed_memory
-from experiments.checkpoints import Checkpoints
+from experiments import tasks
 from experiments.checks import require_once
 from experiments.config import RunConfig
 from experiments.identity import RunIdentity
 from experiments.methods import BASELINE
 from experiments.output import Busy, RunFolder
-from experiments.tensorboard import open_log
-from experiments.training import EpochMetrics, NonFiniteLoss, Trainer
+from experiments.training import data_parallel
+from experiments.training.allocator import keep_freed_memory
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.event_log import open_log
+from experiments.training.loop import EpochMetrics, NonFiniteLoss, Trainer
 from experiments.weights import Weights
 from noisyq_fast.backends import AUTO
 
@@ -62,8 +63,8 @@ def prepare(config: RunConfig) -> Run:
     data = tasks.read(config)
     weights = Weights.read(config.weights) if config.weights else None
     beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
-    if distributed.started() > 1:
-        beside["processes"] = distributed.started()  # whose sums have other last digits
+    if data_parallel.started() > 1:
+        beside["processes"] = data_parallel.started()  # whose sums have other last digits
     return Run(RunIdentity(config, beside), data, weights)
 
 
@@ -75,9 +76,9 @@ def execute(run: Run, device: torch.device) -> str:
     config = run.config
     keep_freed_memory()
     torch.set_num_threads(config.threads)
-    folder = RunFolder(run.path) if distributed.is_main() else None
+    folder = RunFolder(run.path) if data_parallel.is_main() else None
     earlier = _earlier(folder, run) if folder else None
-    result, state = distributed.from_main(earlier)
+    result, state = data_parallel.from_main(earlier)
     if result:
         return f"finished already, {_summary(run, result)}; --restart runs it again"
 
@@ -152,7 +153,7 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
         "device": _device_name(trainer.device),
         "backend": noisyq_fast.current_backend(trainer.device.type),
         "threads": config.threads,
-        "processes": distributed.size(),
+        "processes": data_parallel.size(),
         "versions": noisyq_fast.info().versions,
     }
 
@@ -205,7 +206,7 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return fail(error, status=2)
     try:
-        with distributed.process_group(run.config.device) as device:
+        with data_parallel.process_group(run.config.device) as device:
             _tell(execute(run, device))
     except Busy as error:
         return fail(error, BUSY)
@@ -217,7 +218,7 @@ def main() -> int:
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
     """Of several processes, only the first tells what the loaders find."""
-    if distributed.is_main():
+    if data_parallel.is_main():
         yield
         return
     with contextlib.redirect_stdout(None), warnings.catch_warnings():
@@ -226,7 +227,7 @@ def _told_once() -> Iterator[None]:
 
 
 def _tell(line: str) -> None:
-    if distributed.is_main():
+    if data_parallel.is_main():
         print(line)
 
 

@@ -17,7 +17,7 @@ from experiments.config import RunConfig
 from experiments.files import read_bytes
 
 if TYPE_CHECKING:
-    from experiments.training import Trainer
+    from experiments.training.loop import Trainer
 
 _LARGEST = 2 << 30
 """InceptionV3 has 0.1 GB."""

@@ -15,7 +15,6 @@ from experiments.data.au import UNKNOWN, Frames, augment
 from experiments.data.au.frequency import frequency_weights
 from experiments.data.au.pool import FramePool
 from experiments.data.augment import Normalize
-from experiments.evaluation import accuracy
 from experiments.models import (
     ActionUnitNetwork,
     InceptionV3Encoder,
@@ -27,6 +26,7 @@ from experiments.seeds import SPLIT, mixed
 from experiments.tasks.au_loss import au_loss
 from experiments.tasks.f1 import best_thresholds, f1
 from experiments.tasks.task import Part, Scores, Task, percent, shards
+from experiments.training.evaluation import accuracy
 
 _SAMPLE = 2000  # pictures to normalize by
 

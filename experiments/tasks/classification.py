@@ -14,10 +14,10 @@ from experiments.config import RunConfig
 from experiments.data import Dataset, cifar10n
 from experiments.data.augment import Normalize, RandomCropFlip
 from experiments.data.noise import NOISE_KINDS, NoisyLabels
-from experiments.evaluation import Evaluation, accuracy
 from experiments.models import ResNet20
 from experiments.seeds import SPLIT, mixed
 from experiments.tasks.task import Part, Scores, Task, percent, shards
+from experiments.training.evaluation import Evaluation, accuracy
 
 
 class Classification(Task):

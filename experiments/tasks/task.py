@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments import distributed
 from experiments.config import RunConfig
+from experiments.training import data_parallel
 
 Part = Literal["trained", "held_out", "test"]
 Scores = dict[str, float | None]
@@ -96,7 +96,7 @@ class Task(ABC):
 def shards(order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of each batch: samples and views."""
     for batch, batch_views in zip(order.split(sizes), views.split(sizes), strict=True):
-        yield distributed.shard(batch), distributed.shard(batch_views)
+        yield data_parallel.shard(batch), data_parallel.shard(batch_views)
 
 
 def percent(share: float | None) -> str:

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from experiments.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints
 
 FILES = ("checkpoint.pt", "checkpoint-before.pt")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.evaluation import Evaluation, accuracy, predict
+from experiments.training.evaluation import Evaluation, accuracy, predict
 
 
 def test_predicts_in_evaluation_mode_and_in_order():

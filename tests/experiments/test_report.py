@@ -8,7 +8,7 @@ from run_folders import edit
 from run_folders import write_classification as write_run
 
 from experiments import report
-from experiments.reporting import figures, statistics, tables
+from experiments.reporting import comparison, figures, tables
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.runs import defaults, find, studies, titles
 
@@ -26,7 +26,7 @@ def test_means_deviations_and_paired_gains(tmp_path):
     for seed, (baseline, quant) in enumerate([(0.50, 0.53), (0.60, 0.64), (0.40, 0.45)]):
         write_run(tmp_path, "baseline", baseline, seed=seed)
         write_run(tmp_path, "quant-w4a4", quant, seed=seed)
-    summary = statistics.summary(only_study(tmp_path))
+    summary = comparison.summary(only_study(tmp_path))
     baseline, quant = row(summary, "baseline", 0.4), row(summary, "quant-w4a4", 0.4)
     assert baseline["seeds"] == quant["pairs"] == 3
     assert baseline["test_accuracy_mean"] == pytest.approx(0.5)
@@ -42,7 +42,7 @@ def test_only_the_same_seeds_are_paired(tmp_path):
     write_run(tmp_path, "baseline", 0.9, seed=1)
     write_run(tmp_path, "quant-w4a4", 0.6, seed=0)
     write_run(tmp_path, "quant-w4a4", 0.0, seed=2)
-    quant = row(statistics.summary(only_study(tmp_path)), "quant-w4a4", 0.4)
+    quant = row(comparison.summary(only_study(tmp_path)), "quant-w4a4", 0.4)
     assert (quant["seeds"], quant["pairs"]) == (2, 1)
     assert quant["gain"] == pytest.approx(0.1)
     assert quant["gain_half_width"] is None
@@ -87,7 +87,7 @@ def test_table_of_accuracy_and_gain(tmp_path):
     write_run(tmp_path, "quant-w4a4", 0.75, seed=1)
     write_run(tmp_path, "baseline", 0.875, noise=0.0)
     study = only_study(tmp_path)
-    text = tables.study_section("title", study, statistics.summary(study))
+    text = tables.study_section("title", study, comparison.summary(study))
     assert "| baseline | 87.50 | 55.00 ± 7.07 (n 2) |" in text
     assert "| quant-w4a4 | - | 75.00 |" in text
     assert "| quant-w4a4 | - | +15.0 |" in text
@@ -130,7 +130,7 @@ def test_command_writes_tables_and_figures(whole_tree, monkeypatch, capsys):
 
 
 def test_figure_2_draws_every_method_and_the_published_curves(whole_tree):
-    figure = figures.accuracy_and_gain(statistics.summary(only_study(whole_tree)))
+    figure = figures.accuracy_and_gain(comparison.summary(only_study(whole_tree)))
     accuracy, gain = figure.axes
     assert len(accuracy.containers) == len(defaults())
     assert len(gain.containers) == len(defaults()) - 1

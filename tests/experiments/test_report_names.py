@@ -11,7 +11,7 @@ import pytest
 from run_folders import edit, write_action_units, write_classification
 
 from experiments import methods, report
-from experiments.reporting import drawing, escaping, figures, statistics
+from experiments.reporting import comparison, drawing, escaping, figures
 from experiments.reporting.drawing import color, marker
 from experiments.reporting.runs import find, method_of, studies
 
@@ -177,7 +177,7 @@ def test_longer_names_win_and_labels_may_differ_from_names(monkeypatch):
 
 def summed_up(folder):
     (study,) = studies(find(folder).finished)
-    return study, statistics.summary(study)
+    return study, comparison.summary(study)
 
 
 def test_no_study_is_dropped_from_gain_against_memorisation(tmp_path):

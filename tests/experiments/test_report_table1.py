@@ -13,7 +13,7 @@ from experiments import report, sweep
 from experiments.config import RunConfig
 from experiments.data.faces import AUS
 from experiments.identity import RunIdentity
-from experiments.reporting.action_units import figure, statistics, tables
+from experiments.reporting.action_units import comparison, figure, tables
 from experiments.reporting.action_units.published import PAPER, Published
 from experiments.reporting.action_units.runs import SCORES, ActionUnitRun, ActionUnitStudy
 from experiments.reporting.drawing import COLORS
@@ -32,12 +32,12 @@ def found(directory):
 
 def summed_up(directory):
     (study,) = found(directory)
-    return study, statistics.summary(study)
+    return study, comparison.summary(study)
 
 
 def text_of(directory):
     (study,) = found(directory)
-    return tables.study_section(*titles([study]), study, statistics.summary(study))
+    return tables.study_section(*titles([study]), study, comparison.summary(study))
 
 
 def row(summary, label):
@@ -87,7 +87,7 @@ def test_summaries_of_the_same_runs_are_equal_to_the_last_bit(tmp_path):
         write_seed(tmp_path, "baseline", (0.3 + seed / 70, 0.4, 0.5), seed)
         write_seed(tmp_path, "quant-w4a4", (0.3 + seed / 30, 0.4, 0.5), seed)
     study, first = summed_up(tmp_path)
-    assert all(statistics.summary(study).equals(first) for _ in range(20))
+    assert all(comparison.summary(study).equals(first) for _ in range(20))
 
 
 def test_tables_of_three_seeds(three_seeds):

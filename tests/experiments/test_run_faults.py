@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments import data, run
-from experiments.checkpoints import Checkpoints
 from experiments.data import digits
 from experiments.tasks.classification import Classification
-from experiments.training import NonFiniteLoss, Trainer
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.loop import NonFiniteLoss, Trainer
 
 OPTIONS = "--epochs 3 --train-size 8 --batch-size 4 --threads 1 --method quant --validation 0.25"
 OPTIONS += " --patience 2"

@@ -7,7 +7,7 @@ import torch
 from experiments import run, tasks
 from experiments.methods import METHODS
 from experiments.tasks.classification import Classification
-from experiments.training import NonFiniteLoss, Trainer
+from experiments.training.loop import NonFiniteLoss, Trainer
 
 EVERY_METHOD = ["baseline", *METHODS]
 

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from experiments import run, tasks
-from experiments.training import Trainer
+from experiments.training.loop import Trainer
 from experiments.weights import Weights
 
 CPU = torch.device("cpu")

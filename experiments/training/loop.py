@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import cost, distributed
+from experiments import cost
 from experiments.config import RunConfig
-from experiments.cuda_graph import GraphedStep
-from experiments.evaluation import predict
-from experiments.finite import NonFiniteLoss, require_finite, require_finite_scores
-from experiments.history import EpochMetrics, read_history
 from experiments.methods.weight_decay import decayed
-from experiments.schedule import SCHEDULES
 from experiments.seeds import ORDER, STEPS, mixed
 from experiments.tasks import Part, Task
+from experiments.training import data_parallel
+from experiments.training.cuda_graph import GraphedStep
+from experiments.training.evaluation import predict
+from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
+from experiments.training.history import EpochMetrics, read_history
+from experiments.training.schedules import SCHEDULES
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
 _AT_THE_END = "at the end of the training"
@@ -43,11 +44,11 @@ class Trainer:
 
         count = task.count("trained")
         smallest = batch_sizes(count, config.batch_size)[-1]
-        if smallest < distributed.size():
+        if smallest < data_parallel.size():
             raise ValueError(
                 f"--batch-size: got {config.batch_size}, which leaves {smallest} of "
                 f"{count} images to the last batch of an epoch; takes a size that "
-                f"leaves one for each of {distributed.size()} processes"
+                f"leaves one for each of {data_parallel.size()} processes"
             )
         self.model = self._network()
         self._prepare_to_train()
@@ -60,7 +61,7 @@ class Trainer:
         for method in self.methods.values():
             model = method.network(model, self._example().cpu())
         model = model.to(self.device, memory_format=torch.channels_last)
-        return distributed.synchronize_(model)
+        return data_parallel.synchronize_(model)
 
     def _prepare_to_train(self) -> None:
         """Makes what refers to the network's parameters; anew when those were replaced."""
@@ -120,7 +121,7 @@ class Trainer:
             loss = self.loss(logits, labels)
         self.optimizer.zero_grad()
         (loss * share).backward()
-        distributed.sum_gradients_(self.model)
+        data_parallel.sum_gradients_(self.model)
         self.optimizer.step()
         return loss.detach(), self.task.predicted(logits.detach())
 
@@ -141,7 +142,7 @@ class Trainer:
             initial=len(self.history) * images,
             unit="img",
             unit_scale=True,
-            disable=None if distributed.is_main() else True,
+            disable=None if data_parallel.is_main() else True,
         ) as progress:
             while len(self.history) < epochs and not self.stopped:
                 metrics = self._epoch(len(self.history), progress)
@@ -153,7 +154,7 @@ class Trainer:
                         for name, method in self.methods.items()
                     ]
                 )
-                if distributed.is_main():
+                if data_parallel.is_main():
                     progress.write(self._line(metrics))
                 yield metrics
 
@@ -207,11 +208,11 @@ class Trainer:
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(losses):
                 first = step // _CHECK_EVERY * _CHECK_EVERY
                 checked = losses[first : step + 1]
-                distributed.sum_(checked)
+                data_parallel.sum_(checked)
                 self._check(checked.tolist(), epoch, first)
                 progress.set_postfix_str(f"loss {checked[-1]:.3f}", refresh=False)
         mean = (losses @ losses.new_tensor(sizes)).item() / count
-        return mean, distributed.sum_(predicted)  # each is one process's
+        return mean, data_parallel.sum_(predicted)  # each is one process's
 
     def _check(self, losses: list[float], epoch: int, first: int) -> None:
         for step, loss in enumerate(losses, first):
@@ -237,7 +238,7 @@ class Trainer:
         return SCHEDULES[self.config.schedule](epoch, self.config.epochs)
 
     def _seed(self, epoch: int) -> None:
-        torch.manual_seed(mixed(self.config.seed, STEPS, epoch, distributed.rank()))
+        torch.manual_seed(mixed(self.config.seed, STEPS, epoch, data_parallel.rank()))
 
     def _example(self) -> Tensor:
         return self.task.inputs("trained", torch.tensor([0]))
@@ -249,10 +250,10 @@ class Trainer:
         count = self.task.count(part)
         if count == 0:
             return None
-        samples = distributed.shard(torch.arange(count))
+        samples = data_parallel.shard(torch.arange(count))
         with self._autocast():
             logits = predict(self.model, samples, lambda batch: self.task.inputs(part, batch))
-        return distributed.gather(logits)
+        return data_parallel.gather(logits)
 
     def finish(self) -> list[str]:
         """Lets the methods end their work; gives what they tell the user."""
