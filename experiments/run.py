@@ -147,7 +147,7 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
         "method": "+".join(config.methods) or BASELINE,
         **run.identity.facts(),
         **trainer.result(),
-        "epoch_chosen": trainer.states.get("early_stopping", {}).get("epoch", len(history)),
+        "epoch_chosen": trainer.states[0].get("early_stopping", {}).get("epoch", len(history)),
         f"test_{score}_at_best_validation": _at_best_validation(history, score),
         "seconds": sum(metrics.seconds for metrics in history),
         "device": _device_name(trainer.device),

@@ -60,7 +60,7 @@ class Weights:
     @staticmethod
     def metadata(trainer: Trainer) -> dict[str, str]:
         """What `read` needs beside the tensors."""
-        shapes = {name: m.shape(trainer.states[name]) for name, m in trainer.methods.items()}
+        shapes = {name: m.shape(trainer.states[0][name]) for name, m in trainer.methods.items()}
         return {
             "methods": json.dumps(shapes, allow_nan=False),
             "trained_on": json.dumps(_trained_on(trainer.config), allow_nan=False),

@@ -15,6 +15,7 @@ from experiments.data.au import UNKNOWN, Frames, augment
 from experiments.data.au.frequency import frequency_weights
 from experiments.data.au.pool import FramePool
 from experiments.data.augment import Normalize
+from experiments.losses import Loss
 from experiments.models import (
     ActionUnitNetwork,
     InceptionV3Encoder,
@@ -23,7 +24,7 @@ from experiments.models import (
     SmallEncoder,
 )
 from experiments.seeds import SPLIT, mixed
-from experiments.tasks.au_loss import au_loss
+from experiments.tasks.au_loss import ActionUnitLoss, au_loss
 from experiments.tasks.f1 import best_thresholds, f1
 from experiments.tasks.task import Part, Scores, Task, percent, shards
 from experiments.training.evaluation import accuracy
@@ -35,6 +36,7 @@ class ActionUnits(Task):
     """A fold: tests on the subjects of one part, trains on those of the others, of which some are
     held out to choose the epoch and the thresholds."""
 
+    LABELS = "answers"
     SCORE = "f1"
 
     def __init__(self, config: RunConfig, frames: Frames, device: torch.device) -> None:
@@ -68,8 +70,18 @@ class ActionUnits(Task):
             return ActionUnitNetwork(encoder, SharedHead(encoder.features, aus))
         return ActionUnitNetwork(encoder, PerAUHead(encoder.features, aus, options.au_norm))
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return au_loss(logits, labels, self.weights)
+    def loss(self) -> Loss:
+        return ActionUnitLoss(self.weights)
+
+    def labels(self, part: Part) -> Tensor:
+        return _as_probabilities(self._labels(part)[0])
+
+    def wrong_labels(self) -> float | None:
+        given, truth = self._labels("trained")
+        if truth is None:
+            return None
+        known = given != UNKNOWN
+        return ((given != truth) & known).sum().item() / known.sum().item()
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return augment.draw(count, generator)
@@ -88,7 +100,7 @@ class ActionUnits(Task):
         inputs = self.normalize(images)
         if self.config.augment:
             inputs = augment.transformed(inputs, views)
-        return inputs, given.float().masked_fill(given == UNKNOWN, torch.nan)
+        return inputs, _as_probabilities(given)
 
     def inputs(self, part: Part, samples: Tensor) -> Tensor:
         return self.normalize(self.pool(self.parts[part][samples]))
@@ -118,12 +130,9 @@ class ActionUnits(Task):
         chosen = best_thresholds(held_out.sigmoid(), self._labels("held_out")[0])
         scores = self._test_scores(test.sigmoid(), chosen)
         predicted = self.predicted(trained)
-        wrong = None if truth is None else ((given != truth) & (given != UNKNOWN))
         return {
             "fold": self.config.faces.fold,
-            "wrong_labels": (
-                None if wrong is None else wrong.sum().item() / (given != UNKNOWN).sum().item()
-            ),
+            "wrong_labels": self.wrong_labels(),
             **{name: None if score is None else _mean(score) for name, score in scores.items()},
             "test_f1_std": scores["test_f1"].std().item(),
             "validation_f1": _mean(f1(held_out.sigmoid(), self._labels("held_out")[0])),
@@ -163,9 +172,7 @@ class ActionUnits(Task):
         return self.given[indices], None if self.truth is None else self.truth[indices]
 
     def _loss(self, part: Part, logits: Tensor) -> float:
-        given, _ = self._labels(part)
-        labels = given.float().masked_fill(given == UNKNOWN, torch.nan)
-        return self.loss(logits, labels).item()
+        return au_loss(logits, self.labels(part), self.weights).item()
 
     def _test_scores(self, probabilities: Tensor, chosen: Tensor) -> dict[str, Tensor | None]:
         """F1 by AU against annotators and truth, at 0.5 and at the chosen thresholds."""
@@ -201,6 +208,10 @@ def split(frames: Frames, fold: int, validation: float, seed: int) -> dict[Part,
     held_out = torch.isin(frames.subject, subjects[order[:count]]) & ~test
     parts = {"trained": ~test & ~held_out, "held_out": held_out, "test": test}
     return {name: chosen.nonzero().flatten() for name, chosen in parts.items()}
+
+
+def _as_probabilities(labels: Tensor) -> Tensor:
+    return labels.float().masked_fill(labels == UNKNOWN, torch.nan)
 
 
 def _mean(scores: Tensor) -> float:

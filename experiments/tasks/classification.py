@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
 from experiments.data import Dataset, cifar10n
 from experiments.data.augment import Normalize, RandomCropFlip
 from experiments.data.noise import NOISE_KINDS, NoisyLabels
+from experiments.losses import CrossEntropy, Loss
 from experiments.models import ResNet20
 from experiments.seeds import SPLIT, mixed
 from experiments.tasks.task import Part, Scores, Task, percent, shards
@@ -23,14 +23,15 @@ from experiments.training.evaluation import Evaluation, accuracy
 class Classification(Task):
     """Held-out samples are of the training set, with its noisy labels."""
 
+    LABELS = "classes"
     SCORE = "accuracy"
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
         self.dataset = dataset
         self.device = device
-        self.labels = noisy_labels(config, dataset)
-        self.given = self.labels.given.to(device)
-        self.true = self.labels.true.to(device)
+        self.noisy = noisy_labels(config, dataset)
+        self.given = self.noisy.given.to(device)
+        self.true = self.noisy.true.to(device)
         self.normalize = Normalize.of(dataset.train_images).to(device)
         self.train_images = dataset.train_images.to(device)
         self.test_images = dataset.test_images.to(device)
@@ -63,8 +64,14 @@ class Classification(Task):
             num_classes=len(self.dataset.class_names),
         )
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
+    def loss(self) -> Loss:
+        return CrossEntropy()
+
+    def labels(self, part: Part) -> Tensor:
+        return self._part(part)[1]
+
+    def wrong_labels(self) -> float:
+        return self.noisy.flipped.double().mean().item()
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return self.images.draw(count, generator)
@@ -110,7 +117,7 @@ class Classification(Task):
         tested = self._evaluation("test", test)
         validation = self._evaluation("held_out", held_out)
         return {
-            "wrong_labels": self.labels.flipped.double().mean().item(),
+            "wrong_labels": self.wrong_labels(),
             "test_accuracy": tested.accuracy,
             "test_loss": tested.loss,
             "test_calibration_error": tested.calibration_error,
@@ -137,9 +144,9 @@ class Classification(Task):
 
     def label_arrays(self) -> dict[str, np.ndarray]:
         return {
-            "indices": self.labels.redrawn.numpy(),
-            "true": self.labels.true.numpy(),
-            "given": self.labels.given.numpy(),
+            "indices": self.noisy.redrawn.numpy(),
+            "true": self.noisy.true.numpy(),
+            "given": self.noisy.given.numpy(),
         }
 
     def _part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:

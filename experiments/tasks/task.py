@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
+from experiments.losses import Loss
 from experiments.training import data_parallel
 
 Part = Literal["trained", "held_out", "test"]
@@ -22,6 +23,9 @@ class Task(ABC):
 
     Samples of a part are counted from 0 in an order of their own.
     """
+
+    LABELS: ClassVar[Literal["classes", "answers"]]
+    """What labels are: a class a sample, or the answers to several questions by yes or no."""
 
     SCORE: ClassVar[str]
     """The score on held-out samples by which epochs are compared, such as accuracy."""
@@ -39,8 +43,16 @@ class Task(ABC):
         """A freshly initialised network, from PyTorch's random numbers, on the CPU."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch, from float32 logits."""
+    def loss(self) -> Loss:
+        """What is minimized where no method says otherwise."""
+
+    @abstractmethod
+    def labels(self, part: Part) -> Tensor:
+        """The given labels of a part's samples, as the loss takes them."""
+
+    @abstractmethod
+    def wrong_labels(self) -> float | None:
+        """The share of the given training labels that are wrong; None where nobody knows."""
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Tensor:

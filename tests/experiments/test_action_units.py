@@ -264,7 +264,10 @@ def test_decay_of_the_recipe_falls_and_that_of_a_method_stays():
     recipe, method = trainer(), trainer("--method weight_decay")
     for work in (recipe, method):
         list(work.epochs())
-    (weights, others), (decayed, _) = recipe.optimizer.param_groups, method.optimizer.param_groups
+    (weights, others), (decayed, _) = (
+        recipe.procedure.optimizers[0].param_groups,
+        method.procedure.optimizers[0].param_groups,
+    )
     assert weights["weight_decay"] == pytest.approx(1e-4 * 0.5)  # half-way along the cosine
     assert others["weight_decay"] == 0
     assert decayed["weight_decay"] == 0.01
@@ -324,4 +327,4 @@ def test_single_face_that_is_left_joins_the_batch_before():
 def test_penalty_in_the_loss_takes_the_place_of_the_decay_of_the_recipe():
     work = trainer("--method weight_decay --weight-decay-form loss --epochs 1")
     list(work.epochs())
-    assert [group["weight_decay"] for group in work.optimizer.param_groups] == [0, 0]
+    assert [group["weight_decay"] for group in work.procedure.optimizers[0].param_groups] == [0, 0]

@@ -12,14 +12,17 @@ from torch import nn
 
 import experiments
 from experiments import methods, run
+from experiments.losses import CrossEntropy, Loss
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.label_smoothing import LabelSmoothing
-from experiments.methods.weight_decay import WeightDecay, decayed
+from experiments.methods.weight_decay import WeightDecay
 from experiments.models import ResNet20
+from experiments.models.layers import decayed
 from noisyq_fast import GroupedLinear
 
 LOGITS = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6)
+INDICES = torch.arange(6)
 
 
 def test_every_method_is_on_with_its_defaults_under_its_name():
@@ -51,17 +54,19 @@ def test_quant_sets_the_widths_asked_for_and_8_bits_at_both_ends():
 def test_label_smoothing_is_its_formula(share):
     targets = (1 - share) * F.one_hot(LABELS, 10) + share / 10
     expected = -(targets * LOGITS.log_softmax(1)).sum(1).mean()
-    loss = LabelSmoothing(share).loss(F.cross_entropy, nn.Identity())
-    torch.testing.assert_close(loss(LOGITS, LABELS), expected)
+    loss = LabelSmoothing(share).loss(CrossEntropy(), nn.Identity(), None)
+    torch.testing.assert_close(loss(LOGITS, LABELS, INDICES), expected)
+    torch.testing.assert_close(loss.samples(LOGITS, LABELS, INDICES).mean(), expected)
 
 
 def test_answers_by_yes_or_no_are_smoothed_one_by_one():
-    def squares(logits, labels):
-        return (logits - labels).square().nansum()
+    class Squares(Loss):
+        def samples(self, logits, labels, indices):
+            return (logits - labels).square().nansum(1)
 
     labels = torch.tensor([[0.0, 1.0, torch.nan]])
-    smoothed = LabelSmoothing(0.2).loss(squares, nn.Identity())
-    assert smoothed(torch.zeros(1, 3), labels) == pytest.approx(0.1**2 + 0.9**2)
+    smoothed = LabelSmoothing(0.2).loss(Squares(), nn.Identity(), None)
+    assert smoothed(torch.zeros(1, 3), labels, INDICES[:1]) == pytest.approx(0.1**2 + 0.9**2)
 
 
 def test_weight_decay_spares_biases_and_norms():
@@ -71,15 +76,18 @@ def test_weight_decay_spares_biases_and_norms():
 
 def test_weight_decay_in_the_loss_is_its_formula():
     model = nn.Linear(3, 2)
-    loss = WeightDecay(0.5, "loss").loss(F.cross_entropy, model)
+    loss = WeightDecay(0.5, "loss").loss(CrossEntropy(), model, None)
     penalty = 0.5 * model.weight.square().sum()
-    torch.testing.assert_close(loss(LOGITS, LABELS), F.cross_entropy(LOGITS, LABELS) + penalty)
+    torch.testing.assert_close(
+        loss(LOGITS, LABELS, INDICES), F.cross_entropy(LOGITS, LABELS) + penalty
+    )
     assert WeightDecay(0.5, "loss").optimizer_options() == {}
 
 
 def test_decoupled_weight_decay_leaves_the_loss():
     method = WeightDecay(0.5)
-    assert method.loss(F.cross_entropy, nn.Identity()) is F.cross_entropy
+    loss = CrossEntropy()
+    assert method.loss(loss, nn.Identity(), None) is loss
     assert method.optimizer_options() == {"weight_decay": 0.5}
 
 
@@ -136,6 +144,7 @@ CLIPPED = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
+from experiments.losses import Loss
 from experiments.methods.method import Method
 
 
@@ -153,8 +162,18 @@ class Clipped(Method):
     def label(self):
         return f"clipped{self.clip:g}"
 
-    def loss(self, loss, model):
-        return lambda logits, labels: loss(logits, labels).clamp(max=self.clip)
+    def loss(self, loss, model, task):
+        return ClippedLoss(loss, self.clip)
+
+
+class ClippedLoss(Loss):
+    def __init__(self, loss, clip):
+        super().__init__()
+        self.loss = loss
+        self.clip = clip
+
+    def samples(self, logits, labels, indices):
+        return self.loss.samples(logits, labels, indices).clamp(max=self.clip)
 '''
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from experiments.losses import Loss
 from experiments.methods.method import Method
 
 
@@ -32,8 +33,17 @@ class Halving(Method):
     def label(self):
         return "half" + "x".join(map(str, self.halvings))
 
-    def loss(self, loss, model):
-        return lambda logits, labels: loss(logits, labels) / 2
+    def loss(self, loss, model, task):
+        return Half(loss)
+
+
+class Half(Loss):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def samples(self, logits, labels, indices):
+        return self.loss.samples(logits, labels, indices) / 2
 '''
 DATASET = """
 import dataclasses

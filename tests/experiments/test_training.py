@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from experiments import run, tasks
+from experiments.losses import Loss
 from experiments.methods import METHODS
 from experiments.tasks.classification import Classification
 from experiments.training.loop import NonFiniteLoss, Trainer
@@ -89,7 +90,7 @@ def test_learning_rate_follows_the_schedule():
     run = trainer(epochs=5, train_size=32, lr=0.01)
     rates = [metrics.learning_rate for metrics in run.epochs()]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-5])
-    assert run.optimizer.param_groups[0]["lr"] == rates[-1]
+    assert run.procedure.optimizers[0].param_groups[0]["lr"] == rates[-1]
 
 
 def test_loss_that_is_not_finite_stops_the_run():
@@ -214,17 +215,22 @@ def test_quantized_network_is_smaller_on_disk_only():
     assert quant["size_in_bits"] < 0.2 * baseline["size_in_bits"]
 
 
+class Nothing(Loss):
+    def samples(self, logits, labels, indices):
+        return 0 * logits.sum(1)
+
+
 def test_decoupled_decay_is_not_the_decay_in_the_loss():
     """Without a gradient, AdamW still shrinks weights by lr * a; Adam divides the penalty's
     gradient by its own size, and so moves every weight by about lr."""
     no_gradient = trainer("--weight-decay 0.5", lr=0.01)
-    no_gradient.loss = lambda logits, labels: 0 * logits.sum()
+    no_gradient.procedure.losses[0] = Nothing()
     before, after = weight_before_and_after_a_step(no_gradient)
     torch.testing.assert_close(after, before * (1 - 0.01 * 0.5))
 
     only_penalty = trainer("--weight-decay 0.5 --weight-decay-form loss", lr=0.01)
     (method,) = only_penalty.methods.values()
-    only_penalty.loss = method.loss(lambda logits, labels: 0 * logits.sum(), only_penalty.model)
+    only_penalty.procedure.losses[0] = method.loss(Nothing(), only_penalty.model, only_penalty.task)
     before, after = weight_before_and_after_a_step(only_penalty)
     torch.testing.assert_close(after, before - 0.01 * before.sign(), atol=1e-5, rtol=0)
 
@@ -233,7 +239,8 @@ def weight_before_and_after_a_step(run):
     weight = run.model.stage1[0].conv1.weight
     before = weight.detach().clone()
     run.model.train()
-    run.step(run.task.trained[:8], torch.zeros(8, 3, dtype=torch.int64), share=1.0)
+    views = torch.zeros(8, 3, dtype=torch.int64)
+    run.step(torch.arange(8), run.task.trained[:8], views, share=1.0)
     return before, weight.detach()
 
 
