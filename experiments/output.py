@@ -33,8 +33,8 @@ def run_name(config: RunConfig, checksums: dict[str, str]) -> str:
     text = json.dumps(identity, sort_keys=True, default=str, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     noise = config.noise_kind if config.noise is None else f"noise{config.noise:g}"
-    fold = f"-fold{config.faces.fold}" if config.detects_action_units else ""
-    return f"{config.dataset}-{config.label}-{noise}{fold}-seed{config.seed}-{digest}"
+    part = config.task_options.part
+    return f"{config.dataset}-{config.label}-{noise}{part}-seed{config.seed}-{digest}"
 
 
 class Busy(OSError):

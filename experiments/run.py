@@ -43,7 +43,8 @@ class Run:
     """All that a run needs, checked."""
 
     identity: RunIdentity
-    data: tasks.Data
+    data: Any
+    """As the task reads it."""
     weights: Weights | None
 
     @property
@@ -60,7 +61,7 @@ def prepare(config: RunConfig) -> Run:
     if config.backend != AUTO:
         noisyq_fast.use_backend(config.backend)
     config = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
-    data = tasks.read(config)
+    data = config.task.read(config)
     weights = Weights.read(config.weights) if config.weights else None
     beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
     if data_parallel.started() > 1:
@@ -177,7 +178,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _summary(run: Run, result: dict[str, Any]) -> str:
-    score = tasks.kind(run.config).summary(result)
+    score = run.config.task.summary(result)
     return f"{score} in {result['seconds']:.1f} s, written to {run.path}"
 
 

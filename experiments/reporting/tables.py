@@ -26,6 +26,8 @@ COSTS = {
     "kB": ("size_in_bits", 1 / 8e3, ",.1f"),
     "million MACs": ("macs", 1e-6, ".2f"),
     "epochs trained": ("epochs_trained", 1, "g"),
+    "forward passes a sample": ("forward_passes", 1, "g"),
+    "backward passes a sample": ("backward_passes", 1, "g"),
 }
 INTERVAL = "± half a 95 % confidence interval of the paired difference"
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config import RunConfig
+from experiments.data import au
 from experiments.data.au import UNKNOWN, Frames, augment
 from experiments.data.au.frequency import frequency_weights
 from experiments.data.au.pool import FramePool
@@ -23,11 +23,17 @@ from experiments.models import (
     SharedHead,
     SmallEncoder,
 )
+from experiments.models.inception import torchvision_models
 from experiments.seeds import SPLIT, mixed
+from experiments.tasks.action_unit_options import ActionUnitOptions
 from experiments.tasks.au_loss import ActionUnitLoss, au_loss
 from experiments.tasks.f1 import best_thresholds, f1
 from experiments.tasks.task import Part, Scores, Task, percent, shards
 from experiments.training.evaluation import accuracy
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.reporting.report import Report
 
 _SAMPLE = 2000  # pictures to normalize by
 
@@ -36,22 +42,40 @@ class ActionUnits(Task):
     """A fold: tests on the subjects of one part, trains on those of the others, of which some are
     held out to choose the epoch and the thresholds."""
 
+    OPTIONS = ActionUnitOptions
     LABELS = "answers"
     SCORE = "f1"
+    OBJECTS = ("thresholds",)
 
     def __init__(self, config: RunConfig, frames: Frames, device: torch.device) -> None:
         self.config = config
         self.frames = frames
         self.device = device
-        self.parts = split(frames, config.faces.fold, config.validation, config.seed)
+        self.parts = split(frames, config.task_options.fold, config.validation, config.seed)
         self.pool = FramePool(frames.images, frames.row, device)
         self.given = frames.given.to(device)
         self.truth = None if frames.truth is None else frames.truth.to(device)
         self.weights = frequency_weights(frames.given[self.parts["trained"]]).to(device)
         self.normalize = self._normalize().to(device)
 
+    @staticmethod
+    def read(config: RunConfig) -> Frames:
+        options = config.task_options
+        if options.encoder == "inception_v3":
+            torchvision_models()  # may be missing: told before pictures are decoded for hours
+        size = options.image_size
+        if config.dataset == au.SYNTHETIC:
+            return au.draw(size, options.frames_per_subject, config.noise, config.noise_seed)
+        return au.load(config.dataset, config.data_dir, size, options.strict, options.cache_dir)
+
+    @staticmethod
+    def report() -> Report:
+        from experiments.reporting.action_units import REPORT
+
+        return REPORT
+
     def _normalize(self) -> Normalize:
-        if self.config.faces.pretrained:
+        if self.config.task_options.pretrained:
             return Normalize(torch.full((3,), 127.5), torch.full((3,), 127.5))  # as it was trained
         rows = self.frames.row[self.parts["trained"]]
         step = -(-len(rows) // _SAMPLE)
@@ -61,7 +85,7 @@ class ActionUnits(Task):
         return len(self.parts[part])
 
     def network(self) -> nn.Module:
-        options, aus = self.config.faces, len(self.frames.aus)
+        options, aus = self.config.task_options, len(self.frames.aus)
         if options.encoder == "small":
             encoder = SmallEncoder()
         else:
@@ -131,7 +155,7 @@ class ActionUnits(Task):
         scores = self._test_scores(test.sigmoid(), chosen)
         predicted = self.predicted(trained)
         return {
-            "fold": self.config.faces.fold,
+            "fold": self.config.task_options.fold,
             "wrong_labels": self.wrong_labels(),
             **{name: None if score is None else _mean(score) for name, score in scores.items()},
             "test_f1_std": scores["test_f1"].std().item(),

@@ -1,33 +1,42 @@
-"""One class an image, by a ResNet-20, from training labels of which some are wrong."""
+"""One class an image, from training labels of which some are wrong."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config import RunConfig
+from experiments import data
 from experiments.data import Dataset, cifar10n
 from experiments.data.augment import Normalize, RandomCropFlip
 from experiments.data.noise import NOISE_KINDS, NoisyLabels
 from experiments.losses import CrossEntropy, Loss
-from experiments.models import ResNet20
+from experiments.models import MODELS
 from experiments.seeds import SPLIT, mixed
+from experiments.tasks.classification_options import ClassificationOptions
 from experiments.tasks.task import Part, Scores, Task, percent, shards
 from experiments.training.evaluation import Evaluation, accuracy
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.reporting.report import Report
 
 
 class Classification(Task):
     """Held-out samples are of the training set, with its noisy labels."""
 
+    OPTIONS = ClassificationOptions
     LABELS = "classes"
     SCORE = "accuracy"
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
         self.dataset = dataset
+        self.make_network = MODELS[config.task_options.model]
         self.device = device
         self.noisy = noisy_labels(config, dataset)
         self.given = self.noisy.given.to(device)
@@ -55,14 +64,22 @@ class Classification(Task):
             )
         return order[held_out:].to(self.device), order[:held_out].to(self.device)
 
+    @staticmethod
+    def read(config: RunConfig) -> Dataset:
+        return _read(config.dataset, config.data_dir, config.download, config.train_size)
+
+    @staticmethod
+    def report() -> Report:
+        from experiments.reporting.classification import REPORT
+
+        return REPORT
+
     def count(self, part: Part) -> int:
         return len(self._part(part)[1])
 
     def network(self) -> nn.Module:
-        return ResNet20(
-            in_channels=self.dataset.train_images.shape[-1],
-            num_classes=len(self.dataset.class_names),
-        )
+        channels = self.dataset.train_images.shape[-1]
+        return self.make_network(channels, len(self.dataset.class_names))
 
     def loss(self) -> Loss:
         return CrossEntropy()
@@ -158,6 +175,12 @@ class Classification(Task):
 
     def _evaluation(self, part: Part, logits: Tensor | None) -> Evaluation | None:
         return None if logits is None else Evaluation.of(logits, self._part(part)[1])
+
+
+@functools.lru_cache(maxsize=4)
+def _read(name: str, data_dir: Path | None, download: bool, train_size: int | None) -> Dataset:
+    """Once in a process that prepares many runs."""
+    return data.load(name, data_dir, download).with_train_size(train_size)
 
 
 def noisy_labels(config: RunConfig, dataset: Dataset) -> NoisyLabels:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config import RunConfig
 from experiments.losses import Loss
+from experiments.tasks.options import TaskOptions
 from experiments.training import data_parallel
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.reporting.report import Report
 
 Part = Literal["trained", "held_out", "test"]
 Scores = dict[str, float | None]
@@ -24,6 +28,8 @@ class Task(ABC):
     Samples of a part are counted from 0 in an order of their own.
     """
 
+    OPTIONS: ClassVar[type[TaskOptions]]
+
     LABELS: ClassVar[Literal["classes", "answers"]]
     """What labels are: a class a sample, or the answers to several questions by yes or no."""
 
@@ -33,6 +39,19 @@ class Task(ABC):
     @abstractmethod
     def __init__(self, config: RunConfig, data: Any, device: torch.device) -> None:
         """Takes the data to the device, where they fit."""
+
+    OBJECTS: ClassVar[tuple[str, ...]] = ()
+    """The numbers of a result that are one for each of several things, by name."""
+
+    @staticmethod
+    @abstractmethod
+    def read(config: RunConfig) -> Any:
+        """The data of a run, with their `checksum`."""
+
+    @staticmethod
+    @abstractmethod
+    def report() -> Report:
+        """What is made of finished runs."""
 
     @abstractmethod
     def count(self, part: Part) -> int:

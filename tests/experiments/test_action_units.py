@@ -24,12 +24,12 @@ def config(arguments=""):
 
 def trainer(arguments=""):
     options = config(arguments)
-    return Trainer(options, tasks.make(options, tasks.read(options), CPU), CPU)
+    return Trainer(options, tasks.make(options, options.task.read(options), CPU), CPU)
 
 
 @pytest.fixture(scope="module")
 def frames():
-    return tasks.read(config())
+    return ActionUnits.read(config())
 
 
 # Who is trained on, and who is not.
@@ -275,7 +275,7 @@ def test_decay_of_the_recipe_falls_and_that_of_a_method_stays():
 
 def test_annotators_change_with_the_noise_seed_and_the_pictures_do_not():
     (first, other, true) = (
-        tasks.read(config(f"--noise {noise} --noise-seed {seed}"))
+        ActionUnits.read(config(f"--noise {noise} --noise-seed {seed}"))
         for noise, seed in ((1, 0), (1, 1), (0, 0))
     )
     assert torch.equal(first.images, other.images)
@@ -310,7 +310,7 @@ def test_weights_are_not_tested_on_who_they_were_trained_on(tmp_path):
     evaluate = [*options, "--epochs", "0", "--weights", str(weights)]
     assert run.execute(run.prepare(run.parse([*evaluate, "--fold", "2"])), CPU)
     for other in (["--fold", "1"], ["--fold", "2", "--seed", "1"]):
-        with pytest.raises(ValueError, match="this run would be tested on who it was trained on"):
+        with pytest.raises(ValueError, match="would be tested on samples it was trained on"):
             run.execute(run.prepare(run.parse([*evaluate, *other])), CPU)
 
 

@@ -9,6 +9,7 @@ import pytest
 from experiments import methods, run
 from experiments.config import RunConfig
 from experiments.output import run_name
+from experiments.tasks.classification_options import ClassificationOptions
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,8 @@ def test_defaults_are_filled_in_only_where_nothing_was_said():
         epochs=5, threads=1, noise=0.0, noise_kind="pair", validation=0.25, batch_size=3, lr=0.1
     )
     given = replace(given, schedule="constant", device="cpu")
+    of_tasks = replace(given.of_tasks, classification=ClassificationOptions("resnet18_cifar"))
+    given = replace(given, of_tasks=of_tasks)
     assert given.resolved(gpu=False, threads=3) == given
     for dataset in ("digits", "synthetic-au"):
         config = resolved(f"--dataset {dataset} --method quant")
@@ -158,7 +161,7 @@ def test_defaults_are_filled_in_only_where_nothing_was_said():
     ],
 )
 def test_encoder_suits_the_faces_and_the_machine(dataset, gpu, encoder, size):
-    faces = resolved(f"--dataset {dataset}", gpu).faces
+    faces = resolved(f"--dataset {dataset}", gpu).task_options
     assert (faces.encoder, faces.image_size, faces.fold) == (encoder, size, 1)
     assert (faces.au_head, faces.au_norm) == ("per-au", "per-au")
 
@@ -256,8 +259,8 @@ def test_a_method_without_options_is_on_under_its_name(monkeypatch):
 
     options = SimpleNamespace(plain=Plain())
     monkeypatch.setattr(methods, "METHODS", {"plain": Plain})
-    assert methods.chosen("plain", options) == {"plain": Plain()}
-    assert methods.chosen(None, options) == {}
+    assert methods.chosen({"plain"}, options) == {"plain": Plain()}
+    assert methods.chosen({None}, options) == {}
 
 
 @pytest.mark.parametrize("arguments", ["", "--method quant", "--dataset synthetic-au"])

@@ -110,7 +110,7 @@ def test_command_writes_tables_and_figures(whole_tree, monkeypatch, capsys):
     unfinished = whole_tree / "killed"
     unfinished.mkdir()
     (unfinished / "config.json").write_text("{}")
-    report.figures(whole_tree)
+    report.COMMANDS["figures"](whole_tree)
     out = whole_tree / "report"
     assert {path.name for path in out.iterdir()} == {
         "report.md",
@@ -147,10 +147,10 @@ def test_published_curves_are_those_of_the_paper():
 
 def test_figures_that_runs_are_not_enough_for_are_left_out(tmp_path):
     write_run(tmp_path)
-    report.figures(tmp_path, tmp_path / "out")
+    report.COMMANDS["figures"](tmp_path, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_directory_without_runs_is_told(tmp_path):
     with pytest.raises(ValueError, match="no finished run on classification in it"):
-        report.figures(tmp_path)
+        report.COMMANDS["figures"](tmp_path)

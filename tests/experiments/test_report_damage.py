@@ -18,8 +18,20 @@ from experiments.reporting.reading import Number
 from experiments.reporting.runs import find
 
 KINDS = {
-    "figures": (report.figures, FinishedRun, write_classification, EPOCHS, "summary.csv"),
-    "table1": (report.table1, ActionUnitRun, write_action_units, AU_EPOCHS, "table1.csv"),
+    "figures": (
+        report.COMMANDS["figures"],
+        FinishedRun,
+        write_classification,
+        EPOCHS,
+        "summary.csv",
+    ),
+    "table1": (
+        report.COMMANDS["table1"],
+        ActionUnitRun,
+        write_action_units,
+        AU_EPOCHS,
+        "table1.csv",
+    ),
 }
 NESTED = '{"a":' * 100_000
 
@@ -245,7 +257,7 @@ def test_only_where_nothing_is_left_it_is_an_error(tmp_path):
     with pytest.raises(
         ValueError, match=f"^{tmp_path}: no finished run .* reported: {folder}/result"
     ):
-        report.figures(tmp_path)
+        report.COMMANDS["figures"](tmp_path)
     ended = subprocess.run(
         [sys.executable, report.__file__, "figures", tmp_path], capture_output=True, text=True
     )
@@ -292,7 +304,7 @@ def test_different_results_of_one_run_are_all_left_out(kind, damage, tmp_path):
 def test_runs_on_other_action_units_are_another_study(tmp_path):
     write_action_units(tmp_path)
     write_action_units(tmp_path, seed=1, aus=(1, 2, 4))
-    report.table1(tmp_path, tmp_path / "out")
+    report.COMMANDS["table1"](tmp_path, tmp_path / "out")
     assert len(pl.read_csv(tmp_path / "out" / "table1.csv")) == 2
 
 

@@ -61,7 +61,7 @@ for method in ("baseline", "halving"):
     options = f"--dataset few-digits --method {method} --epochs 1 --threads 1 --out runs"
     sys.argv[1:] = options.split()
     assert run.main() == 0
-report.figures(report.Path("runs"), report.Path("out"))
+report.COMMANDS["figures"](report.Path("runs"), report.Path("out"))
 """
 
 

@@ -113,7 +113,9 @@ def test_tables_of_three_seeds(three_seeds):
     assert f"| quant-w4a4 {gains}|\n" in text
     memorised = "25.00 ± 0.00 (n 3) | 95.00 ± 0.00 (n 3) | 10.00 ± 0.00 (n 3)"
     assert f"| baseline | {memorised} |" in text
-    assert "| baseline | 1 | 2.0 | 0.00 | 20.0 | 6.0 |" in text  # parameters to epoch chosen
+    assert (
+        "| baseline | 1 | 2.0 | 0.00 | 20.0 | 20 | 20 | 6.0 |" in text
+    )  # parameters to epoch chosen
     assert "Missing" not in text
     assert "ublished" not in text  # these are not the AUs of BP4D
 
@@ -156,7 +158,7 @@ def test_seeds_that_lack_a_fold_do_not_count_and_are_named(three_seeds):
 def test_a_study_without_any_whole_seed_still_tells_what_is_missing(tmp_path):
     write_run(tmp_path, "baseline", fold=1)
     write_run(tmp_path, "quant-w4a4", fold=2)
-    report.table1(tmp_path)
+    report.COMMANDS["table1"](tmp_path)
     out = tmp_path / "report-table1"
     assert "- baseline, seed 0: fold 2\n- quant-w4a4, seed 0: fold 1" in (
         (out / "report.md").read_text()
@@ -178,7 +180,7 @@ def test_unknown_truth_has_no_tables(tmp_path):
     assert "| quant-w4a4 | +2.00 ± 0.00 (n 2) | 2 of 2 | +2.00 ± 0.00 (n 2) | 2 of 2 |" in text
     assert "truth" not in text
     assert "training labels, %" not in text
-    assert "| baseline | 1 | 2.0 | 0.00 | 20.0 | 5.0 |" in text
+    assert "| baseline | 1 | 2.0 | 0.00 | 20.0 | 20 | 20 | 5.0 |" in text
 
 
 def test_published_rows_stand_beside_our_own_on_the_same_aus(tmp_path):
@@ -302,7 +304,7 @@ def test_command_writes_tables_and_the_figure(three_seeds, capsys):
     (three_seeds / "killed").mkdir()
     (three_seeds / "killed" / "config.json").write_text('{"dataset": "bp4d"}')
     write_classification(three_seeds)
-    report.table1(three_seeds, three_seeds / "out")
+    report.COMMANDS["table1"](three_seeds, three_seeds / "out")
     out = three_seeds / "out"
     assert {path.name for path in out.iterdir()} == {
         "report.md",
@@ -330,12 +332,12 @@ def test_command_writes_tables_and_the_figure(three_seeds, capsys):
 def test_each_command_names_the_other_where_it_has_no_runs(tmp_path):
     folder = write_run(tmp_path)
     with pytest.raises(ValueError, match=r"on classification in it.*: 1; report\.py table1 is for"):
-        report.figures(tmp_path)
+        report.COMMANDS["figures"](tmp_path)
     (folder / "config.json").write_text('{"dataset": "digits"}')
     with pytest.raises(ValueError, match=r"on action units in it.*: 1; report\.py figures is for"):
-        report.table1(tmp_path)
+        report.COMMANDS["table1"](tmp_path)
     with pytest.raises(ValueError, match=r"on action units in it. experiments/run.py makes one"):
-        report.table1(tmp_path / "nothing")
+        report.COMMANDS["table1"](tmp_path / "nothing")
     assert not (tmp_path / "report-table1").exists()
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments import data, run
 from experiments.data import digits
+from experiments.tasks import classification
 from experiments.tasks.classification import Classification
 from experiments.training import checkpoints
 from experiments.training.checkpoints import Checkpoints
@@ -46,9 +47,9 @@ def small_runs():
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(data.DATASETS, "digits", lambda data_dir, download: few)
         patched.setattr(Classification, "network", small_network)
-        run.tasks._images.cache_clear()
+        classification._read.cache_clear()
         yield
-    run.tasks._images.cache_clear()
+    classification._read.cache_clear()
 
 
 def prepared(out, options=OPTIONS):
@@ -310,7 +311,7 @@ def test_moments_lie_in_memory_as_their_parameter(stopped, lay_out):
 
 
 def test_a_checkpoint_of_the_older_format_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
-    out, whole = finished
+    _, whole = finished
     asked = stopped_after(2, tmp_path, monkeypatch)
     state = Checkpoints(asked.path, asked.identity.name).load()
     older = {

@@ -18,7 +18,7 @@ def trainer(arguments="", device=torch.device("cpu"), **options):  # noqa: B008
     config = replace(run.parse(arguments.split()), **options).resolved(
         gpu=device.type == "cuda", threads=1
     )
-    return Trainer(config, tasks.make(config, tasks.read(config), device), device)
+    return Trainer(config, tasks.make(config, config.task.read(config), device), device)
 
 
 def numbers(trainer):

@@ -18,7 +18,7 @@ DROP = "--dropout-test-factor drop"
 
 def trainer(arguments):
     config = run.parse(arguments.split()).resolved(gpu=False, threads=1)
-    return Trainer(config, tasks.make(config, tasks.read(config), CPU), CPU)
+    return Trainer(config, tasks.make(config, config.task.read(config), CPU), CPU)
 
 
 @pytest.fixture
