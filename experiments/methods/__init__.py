@@ -7,12 +7,18 @@ from typing import Annotated
 import tyro
 
 from experiments.checks import flag
+from experiments.methods.co_teaching import CoTeaching
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.elr import ELR
+from experiments.methods.gce import GCE
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.method import Method
+from experiments.methods.mixup import Mixup
 from experiments.methods.prune import Prune
 from experiments.methods.quant import Quant
+from experiments.methods.sam import SAM
+from experiments.methods.sce import SCE
 from experiments.methods.weight_decay import WeightDecay
 
 __all__ = [
@@ -38,6 +44,12 @@ METHODS: dict[str, type[Method]] = {
     "weight_decay": WeightDecay,
     "label_smoothing": LabelSmoothing,
     "early_stopping": EarlyStopping,
+    "gce": GCE,
+    "sce": SCE,
+    "elr": ELR,
+    "mixup": Mixup,
+    "co_teaching": CoTeaching,
+    "sam": SAM,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""

@@ -100,6 +100,10 @@ class ActionUnits(Task):
     def labels(self, part: Part) -> Tensor:
         return _as_probabilities(self._labels(part)[0])
 
+    @property
+    def classes(self) -> int:
+        return len(self.frames.aus)
+
     def wrong_labels(self) -> float | None:
         given, truth = self._labels("trained")
         if truth is None:

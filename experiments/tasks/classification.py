@@ -79,13 +79,17 @@ class Classification(Task):
 
     def network(self) -> nn.Module:
         channels = self.dataset.train_images.shape[-1]
-        return self.make_network(channels, len(self.dataset.class_names))
+        return self.make_network(channels, self.classes)
 
     def loss(self) -> Loss:
         return CrossEntropy()
 
     def labels(self, part: Part) -> Tensor:
         return self._part(part)[1]
+
+    @property
+    def classes(self) -> int:
+        return len(self.dataset.class_names)
 
     def wrong_labels(self) -> float:
         return self.noisy.flipped.double().mean().item()

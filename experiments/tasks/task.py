@@ -69,6 +69,11 @@ class Task(ABC):
     def labels(self, part: Part) -> Tensor:
         """The given labels of a part's samples, as the loss takes them."""
 
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """How many logits a sample has: one for each class, or for each answer."""
+
     @abstractmethod
     def wrong_labels(self) -> float | None:
         """The share of the given training labels that are wrong; None where nobody knows."""

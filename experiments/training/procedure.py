@@ -74,7 +74,8 @@ class Parts:
     def loss(self, model: nn.Module) -> Loss:
         """What is minimized by this network."""
         loss = self.task.loss()
-        for method in self.methods.values():
+        # One that replaces the loss comes before those that change it.
+        for method in sorted(self.methods.values(), key=lambda method: method.REPLACES != "loss"):
             loss = method.loss(loss, model, self.task)
         return loss.to(self.device)
 

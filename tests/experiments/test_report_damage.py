@@ -17,21 +17,10 @@ from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.reading import Number
 from experiments.reporting.runs import find
 
+FIGURES, TABLE1 = report.COMMANDS["figures"], report.COMMANDS["table1"]
 KINDS = {
-    "figures": (
-        report.COMMANDS["figures"],
-        FinishedRun,
-        write_classification,
-        EPOCHS,
-        "summary.csv",
-    ),
-    "table1": (
-        report.COMMANDS["table1"],
-        ActionUnitRun,
-        write_action_units,
-        AU_EPOCHS,
-        "table1.csv",
-    ),
+    "figures": (FIGURES, FinishedRun, write_classification, EPOCHS, "summary.csv"),
+    "table1": (TABLE1, ActionUnitRun, write_action_units, AU_EPOCHS, "table1.csv"),
 }
 NESTED = '{"a":' * 100_000
 
