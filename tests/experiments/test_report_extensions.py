@@ -143,8 +143,8 @@ def load(data_dir=None, download=False):
 GRID = """
 variants = [
     { method = "baseline" },
-    { method = "halving", loss = "squares" },
-    { method = "twins", weight-bits = 4 },
+    { method = "halving" },
+    { method = "twins", loss = "squares", weight-bits = 4 },
 ]
 [base]
 dataset = "few-digits"
@@ -152,7 +152,7 @@ model = "tiny"
 epochs = 1
 threads = 1
 """
-LABELS = ["baseline", "half1x2+squares1", "quant-w4a4+twins"]
+LABELS = ["baseline", "half1x2", "quant-w4a4+squares1+twins"]
 
 
 def insert(path, before, line):
@@ -197,10 +197,8 @@ def test_new_things_are_trained_swept_and_reported(tmp_path):
         assert ended.returncode == 0, ended.stderr
         return ended
 
-    options = (
-        "--dataset few-digits --model tiny --method twins --weight-bits 4 --epochs 1 --threads 1"
-    )
-    call("run", *options.split())
+    options = "--dataset few-digits --model tiny --epochs 1 --threads 1"
+    call("run", *options.split(), "--method", "twins", "--loss", "squares", "--weight-bits", "4")
     assert "finished before      1" in call("sweep", "grid.toml").stdout
     assert "left out" not in call("report", "figures", "runs", "--out", "out").stderr
     summary = pl.read_csv(tmp_path / "out" / "summary.csv")
@@ -208,6 +206,7 @@ def test_new_things_are_trained_swept_and_reported(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## few-digits\n" in text
     assert "model tiny" in text
+    assert "| quant-w4a4+squares1+twins | 2 + 2 |" in text
     assert (tmp_path / "out" / "gain-against-memorisation.png").exists()
     for path in tmp_path.glob("runs/*/result.json"):
         result = json.loads(path.read_text())
