@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from experiments.allocator import page_faults
+from experiments.training.allocator import page_faults
 
 Call = Callable[[], object]
 OURS = "noisyq_fast"

@@ -7,7 +7,7 @@ from comparison import COMPARISONS
 from environment import environment
 
 import noisyq_fast
-from experiments.allocator import keep_freed_memory
+from experiments.training.allocator import keep_freed_memory
 
 KEEPS_FREED_MEMORY = keep_freed_memory()
 

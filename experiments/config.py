@@ -11,25 +11,20 @@ from typing import Annotated, Any
 import tyro
 from tyro.extras import literal_type_from_choices
 
-from experiments import methods
-from experiments.au_options import ActionUnitOptions
+from experiments import methods, tasks
 from experiments.checks import MOST_EPOCHS, flag, require, require_choice, require_whole
-from experiments.data import DATASETS
-from experiments.data.au import AU_DATASETS, SYNTHETIC
-from experiments.data.cifar10n import HUMAN_LABELS
-from experiments.data.noise import NOISE_KINDS
 from experiments.methods.early_stopping import EarlyStopping
-from experiments.recipes import Recipe, recipe
-from experiments.schedule import SCHEDULES
+from experiments.training.schedules import SCHEDULES
 from noisyq_fast.backends import AUTO, BACKENDS
 
-ANNOTATORS = "annotators"
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
+_TASK_OPTIONS = [task.OPTIONS for task in tasks.TASKS.values()]
 _CHOICES = {
     "method": (methods.BASELINE, *methods.METHODS),
-    "dataset": (*DATASETS, *AU_DATASETS),
-    "noise_kind": (*NOISE_KINDS, *HUMAN_LABELS, ANNOTATORS),
+    "loss": (methods.OWN_LOSS, *methods.LOSSES),
+    "dataset": tuple(name for options in _TASK_OPTIONS for name in options.DATASETS),
+    "noise_kind": tuple(name for options in _TASK_OPTIONS for name in options.NOISE_KINDS),
     "schedule": tuple(SCHEDULES),
     "device": DEVICES,
     "precision": PRECISIONS,
@@ -48,10 +43,17 @@ WITHOUT_EFFECT = {
     "strict",
     "tensorboard",
 }
-
+# The methods that are on say what these do.
+TOLD_BY_METHODS = {"method", "loss"}
+LEGACY = {
+    name: value
+    for owner in (*_TASK_OPTIONS, *methods.METHODS.values())
+    for name, value in owner.LEGACY.items()
+}
+"""Options that came later, with the value that older runs had: names of runs leave it out."""
 
 _NO_METHOD = methods.Options()
-_NO_FACES = ActionUnitOptions()
+_NO_TASK = tasks.Options()
 
 
 def _choice(option: str) -> Any:
@@ -60,8 +62,8 @@ def _choice(option: str) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Train one network on labels that are partly wrong: a ResNet-20 to tell what is on an image,
-    or a network that sees the action units (AUs) in a face.
+    """Train a network on labels that are partly wrong: one that tells what is on an image, or one
+    that sees the action units (AUs) in a face.
 
     Test labels are never changed, and nothing is ever selected on them. Every run writes its
     options, its noisy labels, the metrics of each epoch, the final result and the trained weights
@@ -74,6 +76,11 @@ class RunConfig:
     its default in parentheses. Giving them beside another method combines the two, as in
     --method quant --weight-decay 0.01. If not given: what the options of methods say, or else
     baseline."""
+
+    loss: _choice("loss") | None = None
+    """What is minimized. cross_entropy: the usual; of faces weighted, with half a Dice loss. Each
+    of the others is a method too, with options of its own: --loss gce is --method gce, but can
+    stand beside another --method."""
 
     options: Annotated[methods.Options, tyro.conf.arg(name="")] = _NO_METHOD
 
@@ -168,7 +175,7 @@ class RunConfig:
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (pip install tensorboard)."""
 
-    faces: Annotated[ActionUnitOptions, tyro.conf.arg(name="")] = _NO_FACES
+    of_tasks: Annotated[tasks.Options, tyro.conf.arg(name="")] = _NO_TASK
 
     restart: bool = False
     """Start anew where the run is finished or was interrupted."""
@@ -185,10 +192,6 @@ class RunConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), choices)
-        if self.detects_action_units:
-            check(("noise",), lambda value: 0 <= value <= 1000, "a finite number from 0 to 1,000")
-        else:
-            check(("noise",), lambda value: 0 <= value <= 1, "a share from 0 to 1")
         check(("validation",), lambda value: 0 <= value < 1, "a share from 0 to less than 1")
         check(("train_size",), lambda value: value >= 1, "a whole number from 1")
         for name, first, last in (
@@ -202,76 +205,74 @@ class RunConfig:
         check(("lr",), lambda value: 0 < value < 3.4e38, "a finite number above 0, below 3.4e38")
         on = self.methods  # refuses options that take no effect
         self._check_baseline(on)
+        self._check_loss(on)
+        methods.check_together(on, self.task.LABELS, self.dataset)
         if self.epochs == 0 and self.weights is None:
             raise ValueError("--epochs: got 0 without --weights, which it would evaluate")
-        if self.noise_kind in HUMAN_LABELS and self.dataset != "cifar10":
-            raise ValueError(f"--noise-kind: got {self.noise_kind}, which is for --dataset cifar10")
-        if self.noise_kind in HUMAN_LABELS and self.noise is not None:
-            raise ValueError(f"--noise: got {self.noise} with human labels, which bring their own")
-        if self.validation == 0 and (self.recipe.selects_epoch or "early_stopping" in on):
+        stops = self.task_options.SELECTS_EPOCH or "early_stopping" in on
+        if self.validation == 0 and stops:
             raise ValueError("--validation: got 0, early stopping takes a share above 0")
-        self._check_faces()
+        self._check_task()
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("--cuda-graph: got --device cpu, takes a GPU")
+
+    def _check_loss(self, on: dict[str, methods.Method]) -> None:
+        for name in methods.LOSSES:
+            if self.loss == methods.OWN_LOSS and name in on:
+                given = [flag(option) for option in getattr(self.options, name).changed()]
+                how = given[0] if given else f"--method {name}"
+                raise ValueError(
+                    f"--loss: got {self.loss} with {how}, which turns {name} on; leave one of them "
+                    "out"
+                )
 
     def _check_baseline(self, on: dict[str, methods.Method]) -> None:
         if self.method != methods.BASELINE:
             return
         for name in on:
-            if name == "early_stopping" and self.recipe.selects_epoch:
+            if name == "early_stopping" and self.task_options.SELECTS_EPOCH:
                 continue  # the recipe's own
             given = flag(getattr(self.options, name).changed()[0])
             raise ValueError(
                 f"--method: got baseline with {given}, which turns {name} on; leave one of them out"
             )
 
-    def _check_faces(self) -> None:
-        if not self.detects_action_units:
-            for name in self.faces.given():
-                raise ValueError(f"{flag(name)}: takes effect with {', '.join(AU_DATASETS)} only")
-            if self.noise_kind == ANNOTATORS:
-                takes = f"is for --dataset {', '.join(AU_DATASETS)}"
-                raise ValueError(f"--noise-kind: got {ANNOTATORS}, which {takes}")
-            return
-        if self.noise_kind not in (None, ANNOTATORS):
-            raise ValueError(f"--noise-kind: got {self.noise_kind} with faces, takes {ANNOTATORS}")
-        if self.train_size is not None:
-            raise ValueError(f"--train-size: got {self.train_size} with faces, which are all taken")
-        if self.batch_size == 1:
-            raise ValueError("--batch-size: got 1 with faces, takes 2 or more, as batch norm needs")
-        if self.faces.au_norm == "folded" and "dropout" in self.methods:
-            raise ValueError("--au-norm: got folded with dropout, whose zeros it would move")
-        made = {
-            "noise": self.noise,
-            "noise-seed": self.noise_seed or None,
-            "frames-per-subject": self.faces.frames_per_subject,
-        }
-        filmed = {"strict": self.faces.strict or None, "cache-dir": self.faces.cache_dir}
-        without_effect = filmed if self.dataset == SYNTHETIC else made
-        for name, value in without_effect.items():
-            if value is not None:
-                takes = f"takes no effect with {self.dataset}"
-                raise ValueError(f"--{name}: got {value}, {takes}")
+    def _check_task(self) -> None:
+        for name, task in tasks.TASKS.items():
+            given = getattr(self.of_tasks, name).given()
+            if task is not self.task and given:
+                takes = ", ".join(task.OPTIONS.DATASETS)
+                raise ValueError(f"{flag(given[0])}: takes effect with {takes} only")
+        self.task_options.check(self)
+        if self.noise_kind not in (None, *self.task_options.NOISE_KINDS):
+            fitting = [o.DATASETS for o in _TASK_OPTIONS if self.noise_kind in o.NOISE_KINDS]
+            takes = f"is for --dataset {', '.join(fitting[0])}"
+            raise ValueError(f"--noise-kind: got {self.noise_kind}, which {takes}")
 
     @property
-    def detects_action_units(self) -> bool:
-        """Whether the data are faces."""
-        return self.dataset in AU_DATASETS
+    def task(self) -> type[tasks.Task]:
+        """What is learned."""
+        return tasks.TASKS[tasks.of_dataset(self.dataset)]
 
     @property
-    def recipe(self) -> Recipe:
+    def task_options(self) -> tasks.TaskOptions:
+        """The task's own options."""
+        return getattr(self.of_tasks, tasks.of_dataset(self.dataset))
+
+    @property
+    def recipe(self) -> tasks.Recipe:
         """What suits the data set and the network."""
-        return recipe(self.dataset, self.faces.encoder)
+        return self.task_options.recipe(self)
 
     @property
     def methods(self) -> dict[str, methods.Method]:
         """The methods that are on, with their options filled in, by name."""
-        return methods.chosen(self.method, self.options)
+        return methods.chosen({self.method, self.loss}, self.options)
 
     @property
     def label(self) -> str:
         """What is done, short, for names of runs."""
-        return label_of(self.methods, self.recipe, self.epochs)
+        return label_of(self.methods, self.task, self.epochs)
 
     def resolved(self, gpu: bool, threads: int) -> RunConfig:
         """These options, with what was left to a default filled in, for a machine with or without a
@@ -281,23 +282,19 @@ class RunConfig:
             device = "cuda" if gpu else "cpu"
         if self.cuda_graph and device == "cpu":
             raise ValueError("--cuda-graph: got a machine without a GPU, takes one with")
-        on, faces = self.methods, self.faces
-        if self.detects_action_units:
-            faces = faces.resolved(self.dataset == SYNTHETIC, gpu=device == "cuda")
-        suits = recipe(self.dataset, faces.encoder)
+        on = self.methods
+        options = self.task_options.resolved(self, gpu=device == "cuda")
+        suits = options.recipe(self)
         epochs = suits.epochs if self.epochs is None else self.epochs
-        if suits.selects_epoch:
+        if options.SELECTS_EPOCH:
             # Trains to the end, unless told otherwise, and goes back to the best epoch.
             whole = max(1, epochs)
             asked = on["early_stopping"].patience if "early_stopping" in on else whole
             on = on | {"early_stopping": EarlyStopping(min(asked, whole))}
-        validation = suits.validation or (0.1 if "early_stopping" in on else 0.0)
-        noise_kind = self.noise_kind or (ANNOTATORS if self.detects_action_units else "symmetric")
-        is_made = noise_kind in NOISE_KINDS or self.dataset == SYNTHETIC
         defaults = {
-            "noise": suits.noise if is_made else None,
-            "noise_kind": noise_kind,
-            "validation": validation,
+            "noise": suits.noise,
+            "noise_kind": suits.noise_kind,
+            "validation": suits.validation or (0.1 if "early_stopping" in on else 0.0),
             "epochs": epochs,
             "batch_size": suits.batch_size,
             "lr": suits.lr,
@@ -305,31 +302,44 @@ class RunConfig:
             "threads": suits.threads or threads,
         }
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        options = dataclasses.replace(self.options, **on)
-        return dataclasses.replace(self, device=device, options=options, faces=faces, **missing)
+        of_tasks = {tasks.of_dataset(self.dataset): options}
+        return dataclasses.replace(
+            self,
+            device=device,
+            options=dataclasses.replace(self.options, **on),
+            of_tasks=dataclasses.replace(self.of_tasks, **of_tasks),
+            **missing,
+        )
 
     def flat(self) -> dict[str, Any]:
-        """All options by name; of methods and faces only where they are on."""
+        """All options by name; of methods only where they are on, of tasks the run's own."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        on = self.methods
         flat["method"] = self.method or methods.BASELINE
-        del flat["options"], flat["faces"]
-        for options in self.methods.values():
-            flat |= options.flat()
-        return flat | (dataclasses.asdict(self.faces) if self.detects_action_units else {})
+        flat["loss"] = next((name for name in on if name in methods.LOSSES), methods.OWN_LOSS)
+        del flat["options"], flat["of_tasks"]
+        for options in on.values():
+            flat |= dataclasses.asdict(options)
+        return flat | dataclasses.asdict(self.task_options)
 
     def identity(self) -> dict[str, Any]:
-        """The options that can change a number in the results."""
-        # The methods that are on say what --method does.
-        identity = {k: v for k, v in self.flat().items() if k not in WITHOUT_EFFECT | {"method"}}
+        """The options that can change a number in the results, but for those that have the value
+        that all runs had before there was such an option."""
+        identity = {
+            name: value
+            for name, value in self.flat().items()
+            if name not in WITHOUT_EFFECT | TOLD_BY_METHODS
+            and not (name in LEGACY and value == LEGACY[name])
+        }
         if self.device == "cpu":
             # As runs on a CPU have always been written, so that they keep their names.
             identity["device"] = "auto"
         return identity | {"methods": list(self.methods)}
 
 
-def label_of(on: dict[str, methods.Method], suits: Recipe, epochs: int | None) -> str:
-    """The label of a run with these methods, where this recipe suits."""
+def label_of(on: dict[str, methods.Method], task: type[tasks.Task], epochs: int | None) -> str:
+    """The label of a run with these methods."""
     stopping = on.get("early_stopping")
-    if stopping and suits.selects_epoch and stopping.patience >= (epochs or 1):
+    if stopping and task.OPTIONS.SELECTS_EPOCH and stopping.patience >= (epochs or 1):
         on = {name: method for name, method in on.items() if name != "early_stopping"}  # all do so
     return methods.label(on)

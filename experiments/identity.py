@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import tasks
-from experiments.config import WITHOUT_EFFECT, RunConfig
+from experiments.config import LEGACY, TOLD_BY_METHODS, WITHOUT_EFFECT, RunConfig
 from experiments.files import refuse_link
 from experiments.output import run_name
 from experiments.reporting import agreement
 from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields
 
-# --method is told by the methods' own options; the device of a CPU has had two names.
-_NOT_COMPARED = WITHOUT_EFFECT | {"method", "device"}
+# The device of a CPU has had two names.
+_NOT_COMPARED = WITHOUT_EFFECT | TOLD_BY_METHODS | {"device"}
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,17 @@ class RunIdentity:
         _compare(result, facts, facts)
         result.number("epochs_trained", COUNT)
         result.number("seconds", POSITIVE)
-        result.number(f"test_{tasks.kind(self.config).SCORE}", SHARE)
-        if self.config.detects_action_units:
-            result.object("thresholds")
+        task = self.config.task
+        result.number(f"test_{task.SCORE}", SHARE)
+        for name in task.OBJECTS:
+            result.object(name)
         _require_finite(result)
 
 
 def _compare(fields: Fields, own: dict[str, Any], names: Iterable[str]) -> None:
     for name in names:
-        got, takes = (content.get(name, "nothing") for content in (fields.content, own))
+        unsaid = LEGACY.get(name, "nothing")
+        got, takes = (content.get(name, unsaid) for content in (fields.content, own))
         if got != takes:
             raise ValueError(
                 f"{fields.place}: of another run: got {got!s:.200} as {name}, takes {takes}"

@@ -10,10 +10,10 @@ import numpy as np
 from safetensors.torch import save
 from torch import nn
 
-from experiments import checkpoints
 from experiments.config import RunConfig
 from experiments.files import atomic, open_lock, remove_temporaries
-from experiments.history import EpochMetrics
+from experiments.training import checkpoints
+from experiments.training.history import EpochMetrics
 
 # The result goes first and comes last: where there is one, everything else belongs to it.
 _FILES = (
@@ -33,8 +33,8 @@ def run_name(config: RunConfig, checksums: dict[str, str]) -> str:
     text = json.dumps(identity, sort_keys=True, default=str, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     noise = config.noise_kind if config.noise is None else f"noise{config.noise:g}"
-    fold = f"-fold{config.faces.fold}" if config.detects_action_units else ""
-    return f"{config.dataset}-{config.label}-{noise}{fold}-seed{config.seed}-{digest}"
+    part = config.task_options.part
+    return f"{config.dataset}-{config.label}-{noise}{part}-seed{config.seed}-{digest}"
 
 
 class Busy(OSError):

@@ -20,16 +20,17 @@ import torch
 import tyro
 
 import noisyq_fast
-from experiments import distributed, tasks
-from experiments.allocator import keep_freed_memory
-from experiments.checkpoints import Checkpoints
+from experiments import tasks
 from experiments.checks import require_once
 from experiments.config import RunConfig
 from experiments.identity import RunIdentity
 from experiments.methods import BASELINE
 from experiments.output import Busy, RunFolder
-from experiments.tensorboard import open_log
-from experiments.training import EpochMetrics, NonFiniteLoss, Trainer
+from experiments.training import data_parallel
+from experiments.training.allocator import keep_freed_memory
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.event_log import open_log
+from experiments.training.loop import EpochMetrics, NonFiniteLoss, Trainer
 from experiments.weights import Weights
 from noisyq_fast.backends import AUTO
 
@@ -42,7 +43,8 @@ class Run:
     """All that a run needs, checked."""
 
     identity: RunIdentity
-    data: tasks.Data
+    data: Any
+    """As the task reads it."""
     weights: Weights | None
 
     @property
@@ -59,11 +61,11 @@ def prepare(config: RunConfig) -> Run:
     if config.backend != AUTO:
         noisyq_fast.use_backend(config.backend)
     config = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
-    data = tasks.read(config)
+    data = config.task.read(config)
     weights = Weights.read(config.weights) if config.weights else None
     beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
-    if distributed.started() > 1:
-        beside["processes"] = distributed.started()  # whose sums have other last digits
+    if data_parallel.started() > 1:
+        beside["processes"] = data_parallel.started()  # whose sums have other last digits
     return Run(RunIdentity(config, beside), data, weights)
 
 
@@ -75,9 +77,9 @@ def execute(run: Run, device: torch.device) -> str:
     config = run.config
     keep_freed_memory()
     torch.set_num_threads(config.threads)
-    folder = RunFolder(run.path) if distributed.is_main() else None
+    folder = RunFolder(run.path) if data_parallel.is_main() else None
     earlier = _earlier(folder, run) if folder else None
-    result, state = distributed.from_main(earlier)
+    result, state = data_parallel.from_main(earlier)
     if result:
         return f"finished already, {_summary(run, result)}; --restart runs it again"
 
@@ -146,13 +148,13 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
         "method": "+".join(config.methods) or BASELINE,
         **run.identity.facts(),
         **trainer.result(),
-        "epoch_chosen": trainer.states.get("early_stopping", {}).get("epoch", len(history)),
+        "epoch_chosen": trainer.states[0].get("early_stopping", {}).get("epoch", len(history)),
         f"test_{score}_at_best_validation": _at_best_validation(history, score),
         "seconds": sum(metrics.seconds for metrics in history),
         "device": _device_name(trainer.device),
         "backend": noisyq_fast.current_backend(trainer.device.type),
         "threads": config.threads,
-        "processes": distributed.size(),
+        "processes": data_parallel.size(),
         "versions": noisyq_fast.info().versions,
     }
 
@@ -176,7 +178,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _summary(run: Run, result: dict[str, Any]) -> str:
-    score = tasks.kind(run.config).summary(result)
+    score = run.config.task.summary(result)
     return f"{score} in {result['seconds']:.1f} s, written to {run.path}"
 
 
@@ -205,7 +207,7 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return fail(error, status=2)
     try:
-        with distributed.process_group(run.config.device) as device:
+        with data_parallel.process_group(run.config.device) as device:
             _tell(execute(run, device))
     except Busy as error:
         return fail(error, BUSY)
@@ -217,7 +219,7 @@ def main() -> int:
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
     """Of several processes, only the first tells what the loaders find."""
-    if distributed.is_main():
+    if data_parallel.is_main():
         yield
         return
     with contextlib.redirect_stdout(None), warnings.catch_warnings():
@@ -226,7 +228,7 @@ def _told_once() -> Iterator[None]:
 
 
 def _tell(line: str) -> None:
-    if distributed.is_main():
+    if data_parallel.is_main():
         print(line)
 
 

@@ -150,7 +150,7 @@ def _list(what: str, tasks: list[Task]) -> None:
 
 def report_of(task: Task) -> str:
     """The command of report.py that compares such runs as this finished one."""
-    return "table1" if task.identity.config.detects_action_units else "figures"
+    return task.identity.config.task.report().command
 
 
 def carry_out(config: SweepConfig, todo: list[Task]) -> tuple[list[Task], list[Task]]:

@@ -17,7 +17,7 @@ from experiments.config import RunConfig
 from experiments.files import read_bytes
 
 if TYPE_CHECKING:
-    from experiments.training import Trainer
+    from experiments.training.loop import Trainer
 
 _LARGEST = 2 << 30
 """InceptionV3 has 0.1 GB."""
@@ -60,7 +60,7 @@ class Weights:
     @staticmethod
     def metadata(trainer: Trainer) -> dict[str, str]:
         """What `read` needs beside the tensors."""
-        shapes = {name: m.shape(trainer.states[name]) for name, m in trainer.methods.items()}
+        shapes = {name: m.shape(trainer.states[0][name]) for name, m in trainer.methods.items()}
         return {
             "methods": json.dumps(shapes, allow_nan=False),
             "trained_on": json.dumps(_trained_on(trainer.config), allow_nan=False),
@@ -74,10 +74,9 @@ class Weights:
         here = _trained_on(trainer.config)
         same_data = self.trained_on.get("dataset") == here["dataset"]
         if same_data and any(here.get(name) != value for name, value in self.trained_on.items()):
-            whom = "who" if trainer.config.detects_action_units else "what"
             raise ValueError(
                 f"--weights: {self.path} was trained on {self.trained_on}, takes {here}: this run "
-                f"would be tested on {whom} it was trained on, or normalize its input otherwise"
+                f"would be tested on samples it was trained on, or normalize its input otherwise"
             )
         try:
             trainer.load_weights(self.tensors, self.shapes)
@@ -111,10 +110,7 @@ def _computed_with(config: RunConfig) -> dict[str, Any]:
     options = {}
     for method in config.methods.values():
         options |= method.evaluation_options()
-    if config.detects_action_units:
-        names = ("encoder", "pretrained", "au_head", "au_norm", "image_size")
-        options |= {name: getattr(config.faces, name) for name in names}
-    return options
+    return options | config.task_options.evaluation_options()
 
 
 def _metadata(blob: bytes) -> list[dict[str, Any] | None]:
@@ -131,9 +127,7 @@ def _metadata(blob: bytes) -> list[dict[str, Any] | None]:
 
 def _trained_on(config: RunConfig) -> dict[str, Any]:
     """What says which samples were trained on, and so how the network's input is normalized."""
-    names = ["dataset", "train_size", "validation"]
-    if config.detects_action_units:
-        names += ["fold", "frames_per_subject"]
+    names = list(config.task_options.TRAINED_ON)
     if config.validation:
         names.append("seed")
     return {name: value for name, value in config.flat().items() if name in names}

@@ -1,20 +1,37 @@
 """Training methods, by the name that `--method` takes."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Annotated
 
 import tyro
 
 from experiments.checks import flag
+from experiments.methods.co_teaching import CoTeaching
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.elr import ELR
+from experiments.methods.gce import GCE
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.method import Method
+from experiments.methods.mixup import Mixup
 from experiments.methods.prune import Prune
 from experiments.methods.quant import Quant
+from experiments.methods.sam import SAM
+from experiments.methods.sce import SCE
 from experiments.methods.weight_decay import WeightDecay
 
-__all__ = ["BASELINE", "METHODS", "Method", "Options", "chosen", "label"]
+__all__ = [
+    "BASELINE",
+    "LOSSES",
+    "METHODS",
+    "OWN_LOSS",
+    "Method",
+    "Options",
+    "check_together",
+    "chosen",
+    "label",
+]
 
 BASELINE = "baseline"
 """The task's own loss and recipe: no method at all."""
@@ -27,7 +44,17 @@ METHODS: dict[str, type[Method]] = {
     "weight_decay": WeightDecay,
     "label_smoothing": LabelSmoothing,
     "early_stopping": EarlyStopping,
+    "gce": GCE,
+    "sce": SCE,
+    "elr": ELR,
+    "mixup": Mixup,
+    "co_teaching": CoTeaching,
+    "sam": SAM,
 }
+LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
+"""Those that `--loss` takes as well."""
+OWN_LOSS = "cross_entropy"
+"""The name of the loss that a task has by itself."""
 
 Options = dataclasses.make_dataclass(
     "Options",
@@ -40,17 +67,32 @@ Options = dataclasses.make_dataclass(
 """The options of all methods, each method's under its name."""
 
 
-def chosen(name: str | None, options: Options) -> dict[str, Method]:
-    """The methods that are on: the one called `name` and those whose options were given."""
+def chosen(names: Collection[str | None], options: Options) -> dict[str, Method]:
+    """The methods that are on: those called `names` and those whose options were given."""
     on = {}
     for key in METHODS:
         method = getattr(options, key)
-        if key == name or method.on:
+        if key in names or method.on:
             on[key] = method.with_defaults()
         elif method.changed():
             turns_on = " or ".join([f"--method {key}", *map(flag, list(method.DEFAULTS)[:1])])
             raise ValueError(f"{flag(method.changed()[0])}: takes effect with {turns_on} only")
     return on
+
+
+def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
+    """Raises ValueError for methods that do not go together, or not with such labels."""
+    for name, method in on.items():
+        if labels not in method.LABELS:
+            takes = f"labels that are {' or '.join(sorted(method.LABELS))}"
+            raise ValueError(f"--method: got {name} with {dataset}, takes {takes}")
+        for other, reason in method.NOT_WITH.items():
+            if other in on:
+                raise ValueError(f"--method: got {name} with {other}, {reason}")
+    for what in ("loss", "procedure"):
+        found = [name for name, method in on.items() if what == method.REPLACES]
+        if len(found) > 1:
+            raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {what}")
 
 
 def label(methods: dict[str, Method]) -> str:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.checks import require, require_choice
-from experiments.methods.method import LAYERS, Method
+from experiments.methods.method import Method
+from experiments.models.layers import LAYERS
 from noisyq_fast import GroupedLinear
 
 Where = Literal["classifier", "stages", "weights"]

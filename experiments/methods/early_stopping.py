@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.checks import MOST_EPOCHS, require_whole
-from experiments.finite import require_finite
 from experiments.methods.method import Method
+from experiments.training.finite import require_finite
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.checks import require
-from experiments.methods.method import Loss, Method
+from experiments.losses import Changed, Loss
+from experiments.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class LabelSmoothing(Method):
     def label(self) -> str:
         return f"label-smoothing{self.label_smoothing:g}"
 
-    def loss(self, loss: Loss, model: nn.Module) -> Loss:
+    def loss(self, loss: Loss, model: nn.Module, task: Any) -> Loss:
         def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
             y, classes = labels, 2
             if not labels.is_floating_point():
                 classes = logits.shape[1]
                 y = F.one_hot(labels, classes).to(logits.dtype)
-            return loss(logits, (1 - self.label_smoothing) * y + self.label_smoothing / classes)
+            return (1 - self.label_smoothing) * y + self.label_smoothing / classes
 
-        return smoothed
+        return Changed(loss, labels=smoothed)

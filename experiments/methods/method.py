@@ -1,18 +1,18 @@
 """What a training method is."""
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from noisyq_fast import GroupedLinear
+from experiments.losses import Loss
 
-LAYERS = nn.Conv2d | nn.Linear | GroupedLinear
-"""Modules whose weights are trained as weights: the others are norms."""
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From logits to the mean loss of the batch: `[B, C]` with classes `[B]`, or probabilities of
-them `[B, C]`; or `[B, T]` with the probability of each of `T` answers, NaN where it is unknown."""
+if TYPE_CHECKING:
+    from experiments.tasks import Task
+    from experiments.training.procedure import Parts, Procedure
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,31 @@ class Method:
 
     Its fields are options of the run. Those that are None by default turn the method on when they
     are given; `--method` turns it on with the values of `DEFAULTS`. Several can be on at once.
-    The trainer keeps a `state` for each method, which it saves in checkpoints: a dict of tensors
-    and plain values.
+    The trainer keeps a `state` for each method and network, which it saves in checkpoints: a dict
+    of tensors and plain values.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ()
-    """Options that runs had not at first: at their defaults they are in no name of a run and in no
-    file, so that those runs keep theirs."""
+
+    LEGACY: ClassVar[Mapping[str, Any]] = {}
+    """Options that the method got later, with the value that gives what it did before. It is left
+    out of a run's name, and stays as it is whatever the default becomes."""
+
+    REPLACES: ClassVar[str | None] = None
+    """What of a run it exchanges, as only one method can: "loss" or "procedure"."""
+
+    NOT_WITH: ClassVar[Mapping[str, str]] = {}
+    """Methods that it does not combine with, and why."""
+
+    LABELS: ClassVar[frozenset[str]] = frozenset({"classes", "answers"})
+    """The kinds of labels that it can learn from: see `Task.LABELS`."""
 
     @property
     def on(self) -> bool:
         """Whether an option that turns the method on was given."""
         return any(getattr(self, name) is not None for name in self.DEFAULTS)
 
-    def with_defaults(self) -> "Method":
+    def with_defaults(self) -> Method:
         """The same with the default of every option that was not given."""
         missing = {k: v for k, v in self.DEFAULTS.items() if getattr(self, k) is None}
         return replace(self, **missing)
@@ -44,10 +54,11 @@ class Method:
         """The options that differ from their defaults."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
-    def flat(self) -> dict[str, Any]:
-        """The options by name, as they are written."""
-        left_out = set(self.ADDED_LATER) - set(self.changed())
-        return {k: v for k, v in asdict(self).items() if k not in left_out}
+    def without_legacy(self) -> dict[str, Any]:
+        """The options by name, but for those at their legacy value."""
+        return {
+            k: v for k, v in asdict(self).items() if k not in self.LEGACY or v != self.LEGACY[k]
+        }
 
     @property
     def label(self) -> str:
@@ -58,9 +69,13 @@ class Method:
         """Changes the freshly initialised network. `example` is an input batch of one image."""
         return model
 
-    def loss(self, loss: Loss, model: nn.Module) -> Loss:
-        """Changes the loss of a training batch."""
+    def loss(self, loss: Loss, model: nn.Module, task: Task) -> Loss:
+        """Changes the loss of a network, or replaces it."""
         return loss
+
+    def procedure(self, parts: Parts) -> Procedure | None:
+        """How the run trains instead of the usual way, which is `Procedure`."""
+        return None
 
     def optimizer_options(self) -> dict[str, Any]:
         """Options of `torch.optim.AdamW` for the weights of convolutions and linear layers."""

@@ -18,7 +18,7 @@ class Quant(Method):
     """Quantizes weights and activations in every layer; the first and the last keep 8 bits."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_bits": 4, "activation_bits": 4}
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ("weight_grid", "activation_grid")
+    LEGACY: ClassVar[Mapping[str, Any]] = {"weight_grid": SIGNED, "activation_grid": SIGNED}
 
     weight_bits: int | None = None
     """quant: bits of the weights, 2 to 8 (4); always 8 in the first and the last layer."""
@@ -57,7 +57,7 @@ class Quant(Method):
         return label if self.weight_grid == SIGNED else f"{label}-{self.weight_grid}-weights"
 
     def evaluation_options(self) -> dict[str, Any]:
-        options = self.flat()
+        options = self.without_legacy()
         del options["averaging_constant"]
         return options
 

@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from experiments.checks import require, require_choice
-from experiments.methods.method import LAYERS, Loss, Method
+from experiments.losses import Changed, Loss
+from experiments.methods.method import Method
+from experiments.models.layers import decayed
 
 Form = Literal["decoupled", "loss"]
 
@@ -43,17 +45,12 @@ class WeightDecay(Method):
     def optimizer_options(self) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay} if self.weight_decay_form == "decoupled" else {}
 
-    def loss(self, loss: Loss, model: nn.Module) -> Loss:
+    def loss(self, loss: Loss, model: nn.Module, task: Any) -> Loss:
         if self.weight_decay_form == "decoupled":
             return loss
 
-        def with_penalty(logits: Tensor, labels: Tensor) -> Tensor:
+        def penalty() -> Tensor:
             squares = sum(weight.square().sum() for weight in decayed(model))
-            return loss(logits, labels) + self.weight_decay * squares
+            return self.weight_decay * squares
 
-        return with_penalty
-
-
-def decayed(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of convolutions and linear layers: no biases and no norms."""
-    return [layer.weight for layer in model.modules() if isinstance(layer, LAYERS)]
+        return Changed(loss, added=penalty)

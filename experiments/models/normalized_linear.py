@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from experiments.distributed import batch_statistics
+from experiments.training.data_parallel import batch_statistics
 from noisyq_fast import GroupedLinear
 
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from experiments import methods
+from experiments import methods, tasks
 from experiments.config import label_of
 from experiments.methods import BASELINE, METHODS, Method
-from experiments.recipes import recipe
 from experiments.reporting.reading import POSITIVE, Fields, shown
 
 _IN_BOTH = ("dataset", "noise", "noise_kind", "seed", "epochs", "fold")
@@ -64,18 +63,21 @@ def _methods(config: Fields, asked: str) -> dict[str, Method]:
     }
     with _told(config):
         on = {
-            name: method(**{f.name: content[f.name] for f in fields(method) if f.name in content})
+            name: method(
+                **method.LEGACY
+                | {f.name: content[f.name] for f in fields(method) if f.name in content}
+            )
             for name, method in METHODS.items()
             if any(content.get(option) is not None for option in method.DEFAULTS)
         }
-        return methods.chosen(asked, methods.Options(**on))
+        return methods.chosen({asked, config.content.get("loss")}, methods.Options(**on))
 
 
 def _label(config: Fields, on: dict[str, Method]) -> str | None:
     """None where an option is of a type that JSON turns into text, such as a path."""
-    suits = recipe(config.content["dataset"], config.content.get("encoder"))
+    task = tasks.TASKS[tasks.of_dataset(config.content["dataset"])]
     with _told(config), contextlib.suppress(AttributeError):
-        return label_of(on, suits, config.content["epochs"])
+        return label_of(on, task, config.content["epochs"])
     return None
 
 

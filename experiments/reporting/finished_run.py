@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from experiments.config import WITHOUT_EFFECT
-from experiments.data.au import AU_DATASETS
+from experiments import tasks
+from experiments.config import TOLD_BY_METHODS, WITHOUT_EFFECT
 from experiments.methods import METHODS
 from experiments.reporting import agreement
 from experiments.reporting.options import require_type
@@ -27,7 +27,7 @@ from experiments.reporting.reading import (
 
 # Where and how a run was made, rather than what it is.
 _CIRCUMSTANCES = WITHOUT_EFFECT | {"device", "threads"}
-_OF_METHODS = {"method"}.union(*({f.name for f in fields(method)} for method in METHODS.values()))
+_OF_METHODS = TOLD_BY_METHODS | {f.name for method in METHODS.values() for f in fields(method)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class FinishedRun:
         "accuracy_gap": DIFFERENCE,
         "loss_gap": FINITE,
         "epochs_trained": COUNT,
+        "forward_passes": POSITIVE,
+        "backward_passes": POSITIVE,
         "parameters": COUNT,
         "size_in_bits": COUNT,
         "macs": COUNT,
@@ -69,7 +71,7 @@ class FinishedRun:
     """The numbers of the result that are compared."""
 
     BY_EPOCH: ClassVar[dict[str, Number]] = {
-        "loss": POSITIVE,
+        "loss": FINITE,
         "test_loss": POSITIVE.or_null,
         "train_accuracy_flipped": SHARE.or_null,
         "test_accuracy": SHARE.or_null,
@@ -82,14 +84,16 @@ class FinishedRun:
     def read(cls, folder: Path) -> Self:
         """A ValueError tells which file is missing or what is wrong in it."""
         config = Fields.of_file(folder / "config.json")
-        result = Fields.of_file(folder / "result.json")
+        result = with_passes(Fields.of_file(folder / "result.json"))
         checked = cls._checked(config, result)
         return cls(folder, **checked, epochs=cls._epochs(folder, config, result))
 
-    @staticmethod
-    def is_on(dataset: str | None) -> bool:
+    TASK: ClassVar[str] = "classification"
+
+    @classmethod
+    def is_on(cls, dataset: str | None) -> bool:
         """Whether runs on a data set are of this kind."""
-        return dataset not in AU_DATASETS
+        return tasks.of_dataset(dataset) == cls.TASK
 
     @property
     def coordinates(self) -> dict[str, Any]:
@@ -138,7 +142,8 @@ class FinishedRun:
         setup = {name: value for name, value in config.content.items() if name not in ignored}
         for name in setup:
             require_type(config, name)
-        return setup
+        legacy = tasks.TASKS[cls.TASK].OPTIONS.LEGACY
+        return setup | {name: value for name, value in legacy.items() if name not in setup}
 
     @classmethod
     def _epochs(cls, folder: Path, config: Fields, result: Fields) -> list[dict[str, float | None]]:
@@ -158,3 +163,11 @@ class FinishedRun:
             raise ValueError(f"{path}: got {len(epochs)} epochs, takes {takes}")
         agreement.check_seconds(path, lines, result)
         return epochs
+
+
+def with_passes(result: Fields) -> Fields:
+    """A result with the passes that a sample took, which were one an epoch before they were
+    written."""
+    trained = result.content.get("epochs_trained")
+    passes = {"forward_passes": trained, "backward_passes": trained}
+    return Fields(result.place, passes | result.content) if trained is not None else result

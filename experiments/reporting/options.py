@@ -4,11 +4,13 @@ import types
 import typing
 from typing import Any
 
-from experiments.au_options import ActionUnitOptions
+from experiments import tasks
 from experiments.config import RunConfig
 from experiments.reporting.reading import Fields, is_plain
 
-_TYPES = typing.get_type_hints(RunConfig) | typing.get_type_hints(ActionUnitOptions)
+_TYPES = typing.get_type_hints(RunConfig)
+for _task in tasks.TASKS.values():
+    _TYPES |= typing.get_type_hints(_task.OPTIONS)
 _NAMES = {
     bool: "true or false",
     int: "a whole number",

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import methods
-from experiments.au_options import ActionUnitOptions
+from experiments import methods, tasks
 from experiments.config import RunConfig
 from experiments.files import read_bytes
 
@@ -26,9 +25,13 @@ _MOST_RUNS = 100_000
 
 _RUN_OPTIONS = {
     option.name.replace("_", "-")
-    for owner in (RunConfig, ActionUnitOptions, *methods.METHODS.values())
+    for owner in (
+        RunConfig,
+        *(task.OPTIONS for task in tasks.TASKS.values()),
+        *methods.METHODS.values(),
+    )
     for option in dataclasses.fields(owner)
-} - {"options", "faces", *OWN}
+} - {"options", "of_tasks", *OWN}
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def _task(options: Options, extra: tuple[str, ...]) -> Task:
     config = prepared.config
     # What changes the name and can depend on the machine or the process.
     found = {"threads": config.threads, "device": config.device}
-    if config.detects_action_units:
-        found["encoder"] = config.faces.encoder
+    own = config.task_options
+    found |= {name: getattr(own, name) for name in own.ON_THE_MACHINE}
     found = {name: value for name, value in found.items() if name not in option_names(extra)}
     return Task(
         arguments=(*_arguments(options | found), *extra),

@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config import RunConfig
+from experiments.data import au
 from experiments.data.au import UNKNOWN, Frames, augment
 from experiments.data.au.frequency import frequency_weights
 from experiments.data.au.pool import FramePool
 from experiments.data.augment import Normalize
-from experiments.evaluation import accuracy
+from experiments.losses import Loss
 from experiments.models import (
     ActionUnitNetwork,
     InceptionV3Encoder,
@@ -23,10 +23,17 @@ from experiments.models import (
     SharedHead,
     SmallEncoder,
 )
+from experiments.models.inception import torchvision_models
 from experiments.seeds import SPLIT, mixed
-from experiments.tasks.au_loss import au_loss
+from experiments.tasks.action_unit_options import ActionUnitOptions
+from experiments.tasks.au_loss import ActionUnitLoss, au_loss
 from experiments.tasks.f1 import best_thresholds, f1
 from experiments.tasks.task import Part, Scores, Task, percent, shards
+from experiments.training.evaluation import accuracy
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.reporting.report import Report
 
 _SAMPLE = 2000  # pictures to normalize by
 
@@ -35,21 +42,40 @@ class ActionUnits(Task):
     """A fold: tests on the subjects of one part, trains on those of the others, of which some are
     held out to choose the epoch and the thresholds."""
 
+    OPTIONS = ActionUnitOptions
+    LABELS = "answers"
     SCORE = "f1"
+    OBJECTS = ("thresholds",)
 
     def __init__(self, config: RunConfig, frames: Frames, device: torch.device) -> None:
         self.config = config
         self.frames = frames
         self.device = device
-        self.parts = split(frames, config.faces.fold, config.validation, config.seed)
+        self.parts = split(frames, config.task_options.fold, config.validation, config.seed)
         self.pool = FramePool(frames.images, frames.row, device)
         self.given = frames.given.to(device)
         self.truth = None if frames.truth is None else frames.truth.to(device)
         self.weights = frequency_weights(frames.given[self.parts["trained"]]).to(device)
         self.normalize = self._normalize().to(device)
 
+    @staticmethod
+    def read(config: RunConfig) -> Frames:
+        options = config.task_options
+        if options.encoder == "inception_v3":
+            torchvision_models()  # may be missing: told before pictures are decoded for hours
+        size = options.image_size
+        if config.dataset == au.SYNTHETIC:
+            return au.draw(size, options.frames_per_subject, config.noise, config.noise_seed)
+        return au.load(config.dataset, config.data_dir, size, options.strict, options.cache_dir)
+
+    @staticmethod
+    def report() -> Report:
+        from experiments.reporting.action_units import REPORT
+
+        return REPORT
+
     def _normalize(self) -> Normalize:
-        if self.config.faces.pretrained:
+        if self.config.task_options.pretrained:
             return Normalize(torch.full((3,), 127.5), torch.full((3,), 127.5))  # as it was trained
         rows = self.frames.row[self.parts["trained"]]
         step = -(-len(rows) // _SAMPLE)
@@ -59,7 +85,7 @@ class ActionUnits(Task):
         return len(self.parts[part])
 
     def network(self) -> nn.Module:
-        options, aus = self.config.faces, len(self.frames.aus)
+        options, aus = self.config.task_options, len(self.frames.aus)
         if options.encoder == "small":
             encoder = SmallEncoder()
         else:
@@ -68,8 +94,22 @@ class ActionUnits(Task):
             return ActionUnitNetwork(encoder, SharedHead(encoder.features, aus))
         return ActionUnitNetwork(encoder, PerAUHead(encoder.features, aus, options.au_norm))
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return au_loss(logits, labels, self.weights)
+    def loss(self) -> Loss:
+        return ActionUnitLoss(self.weights)
+
+    def labels(self, part: Part) -> Tensor:
+        return _as_probabilities(self._labels(part)[0])
+
+    @property
+    def classes(self) -> int:
+        return len(self.frames.aus)
+
+    def wrong_labels(self) -> float | None:
+        given, truth = self._labels("trained")
+        if truth is None:
+            return None
+        known = given != UNKNOWN
+        return ((given != truth) & known).sum().item() / known.sum().item()
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return augment.draw(count, generator)
@@ -88,7 +128,7 @@ class ActionUnits(Task):
         inputs = self.normalize(images)
         if self.config.augment:
             inputs = augment.transformed(inputs, views)
-        return inputs, given.float().masked_fill(given == UNKNOWN, torch.nan)
+        return inputs, _as_probabilities(given)
 
     def inputs(self, part: Part, samples: Tensor) -> Tensor:
         return self.normalize(self.pool(self.parts[part][samples]))
@@ -118,12 +158,9 @@ class ActionUnits(Task):
         chosen = best_thresholds(held_out.sigmoid(), self._labels("held_out")[0])
         scores = self._test_scores(test.sigmoid(), chosen)
         predicted = self.predicted(trained)
-        wrong = None if truth is None else ((given != truth) & (given != UNKNOWN))
         return {
-            "fold": self.config.faces.fold,
-            "wrong_labels": (
-                None if wrong is None else wrong.sum().item() / (given != UNKNOWN).sum().item()
-            ),
+            "fold": self.config.task_options.fold,
+            "wrong_labels": self.wrong_labels(),
             **{name: None if score is None else _mean(score) for name, score in scores.items()},
             "test_f1_std": scores["test_f1"].std().item(),
             "validation_f1": _mean(f1(held_out.sigmoid(), self._labels("held_out")[0])),
@@ -163,9 +200,7 @@ class ActionUnits(Task):
         return self.given[indices], None if self.truth is None else self.truth[indices]
 
     def _loss(self, part: Part, logits: Tensor) -> float:
-        given, _ = self._labels(part)
-        labels = given.float().masked_fill(given == UNKNOWN, torch.nan)
-        return self.loss(logits, labels).item()
+        return au_loss(logits, self.labels(part), self.weights).item()
 
     def _test_scores(self, probabilities: Tensor, chosen: Tensor) -> dict[str, Tensor | None]:
         """F1 by AU against annotators and truth, at 0.5 and at the chosen thresholds."""
@@ -201,6 +236,10 @@ def split(frames: Frames, fold: int, validation: float, seed: int) -> dict[Part,
     held_out = torch.isin(frames.subject, subjects[order[:count]]) & ~test
     parts = {"trained": ~test & ~held_out, "held_out": held_out, "test": test}
     return {name: chosen.nonzero().flatten() for name, chosen in parts.items()}
+
+
+def _as_probabilities(labels: Tensor) -> Tensor:
+    return labels.float().masked_fill(labels == UNKNOWN, torch.nan)
 
 
 def _mean(scores: Tensor) -> float:

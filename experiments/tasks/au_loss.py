@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.losses import Loss
+
 _DICE_SHARE = 0.5
 
 
@@ -19,8 +21,26 @@ def au_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         labels: `[B, T]`, probabilities from 0 to 1, NaN where unknown.
         weights: `[T]`.
     """
+    return _elementwise(logits, labels, weights).mean()
+
+
+class ActionUnitLoss(Loss):
+    """The same as a loss of samples, each of which takes the mean over its labels."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        return au_loss(logits, labels, self.weights)
+
+    def samples(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        return _elementwise(logits, labels, self.weights).mean(1)
+
+
+def _elementwise(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     known = ~labels.isnan()
     y, p = labels.nan_to_num(0), logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
     dice = 1 - (2 * y * p + 1) / (y.square() + p.square() + 1)
-    return (weights * known * (entropy + _DICE_SHARE * dice)).mean()
+    return weights * known * (entropy + _DICE_SHARE * dice)

@@ -1,36 +1,46 @@
-"""One class an image, by a ResNet-20, from training labels of which some are wrong."""
+"""One class an image, from training labels of which some are wrong."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.config import RunConfig
+from experiments import data
 from experiments.data import Dataset, cifar10n
 from experiments.data.augment import Normalize, RandomCropFlip
 from experiments.data.noise import NOISE_KINDS, NoisyLabels
-from experiments.evaluation import Evaluation, accuracy
-from experiments.models import ResNet20
+from experiments.losses import CrossEntropy, Loss
+from experiments.models import MODELS
 from experiments.seeds import SPLIT, mixed
+from experiments.tasks.classification_options import ClassificationOptions
 from experiments.tasks.task import Part, Scores, Task, percent, shards
+from experiments.training.evaluation import Evaluation, accuracy
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.reporting.report import Report
 
 
 class Classification(Task):
     """Held-out samples are of the training set, with its noisy labels."""
 
+    OPTIONS = ClassificationOptions
+    LABELS = "classes"
     SCORE = "accuracy"
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
         self.dataset = dataset
+        self.make_network = MODELS[config.task_options.model]
         self.device = device
-        self.labels = noisy_labels(config, dataset)
-        self.given = self.labels.given.to(device)
-        self.true = self.labels.true.to(device)
+        self.noisy = noisy_labels(config, dataset)
+        self.given = self.noisy.given.to(device)
+        self.true = self.noisy.true.to(device)
         self.normalize = Normalize.of(dataset.train_images).to(device)
         self.train_images = dataset.train_images.to(device)
         self.test_images = dataset.test_images.to(device)
@@ -54,17 +64,35 @@ class Classification(Task):
             )
         return order[held_out:].to(self.device), order[:held_out].to(self.device)
 
+    @staticmethod
+    def read(config: RunConfig) -> Dataset:
+        return _read(config.dataset, config.data_dir, config.download, config.train_size)
+
+    @staticmethod
+    def report() -> Report:
+        from experiments.reporting.classification import REPORT
+
+        return REPORT
+
     def count(self, part: Part) -> int:
         return len(self._part(part)[1])
 
     def network(self) -> nn.Module:
-        return ResNet20(
-            in_channels=self.dataset.train_images.shape[-1],
-            num_classes=len(self.dataset.class_names),
-        )
+        channels = self.dataset.train_images.shape[-1]
+        return self.make_network(channels, self.classes)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
+    def loss(self) -> Loss:
+        return CrossEntropy()
+
+    def labels(self, part: Part) -> Tensor:
+        return self._part(part)[1]
+
+    @property
+    def classes(self) -> int:
+        return len(self.dataset.class_names)
+
+    def wrong_labels(self) -> float:
+        return self.noisy.flipped.double().mean().item()
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return self.images.draw(count, generator)
@@ -110,7 +138,7 @@ class Classification(Task):
         tested = self._evaluation("test", test)
         validation = self._evaluation("held_out", held_out)
         return {
-            "wrong_labels": self.labels.flipped.double().mean().item(),
+            "wrong_labels": self.wrong_labels(),
             "test_accuracy": tested.accuracy,
             "test_loss": tested.loss,
             "test_calibration_error": tested.calibration_error,
@@ -137,9 +165,9 @@ class Classification(Task):
 
     def label_arrays(self) -> dict[str, np.ndarray]:
         return {
-            "indices": self.labels.redrawn.numpy(),
-            "true": self.labels.true.numpy(),
-            "given": self.labels.given.numpy(),
+            "indices": self.noisy.redrawn.numpy(),
+            "true": self.noisy.true.numpy(),
+            "given": self.noisy.given.numpy(),
         }
 
     def _part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -151,6 +179,12 @@ class Classification(Task):
 
     def _evaluation(self, part: Part, logits: Tensor | None) -> Evaluation | None:
         return None if logits is None else Evaluation.of(logits, self._part(part)[1])
+
+
+@functools.lru_cache(maxsize=4)
+def _read(name: str, data_dir: Path | None, download: bool, train_size: int | None) -> Dataset:
+    """Once in a process that prepares many runs."""
+    return data.load(name, data_dir, download).with_train_size(train_size)
 
 
 def noisy_labels(config: RunConfig, dataset: Dataset) -> NoisyLabels:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments import distributed
-from experiments.config import RunConfig
+from experiments.losses import Loss
+from experiments.tasks.options import TaskOptions
+from experiments.training import data_parallel
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.reporting.report import Report
 
 Part = Literal["trained", "held_out", "test"]
 Scores = dict[str, float | None]
@@ -23,12 +28,30 @@ class Task(ABC):
     Samples of a part are counted from 0 in an order of their own.
     """
 
+    OPTIONS: ClassVar[type[TaskOptions]]
+
+    LABELS: ClassVar[Literal["classes", "answers"]]
+    """What labels are: a class a sample, or the answers to several questions by yes or no."""
+
     SCORE: ClassVar[str]
     """The score on held-out samples by which epochs are compared, such as accuracy."""
 
     @abstractmethod
     def __init__(self, config: RunConfig, data: Any, device: torch.device) -> None:
         """Takes the data to the device, where they fit."""
+
+    OBJECTS: ClassVar[tuple[str, ...]] = ()
+    """The numbers of a result that are one for each of several things, by name."""
+
+    @staticmethod
+    @abstractmethod
+    def read(config: RunConfig) -> Any:
+        """The data of a run, with their `checksum`."""
+
+    @staticmethod
+    @abstractmethod
+    def report() -> Report:
+        """What is made of finished runs."""
 
     @abstractmethod
     def count(self, part: Part) -> int:
@@ -39,8 +62,21 @@ class Task(ABC):
         """A freshly initialised network, from PyTorch's random numbers, on the CPU."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch, from float32 logits."""
+    def loss(self) -> Loss:
+        """What is minimized where no method says otherwise."""
+
+    @abstractmethod
+    def labels(self, part: Part) -> Tensor:
+        """The given labels of a part's samples, as the loss takes them."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """How many logits a sample has: one for each class, or for each answer."""
+
+    @abstractmethod
+    def wrong_labels(self) -> float | None:
+        """The share of the given training labels that are wrong; None where nobody knows."""
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -96,7 +132,7 @@ class Task(ABC):
 def shards(order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of each batch: samples and views."""
     for batch, batch_views in zip(order.split(sizes), views.split(sizes), strict=True):
-        yield distributed.shard(batch), distributed.shard(batch_views)
+        yield data_parallel.shard(batch), data_parallel.shard(batch_views)
 
 
 def percent(share: float | None) -> str:

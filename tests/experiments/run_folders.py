@@ -127,7 +127,7 @@ def _in_both(config, label):
         **{name: config[name] for name in names if name in config},
         **counts,
         "label": label,
-        "epochs_trained": config["epochs"],
+        **dict.fromkeys(("epochs_trained", "forward_passes", "backward_passes"), config["epochs"]),
         "seconds": 2.0 * config["epochs"],
         "data_sha256": SHA256,
     }

@@ -12,7 +12,7 @@ from experiments.methods import METHODS
 from experiments.tasks.action_units import ActionUnits, split
 from experiments.tasks.au_loss import au_loss
 from experiments.tasks.f1 import best_thresholds, f1
-from experiments.training import Trainer, batch_sizes
+from experiments.training.loop import Trainer, batch_sizes
 
 CPU = torch.device("cpu")
 TINY = "--dataset synthetic-au --frames-per-subject 32 --image-size 32 --threads 1 --epochs 2"
@@ -24,12 +24,12 @@ def config(arguments=""):
 
 def trainer(arguments=""):
     options = config(arguments)
-    return Trainer(options, tasks.make(options, tasks.read(options), CPU), CPU)
+    return Trainer(options, tasks.make(options, options.task.read(options), CPU), CPU)
 
 
 @pytest.fixture(scope="module")
 def frames():
-    return tasks.read(config())
+    return ActionUnits.read(config())
 
 
 # Who is trained on, and who is not.
@@ -264,7 +264,10 @@ def test_decay_of_the_recipe_falls_and_that_of_a_method_stays():
     recipe, method = trainer(), trainer("--method weight_decay")
     for work in (recipe, method):
         list(work.epochs())
-    (weights, others), (decayed, _) = recipe.optimizer.param_groups, method.optimizer.param_groups
+    (weights, others), (decayed, _) = (
+        recipe.procedure.optimizers[0].param_groups,
+        method.procedure.optimizers[0].param_groups,
+    )
     assert weights["weight_decay"] == pytest.approx(1e-4 * 0.5)  # half-way along the cosine
     assert others["weight_decay"] == 0
     assert decayed["weight_decay"] == 0.01
@@ -272,7 +275,7 @@ def test_decay_of_the_recipe_falls_and_that_of_a_method_stays():
 
 def test_annotators_change_with_the_noise_seed_and_the_pictures_do_not():
     (first, other, true) = (
-        tasks.read(config(f"--noise {noise} --noise-seed {seed}"))
+        ActionUnits.read(config(f"--noise {noise} --noise-seed {seed}"))
         for noise, seed in ((1, 0), (1, 1), (0, 0))
     )
     assert torch.equal(first.images, other.images)
@@ -307,7 +310,7 @@ def test_weights_are_not_tested_on_who_they_were_trained_on(tmp_path):
     evaluate = [*options, "--epochs", "0", "--weights", str(weights)]
     assert run.execute(run.prepare(run.parse([*evaluate, "--fold", "2"])), CPU)
     for other in (["--fold", "1"], ["--fold", "2", "--seed", "1"]):
-        with pytest.raises(ValueError, match="this run would be tested on who it was trained on"):
+        with pytest.raises(ValueError, match="would be tested on samples it was trained on"):
             run.execute(run.prepare(run.parse([*evaluate, *other])), CPU)
 
 
@@ -324,4 +327,4 @@ def test_single_face_that_is_left_joins_the_batch_before():
 def test_penalty_in_the_loss_takes_the_place_of_the_decay_of_the_recipe():
     work = trainer("--method weight_decay --weight-decay-form loss --epochs 1")
     list(work.epochs())
-    assert [group["weight_decay"] for group in work.optimizer.param_groups] == [0, 0]
+    assert [group["weight_decay"] for group in work.procedure.optimizers[0].param_groups] == [0, 0]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.allocator import keep_freed_memory, page_faults
+from experiments.training.allocator import keep_freed_memory, page_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = """
-from experiments.allocator import keep_freed_memory, page_faults
+from experiments.training.allocator import keep_freed_memory, page_faults
 
 def faults_of_a_step():
     before = page_faults()

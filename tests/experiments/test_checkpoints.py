@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from experiments.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints
 
 FILES = ("checkpoint.pt", "checkpoint-before.pt")
 
@@ -110,13 +110,14 @@ class _Shell:
         (b"", "holds no checkpoint"),
         ([], "holds no checkpoint"),
         ({}, "holds no checkpoint"),
-        ({"format": 3, "run": "this-run"}, "holds no checkpoint"),
-        ({"format": 3, "run": "this-run", "state": None}, "holds NoneType as the state"),
-        ({"format": 3, "run": "this-run", "state": [1]}, "holds list as the state"),
-        ({"format": 2, "model": {}}, "has format 2, this version takes 3"),
-        ({"format": 3, "run": "other", "state": {}}, "is of the run other, this one is this-run"),
-        ({"format": 3, "run": torch.ones(2), "state": {}}, "is of the run tensor"),
-        ({"format": 3, "run": "this-run", "state": {"a": _Shell()}}, "holds no checkpoint"),
+        ({"format": 4, "run": "this-run"}, "holds no checkpoint"),
+        ({"format": 4, "run": "this-run", "state": None}, "holds NoneType as the state"),
+        ({"format": 4, "run": "this-run", "state": [1]}, "holds list as the state"),
+        ({"format": 3, "run": "this-run", "state": {"model": {}}}, "holds no state of format 3"),
+        ({"format": 2, "model": {}}, "has format 2, this version takes 4"),
+        ({"format": 4, "run": "other", "state": {}}, "is of the run other, this one is this-run"),
+        ({"format": 4, "run": torch.ones(2), "state": {}}, "is of the run tensor"),
+        ({"format": 4, "run": "this-run", "state": {"a": _Shell()}}, "holds no checkpoint"),
     ],
 )
 @pytest.mark.parametrize("name", FILES)

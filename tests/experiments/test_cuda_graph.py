@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_training import trainer
 
-from experiments.cuda_graph import GraphedStep
+from experiments.training.cuda_graph import GraphedStep
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,26 +1,21 @@
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiments
 from experiments import methods, run
+from experiments.losses import CrossEntropy, Loss
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.quant import Quant
-from experiments.methods.weight_decay import WeightDecay, decayed
+from experiments.methods.weight_decay import WeightDecay
 from experiments.models import ResNet20
+from experiments.models.layers import decayed
 from noisyq_fast import GroupedLinear
 
 LOGITS = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6)
+INDICES = torch.arange(6)
 
 
 def test_every_method_is_on_with_its_defaults_under_its_name():
@@ -32,6 +27,12 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "weight_decay": "weight-decay0.01",
         "label_smoothing": "label-smoothing0.1",
         "early_stopping": "early-stopping10",
+        "gce": "gce0.7",
+        "sce": "sce0.1-1",
+        "elr": "elr3-0.7",
+        "mixup": "mixup1",
+        "co_teaching": "co-teaching",
+        "sam": "sam0.05",
     }
 
 
@@ -62,11 +63,11 @@ def test_quant_sets_the_grids_asked_for():
     assert quant.evaluation_options() == options | grids
 
 
-def test_the_grids_of_before_are_in_no_name_and_no_file():
+def test_the_grids_of_before_are_in_no_name_and_in_no_file_of_weights():
     config = run.parse(["--method", "quant"])
     given = run.parse(["--method", "quant", "--activation-grid", "signed"])
     assert config.identity() == given.identity()
-    assert not any("grid" in name for name in config.flat())
+    assert not any("grid" in name for name in config.identity())
     assert config.methods["quant"].evaluation_options() == {"weight_bits": 4, "activation_bits": 4}
     other = run.parse(["--method", "quant", *GRIDS])
     assert other.flat()["activation_grid"] == "unsigned"
@@ -89,17 +90,19 @@ def test_an_odd_grid_has_fewer_bits():
 def test_label_smoothing_is_its_formula(share):
     targets = (1 - share) * F.one_hot(LABELS, 10) + share / 10
     expected = -(targets * LOGITS.log_softmax(1)).sum(1).mean()
-    loss = LabelSmoothing(share).loss(F.cross_entropy, nn.Identity())
-    torch.testing.assert_close(loss(LOGITS, LABELS), expected)
+    loss = LabelSmoothing(share).loss(CrossEntropy(), nn.Identity(), None)
+    torch.testing.assert_close(loss(LOGITS, LABELS, INDICES), expected)
+    torch.testing.assert_close(loss.samples(LOGITS, LABELS, INDICES).mean(), expected)
 
 
 def test_answers_by_yes_or_no_are_smoothed_one_by_one():
-    def squares(logits, labels):
-        return (logits - labels).square().nansum()
+    class Squares(Loss):
+        def samples(self, logits, labels, indices):
+            return (logits - labels).square().nansum(1)
 
     labels = torch.tensor([[0.0, 1.0, torch.nan]])
-    smoothed = LabelSmoothing(0.2).loss(squares, nn.Identity())
-    assert smoothed(torch.zeros(1, 3), labels) == pytest.approx(0.1**2 + 0.9**2)
+    smoothed = LabelSmoothing(0.2).loss(Squares(), nn.Identity(), None)
+    assert smoothed(torch.zeros(1, 3), labels, INDICES[:1]) == pytest.approx(0.1**2 + 0.9**2)
 
 
 def test_weight_decay_spares_biases_and_norms():
@@ -109,15 +112,18 @@ def test_weight_decay_spares_biases_and_norms():
 
 def test_weight_decay_in_the_loss_is_its_formula():
     model = nn.Linear(3, 2)
-    loss = WeightDecay(0.5, "loss").loss(F.cross_entropy, model)
+    loss = WeightDecay(0.5, "loss").loss(CrossEntropy(), model, None)
     penalty = 0.5 * model.weight.square().sum()
-    torch.testing.assert_close(loss(LOGITS, LABELS), F.cross_entropy(LOGITS, LABELS) + penalty)
+    torch.testing.assert_close(
+        loss(LOGITS, LABELS, INDICES), F.cross_entropy(LOGITS, LABELS) + penalty
+    )
     assert WeightDecay(0.5, "loss").optimizer_options() == {}
 
 
 def test_decoupled_weight_decay_leaves_the_loss():
     method = WeightDecay(0.5)
-    assert method.loss(F.cross_entropy, nn.Identity()) is F.cross_entropy
+    loss = CrossEntropy()
+    assert method.loss(loss, nn.Identity(), None) is loss
     assert method.optimizer_options() == {"weight_decay": 0.5}
 
 
@@ -166,66 +172,3 @@ def test_early_stopping_forgets_weights_that_no_longer_fit():
 def test_weight_decay_spares_biases_of_many_heads():
     heads = GroupedLinear(3, 4, 2)
     assert [id(parameter) for parameter in decayed(heads)] == [id(heads.weight)]
-
-
-CLIPPED = '''
-"""The method of the test below."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from experiments.methods.method import Method
-
-
-@dataclass(frozen=True)
-class Clipped(Method):
-    DEFAULTS: ClassVar = {"clip": 2.0}
-
-    clip: float | None = None
-    """clipped: the largest loss of a batch."""
-
-    clip_softly: bool = False
-    """clipped: has no effect."""
-
-    @property
-    def label(self):
-        return f"clipped{self.clip:g}"
-
-    def loss(self, loss, model):
-        return lambda logits, labels: loss(logits, labels).clamp(max=self.clip)
-'''
-
-
-def test_a_method_is_added_by_a_file_and_its_name(tmp_path):
-    """As CONTRIBUTING.md says, in a copy of the study."""
-    copy = tmp_path / "experiments"
-    source = Path(experiments.__file__).parent
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "methods" / "clipped.py").write_text(CLIPPED)
-    named = copy / "methods" / "__init__.py"
-    text = named.read_text().replace(
-        "# In the order", "from experiments.methods.clipped import Clipped\n\n# In the order"
-    )
-    text = text.replace('    "quant": Quant,\n', '    "quant": Quant,\n    "clipped": Clipped,\n')
-    named.write_text(text)
-    (tmp_path / "grid.toml").write_text(
-        "[base]\nmethod = 'clipped'\nclip = 0.5\nclip-softly = true\nweight-bits = 4\n"
-        "epochs = 1\ntrain-size = 32\nthreads = 1\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "experiments/sweep.py", "grid.toml"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(source.parent)},  # for noisyq_fast
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    result, config, metrics = (
-        json.loads((folder / name).read_text())
-        for name in ("result.json", "config.json", "metrics.jsonl")
-    )
-    assert (result["method"], result["label"]) == ("quant+clipped", "quant-w4a4+clipped0.5")
-    assert (config["clip"], config["clip_softly"]) == (0.5, True)
-    assert metrics["loss"] == 0.5

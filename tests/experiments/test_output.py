@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from experiments import run
 from experiments.config import RunConfig
-from experiments.history import EpochMetrics
 from experiments.models import ResNet20
 from experiments.output import RunFolder, run_name
+from experiments.training.history import EpochMetrics
 
 
 def ten_labels():

@@ -8,7 +8,7 @@ from run_folders import edit
 from run_folders import write_classification as write_run
 
 from experiments import report
-from experiments.reporting import figures, statistics, tables
+from experiments.reporting import comparison, figures, tables
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.runs import defaults, find, studies, titles
 
@@ -26,7 +26,7 @@ def test_means_deviations_and_paired_gains(tmp_path):
     for seed, (baseline, quant) in enumerate([(0.50, 0.53), (0.60, 0.64), (0.40, 0.45)]):
         write_run(tmp_path, "baseline", baseline, seed=seed)
         write_run(tmp_path, "quant-w4a4", quant, seed=seed)
-    summary = statistics.summary(only_study(tmp_path))
+    summary = comparison.summary(only_study(tmp_path))
     baseline, quant = row(summary, "baseline", 0.4), row(summary, "quant-w4a4", 0.4)
     assert baseline["seeds"] == quant["pairs"] == 3
     assert baseline["test_accuracy_mean"] == pytest.approx(0.5)
@@ -42,7 +42,7 @@ def test_only_the_same_seeds_are_paired(tmp_path):
     write_run(tmp_path, "baseline", 0.9, seed=1)
     write_run(tmp_path, "quant-w4a4", 0.6, seed=0)
     write_run(tmp_path, "quant-w4a4", 0.0, seed=2)
-    quant = row(statistics.summary(only_study(tmp_path)), "quant-w4a4", 0.4)
+    quant = row(comparison.summary(only_study(tmp_path)), "quant-w4a4", 0.4)
     assert (quant["seeds"], quant["pairs"]) == (2, 1)
     assert quant["gain"] == pytest.approx(0.1)
     assert quant["gain_half_width"] is None
@@ -87,10 +87,10 @@ def test_table_of_accuracy_and_gain(tmp_path):
     write_run(tmp_path, "quant-w4a4", 0.75, seed=1)
     write_run(tmp_path, "baseline", 0.875, noise=0.0)
     study = only_study(tmp_path)
-    text = tables.study_section("title", study, statistics.summary(study))
-    assert "| baseline | 87.50 | 55.00 ± 7.07 (n 2) |" in text
-    assert "| quant-w4a4 | - | 75.00 |" in text
-    assert "| quant-w4a4 | - | +15.0 |" in text
+    text = tables.study_section("title", study, comparison.summary(study))
+    assert "| baseline | 3 + 3 | 87.50 | 55.00 ± 7.07 (n 2) |" in text
+    assert "| quant-w4a4 | 3 + 3 | - | 75.00 |" in text
+    assert "| quant-w4a4 | 3 + 3 | - | +15.0 |" in text
     assert "| baseline | - | 90.00 ± 0.00 (n 2) |" in text  # nothing is wrong without noise
     assert "- quant-w4a4, seed 0: noise 0, 0.4" in text
 
@@ -110,7 +110,7 @@ def test_command_writes_tables_and_figures(whole_tree, monkeypatch, capsys):
     unfinished = whole_tree / "killed"
     unfinished.mkdir()
     (unfinished / "config.json").write_text("{}")
-    report.figures(whole_tree)
+    report.COMMANDS["figures"](whole_tree)
     out = whole_tree / "report"
     assert {path.name for path in out.iterdir()} == {
         "report.md",
@@ -130,7 +130,7 @@ def test_command_writes_tables_and_figures(whole_tree, monkeypatch, capsys):
 
 
 def test_figure_2_draws_every_method_and_the_published_curves(whole_tree):
-    figure = figures.accuracy_and_gain(statistics.summary(only_study(whole_tree)))
+    figure = figures.accuracy_and_gain(comparison.summary(only_study(whole_tree)))
     accuracy, gain = figure.axes
     assert len(accuracy.containers) == len(defaults())
     assert len(gain.containers) == len(defaults()) - 1
@@ -147,10 +147,18 @@ def test_published_curves_are_those_of_the_paper():
 
 def test_figures_that_runs_are_not_enough_for_are_left_out(tmp_path):
     write_run(tmp_path)
-    report.figures(tmp_path, tmp_path / "out")
+    report.COMMANDS["figures"](tmp_path, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_directory_without_runs_is_told(tmp_path):
     with pytest.raises(ValueError, match="no finished run on classification in it"):
-        report.figures(tmp_path)
+        report.COMMANDS["figures"](tmp_path)
+
+
+def test_a_training_loss_can_be_negative(tmp_path):
+    """As that of elr is, which rewards agreement without a lower limit of 0."""
+    metrics = write_run(tmp_path) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": 1.0', '"loss": -1.0', 1))
+    (run,) = find(tmp_path).finished
+    assert run.epochs[0]["loss"] == -1.0

@@ -17,9 +17,10 @@ from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.reading import Number
 from experiments.reporting.runs import find
 
+FIGURES, TABLE1 = report.COMMANDS["figures"], report.COMMANDS["table1"]
 KINDS = {
-    "figures": (report.figures, FinishedRun, write_classification, EPOCHS, "summary.csv"),
-    "table1": (report.table1, ActionUnitRun, write_action_units, AU_EPOCHS, "table1.csv"),
+    "figures": (FIGURES, FinishedRun, write_classification, EPOCHS, "summary.csv"),
+    "table1": (TABLE1, ActionUnitRun, write_action_units, AU_EPOCHS, "table1.csv"),
 }
 NESTED = '{"a":' * 100_000
 
@@ -161,9 +162,8 @@ DAMAGES = [
     (lines(lambda epochs: [*epochs, "\n"]), "malformed: Expect"),
     (epoch(epoch="2"), "line 2: got '2' as epoch, takes a whole number from 0"),
     (epoch(epoch=...), "line 2: lacks epoch"),
-    (epoch(loss=None), "line 2: got None as loss, takes a finite number from 0"),
+    (epoch(loss=None), "line 2: got None as loss, takes a finite number"),
     (epoch(loss=float("inf")), "line 2: got inf as loss"),
-    (epoch(loss=-0.5), "line 2: got -0.5 as loss"),
     (epoch(loss=...), "line 2: lacks loss"),
 ]
 DAMAGES_OF_FIGURES = [
@@ -245,7 +245,7 @@ def test_only_where_nothing_is_left_it_is_an_error(tmp_path):
     with pytest.raises(
         ValueError, match=f"^{tmp_path}: no finished run .* reported: {folder}/result"
     ):
-        report.figures(tmp_path)
+        report.COMMANDS["figures"](tmp_path)
     ended = subprocess.run(
         [sys.executable, report.__file__, "figures", tmp_path], capture_output=True, text=True
     )
@@ -292,7 +292,7 @@ def test_different_results_of_one_run_are_all_left_out(kind, damage, tmp_path):
 def test_runs_on_other_action_units_are_another_study(tmp_path):
     write_action_units(tmp_path)
     write_action_units(tmp_path, seed=1, aus=(1, 2, 4))
-    report.table1(tmp_path, tmp_path / "out")
+    report.COMMANDS["table1"](tmp_path, tmp_path / "out")
     assert len(pl.read_csv(tmp_path / "out" / "table1.csv")) == 2
 
 

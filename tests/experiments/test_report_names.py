@@ -11,7 +11,7 @@ import pytest
 from run_folders import edit, write_action_units, write_classification
 
 from experiments import methods, report
-from experiments.reporting import drawing, escaping, figures, statistics
+from experiments.reporting import comparison, drawing, escaping, figures
 from experiments.reporting.drawing import color, marker
 from experiments.reporting.runs import find, method_of, studies
 
@@ -47,8 +47,8 @@ def rename(folder, label):
 @pytest.mark.parametrize(
     ("command", "write", "summary"),
     [
-        (report.figures, write_classification, "summary.csv"),
-        (report.table1, write_action_units, "table1.csv"),
+        (report.COMMANDS["figures"], write_classification, "summary.csv"),
+        (report.COMMANDS["table1"], write_action_units, "table1.csv"),
     ],
 )
 def test_names_are_shown_as_they_are(command, write, summary, tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_names_in_headings_and_lists_are_shown_as_they_are(tmp_path, capsys):
     (bad / "result.json").write_text("{")
     unfinished = write_classification(tmp_path, seed=2).rename(tmp_path / "slow\r\n| <i> |")
     (unfinished / "result.json").unlink()
-    report.figures(tmp_path, tmp_path / "out")
+    report.COMMANDS["figures"](tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## digits, schedule &#60;b&#62;&#124;&#91;x&#93;(y)\n" in text
     assert "/bad&#92;n&#35; &#60;i&#62;&#92;x1b&#91;2J/result.json: malformed" in text
@@ -90,7 +90,7 @@ def test_names_in_headings_and_lists_are_shown_as_they_are(tmp_path, capsys):
 def test_folder_whose_name_is_not_utf8_is_reported(tmp_path):
     folder = write_classification(tmp_path)
     os.rename(bytes(folder), bytes(tmp_path) + b"/=a\xff,\nb")
-    report.figures(tmp_path, tmp_path / "out")
+    report.COMMANDS["figures"](tmp_path, tmp_path / "out")
     runs = pl.read_csv(tmp_path / "out" / "runs.csv")
     assert runs["folder"].to_list() == [r"'=a\udcff,\nb"]
 
@@ -98,7 +98,7 @@ def test_folder_whose_name_is_not_utf8_is_reported(tmp_path):
 def test_numbers_stay_numbers(tmp_path):
     folder = write_classification(tmp_path)
     edit(folder / "result.json", accuracy_gap=-0.25, loss_gap=-3.0)
-    report.figures(tmp_path, tmp_path / "out")
+    report.COMMANDS["figures"](tmp_path, tmp_path / "out")
     runs = pl.read_csv(tmp_path / "out" / "runs.csv")
     assert runs.row(0, named=True)["accuracy_gap"] == -0.25
     assert runs.row(0, named=True)["loss_gap"] == -3.0
@@ -177,7 +177,7 @@ def test_longer_names_win_and_labels_may_differ_from_names(monkeypatch):
 
 def summed_up(folder):
     (study,) = studies(find(folder).finished)
-    return study, statistics.summary(study)
+    return study, comparison.summary(study)
 
 
 def test_no_study_is_dropped_from_gain_against_memorisation(tmp_path):

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import data, run
-from experiments.au_options import ActionUnitOptions
 from experiments.data import cifar10
 from experiments.methods import METHODS
 from experiments.output import RunFolder
+from experiments.tasks import TASKS
 
 SCRIPT = Path(run.__file__)
 QUICK = ["--epochs", "2", "--train-size", "256", "--threads", "1", "--out", "out"]
@@ -79,8 +79,8 @@ def test_help_explains_every_option(tmp_path):
     process = start("--help", cwd=tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    options = {field.name for field in fields(run.RunConfig)} - {"options", "faces"}
-    for owner in (ActionUnitOptions, *METHODS.values()):
+    options = {field.name for field in fields(run.RunConfig)} - {"options", "of_tasks"}
+    for owner in (*(task.OPTIONS for task in TASKS.values()), *METHODS.values()):
         options |= {field.name for field in fields(owner)}
     for option in options:
         assert "--" + option.replace("_", "-") in output

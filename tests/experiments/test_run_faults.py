@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments import data, run
-from experiments.checkpoints import Checkpoints
 from experiments.data import digits
+from experiments.tasks import classification
 from experiments.tasks.classification import Classification
-from experiments.training import NonFiniteLoss, Trainer
+from experiments.training import checkpoints
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.loop import NonFiniteLoss, Trainer
 
 OPTIONS = "--epochs 3 --train-size 8 --batch-size 4 --threads 1 --method quant --validation 0.25"
 OPTIONS += " --patience 2"
@@ -45,9 +47,9 @@ def small_runs():
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(data.DATASETS, "digits", lambda data_dir, download: few)
         patched.setattr(Classification, "network", small_network)
-        run.tasks._images.cache_clear()
+        classification._read.cache_clear()
         yield
-    run.tasks._images.cache_clear()
+    classification._read.cache_clear()
 
 
 def prepared(out, options=OPTIONS):
@@ -228,35 +230,38 @@ def deeper(*keys, value):
 
 
 NAN = torch.tensor(float("nan"))
+PARTS = ("networks", "optimizers", "losses", "procedure", "methods", "history", "passes", "stopped")
 
 
 @pytest.mark.parametrize(
     "edit",
     [
-        *map(without, ("model", "optimizer", "methods", "history", "stopped")),
+        *map(without, PARTS),
+        deeper("passes", value=[1.0]),
+        deeper("passes", value=[NAN, 1.0]),
         deeper("more", value=1),
-        *(deeper(key, value=[1]) for key in ("model", "optimizer", "methods", "history")),
-        deeper("model", "conv.weight", value=torch.ones(2, 2)),
-        deeper("model", "conv.weight", value="text"),
-        deeper("model", "other.weight", value=torch.ones(2)),
-        deeper("model", "classifier.bias", value=NAN.expand(10)),
-        deeper("model", "bn.running_var", value=torch.full((4,), torch.inf)),
-        deeper("model", "conv.input_quantizer.running_absmax", value=torch.tensor(torch.inf)),
-        deeper("optimizer", 0, value={}),
-        deeper("optimizer", 999, value={}),
-        deeper("optimizer", 0, "exp_avg", value=torch.ones(3)),
-        deeper("optimizer", 0, "exp_avg", value=1.0),
-        deeper("optimizer", 0, "step", value="text"),
-        deeper("optimizer", 0, "step", value=NAN),
-        deeper("methods", value={"quant": {}}),
-        deeper("methods", "early_stopping", value={}),
-        deeper("methods", "early_stopping", "score", value="high"),
-        deeper("methods", "early_stopping", "score", value=float("nan")),
-        deeper("methods", "early_stopping", "score", value=2.0),
-        deeper("methods", "early_stopping", "epoch", value=10**9),
-        deeper("methods", "early_stopping", "epoch", value=True),
-        deeper("methods", "early_stopping", "weights", "conv.weight", value=torch.ones(2)),
-        deeper("methods", "early_stopping", "weights", "classifier.bias", value=NAN.expand(10)),
+        *(deeper(key, value=[1]) for key in PARTS),
+        deeper("networks", 0, "conv.weight", value=torch.ones(2, 2)),
+        deeper("networks", 0, "conv.weight", value="text"),
+        deeper("networks", 0, "other.weight", value=torch.ones(2)),
+        deeper("networks", 0, "classifier.bias", value=NAN.expand(10)),
+        deeper("networks", 0, "bn.running_var", value=torch.full((4,), torch.inf)),
+        deeper("networks", 0, "conv.input_quantizer.running_absmax", value=torch.tensor(torch.inf)),
+        deeper("optimizers", 0, 0, value={}),
+        deeper("optimizers", 0, 999, value={}),
+        deeper("optimizers", 0, 0, "exp_avg", value=torch.ones(3)),
+        deeper("optimizers", 0, 0, "exp_avg", value=1.0),
+        deeper("optimizers", 0, 0, "step", value="text"),
+        deeper("optimizers", 0, 0, "step", value=NAN),
+        deeper("methods", 0, value={"quant": {}}),
+        deeper("methods", 0, "early_stopping", value={}),
+        deeper("methods", 0, "early_stopping", "score", value="high"),
+        deeper("methods", 0, "early_stopping", "score", value=float("nan")),
+        deeper("methods", 0, "early_stopping", "score", value=2.0),
+        deeper("methods", 0, "early_stopping", "epoch", value=10**9),
+        deeper("methods", 0, "early_stopping", "epoch", value=True),
+        deeper("methods", 0, "early_stopping", "weights", "conv.weight", value=torch.ones(2)),
+        deeper("methods", 0, "early_stopping", "weights", "classifier.bias", value=NAN.expand(10)),
         deeper("history", 0, "epoch", value=2),
         deeper("history", 0, "loss", value="low"),
         deeper("history", 0, "loss", value=float("nan")),
@@ -293,16 +298,34 @@ def test_moments_lie_in_memory_as_their_parameter(stopped, lay_out):
     """The optimizer reads and writes them as one block, beyond the end of what takes less."""
     asked = prepared(stopped)
     state = Checkpoints(asked.path, asked.identity.name).load()
-    for moments in state["optimizer"].values():
+    for moments in state["optimizers"][0].values():
         for key in ("exp_avg", "exp_avg_sq"):
             moments[key] = lay_out(moments[key]) if moments[key].dim() > 1 else moments[key]
     device = torch.device("cpu")
     trainer = Trainer(asked.config, run.tasks.make(asked.config, asked.data, device), device)
     trainer.load_state_dict(state)
-    for parameter, moments in trainer.optimizer.state.items():
+    for parameter, moments in trainer.procedure.optimizers[0].state.items():
         assert moments["exp_avg"].stride() == parameter.stride()
         assert moments["exp_avg_sq"].stride() == parameter.stride()
         assert not moments["exp_avg"].requires_grad
+
+
+def test_a_checkpoint_of_the_older_format_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+    _, whole = finished
+    asked = stopped_after(2, tmp_path, monkeypatch)
+    state = Checkpoints(asked.path, asked.identity.name).load()
+    older = {
+        "model": state["networks"][0],
+        "optimizer": state["optimizers"][0],
+        "methods": state["methods"][0],
+        "history": state["history"],
+        "stopped": state["stopped"],
+    }
+    monkeypatch.setattr(checkpoints, "_FORMAT", 3)
+    Checkpoints(asked.path, asked.identity.name).save(older)
+    monkeypatch.undo()
+    run.execute(prepared(tmp_path), torch.device("cpu"))
+    assert outcome(asked.path) == whole
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +359,9 @@ def poison(monkeypatch, step, where):
         (lambda trainer: trainer.model.conv.weight.data, "conv.weight"),
         (lambda trainer: trainer.model.bn.running_var, "bn.running_var"),
         (
-            lambda trainer: trainer.optimizer.state[trainer.model.conv.weight]["exp_avg_sq"],
+            lambda trainer: trainer.procedure.optimizers[0].state[trainer.model.conv.weight][
+                "exp_avg_sq"
+            ],
             "the optimizer's exp_avg_sq of conv.weight",
         ),
     ],

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from experiments import run, tasks
-from experiments.training import Trainer
+from experiments.training.loop import Trainer
 from experiments.weights import Weights
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ DROP = "--dropout-test-factor drop"
 
 def trainer(arguments):
     config = run.parse(arguments.split()).resolved(gpu=False, threads=1)
-    return Trainer(config, tasks.make(config, tasks.read(config), CPU), CPU)
+    return Trainer(config, tasks.make(config, config.task.read(config), CPU), CPU)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from experiments.data.au import AU_DATASETS, SYNTHETIC
+from experiments.data.au import SYNTHETIC
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.options import require_type
-from experiments.reporting.reading import COUNT, POSITIVE, SHARE, Fields, Number, shown
+from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields, Number, shown
 from experiments.reporting.runs import Study, name_seeds
 
 SCORES = ("test_f1", "test_f1_chosen", "test_f1_truth", "test_f1_truth_chosen")
@@ -40,16 +40,16 @@ class ActionUnitRun(FinishedRun):
         "train_wrong_fitted": SHARE.or_null,
         "epoch_chosen": COUNT,
         "epochs_trained": COUNT,
+        "forward_passes": POSITIVE,
+        "backward_passes": POSITIVE,
         "parameters": COUNT,
         "size_in_bits": COUNT,
         "macs": COUNT,
     }
-    BY_EPOCH: ClassVar[dict[str, Number]] = {"loss": POSITIVE}
+    BY_EPOCH: ClassVar[dict[str, Number]] = {"loss": FINITE}
     VARIED: ClassVar[set[str]] = FinishedRun.VARIED | {"fold", "au_norm"}
 
-    @staticmethod
-    def is_on(dataset: str | None) -> bool:
-        return dataset in AU_DATASETS
+    TASK: ClassVar[str] = "action_units"
 
     @property
     def coordinates(self) -> dict[str, Any]:

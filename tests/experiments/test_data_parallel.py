@@ -14,9 +14,9 @@ from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments import distributed
-from experiments.distributed import SyncBatchNorm, convert_batch_norm_, gather, shard
 from experiments.models import AU_NORMS, ActionUnitNetwork, PerAUHead, SharedHead, SmallEncoder
+from experiments.training import data_parallel
+from experiments.training.data_parallel import SyncBatchNorm, convert_batch_norm_, gather, shard
 from noisyq_fast import quantize_model_
 
 # Sums over the batch are taken in another order.
@@ -171,8 +171,8 @@ def make_model(kind="convolutions"):
 
 def train_model(images, wrap, kind="convolutions", steps=3):
     """A few steps of SGD on the mean over the batch, and an evaluation."""
-    model = trained = distributed.synchronize_(make_model(kind))
-    ranks = distributed.size()
+    model = trained = data_parallel.synchronize_(make_model(kind))
+    ranks = data_parallel.size()
     if wrap and ranks > 1:
         trained = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -183,7 +183,7 @@ def train_model(images, wrap, kind="convolutions", steps=3):
             (loss * ranks).backward()
         else:
             loss.backward()
-            distributed.sum_gradients_(model)
+            data_parallel.sum_gradients_(model)
         optimizer.step()
     with torch.no_grad():
         return model.state_dict(), gather(model.eval()(shard(images)))
@@ -204,9 +204,9 @@ def test_training_equals_one_process(ranks, kind, wrap):
 
 
 def synchronize_quantized():
-    model = distributed.synchronize_(quantize_model_(make_model()))
+    model = data_parallel.synchronize_(quantize_model_(make_model()))
     model(torch.full((2, 3, 6, 6), 1.0 + dist.get_rank()))
-    return distributed.from_main(dist.get_rank()), model[0].input_quantizer.range.item()
+    return data_parallel.from_main(dist.get_rank()), model[0].input_quantizer.range.item()
 
 
 def test_ranges_are_those_of_all_ranks(ranks):
@@ -217,11 +217,11 @@ def test_a_single_process_is_left_alone(monkeypatch):
     for size in (None, "1"):
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", size)
-        with distributed.process_group("cpu") as device:
+        with data_parallel.process_group("cpu") as device:
             assert device == torch.device("cpu")
             assert not dist.is_initialized()
-            assert (distributed.rank(), distributed.size()) == (0, 1)
-            assert distributed.is_main()
+            assert (data_parallel.rank(), data_parallel.size()) == (0, 1)
+            assert data_parallel.is_main()
     x = torch.arange(3)
     assert torch.equal(shard(x), x)
     assert torch.equal(gather(x), x)
@@ -230,20 +230,20 @@ def test_a_single_process_is_left_alone(monkeypatch):
 
 
 def test_examples():
-    assert doctest.testmod(distributed).failed == 0
+    assert doctest.testmod(data_parallel).failed == 0
 
 
 SCRIPT = """
 import sys
 import torch.distributed as dist
-from experiments import distributed
+from experiments.training import data_parallel
 
-before = distributed.rank()
-with distributed.process_group("cpu") as device:
-    assert before == distributed.rank()
-    rank, size, main = distributed.rank(), distributed.size(), distributed.is_main()
+before = data_parallel.rank()
+with data_parallel.process_group("cpu") as device:
+    assert before == data_parallel.rank()
+    rank, size, main = data_parallel.rank(), data_parallel.size(), data_parallel.is_main()
     sys.stdout.write(f"{rank} {size} {main} {device} {dist.get_backend()}\\n")
-    if len(sys.argv) > 1 and distributed.is_main():
+    if len(sys.argv) > 1 and data_parallel.is_main():
         raise SystemExit(3)
     dist.barrier()
 assert not dist.is_initialized()

@@ -5,12 +5,30 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro.extras import literal_type_from_choices
 
 from experiments.checks import require, require_choice, require_whole
+from experiments.data.au import AU_DATASETS, SYNTHETIC
 from experiments.models import AU_NORMS
+from experiments.tasks.options import Recipe, TaskOptions
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+
+ANNOTATORS = "annotators"
+# Tallec et al. 2023, arXiv 2303.11803, section 4.2, for InceptionV3.
+_INCEPTION = Recipe(
+    epochs=10,
+    batch_size=64,
+    lr=1e-4,
+    schedule="exponential",
+    noise=None,
+    noise_kind=ANNOTATORS,
+    weight_decay=1e-4,
+    validation=0.2,
+)
 
 _CHOICES = {
     "encoder": ("small", "inception_v3"),
@@ -24,8 +42,14 @@ def _choice(option: str) -> Any:
 
 
 @dataclass(frozen=True)
-class ActionUnitOptions:
-    """What takes effect with a data set of faces only. None stands for the default."""
+class ActionUnitOptions(TaskOptions):
+    """What takes effect with a data set of faces only."""
+
+    DATASETS: ClassVar[tuple[str, ...]] = AU_DATASETS
+    NOISE_KINDS: ClassVar[tuple[str, ...]] = (ANNOTATORS,)
+    SELECTS_EPOCH: ClassVar[bool] = True
+    TRAINED_ON: ClassVar[tuple[str, ...]] = (*TaskOptions.TRAINED_ON, "fold", "frames_per_subject")
+    ON_THE_MACHINE: ClassVar[tuple[str, ...]] = ("encoder",)
 
     fold: int | None = None
     """faces: test on this third of the subjects, 1 to 3, and train on the others (1)."""
@@ -75,13 +99,35 @@ class ActionUnitOptions:
         if self.au_head == "shared" and self.au_norm is not None:
             raise ValueError(f"--au-norm: got {self.au_norm} with --au-head shared, takes per-au")
 
-    def given(self) -> list[str]:
-        """The options that differ from their defaults."""
-        fields = dataclasses.fields(self)
-        return [field.name for field in fields if getattr(self, field.name) != field.default]
+    def check(self, config: RunConfig) -> None:
+        takes = "a finite number from 0 to 1,000"
+        require("noise", config.noise, config.noise is None or 0 <= config.noise <= 1000, takes)
+        if config.noise_kind not in (None, ANNOTATORS):
+            raise ValueError(
+                f"--noise-kind: got {config.noise_kind} with faces, takes {ANNOTATORS}"
+            )
+        if config.train_size is not None:
+            raise ValueError(
+                f"--train-size: got {config.train_size} with faces, which are all taken"
+            )
+        if config.batch_size == 1:
+            raise ValueError("--batch-size: got 1 with faces, takes 2 or more, as batch norm needs")
+        if self.au_norm == "folded" and "dropout" in config.methods:
+            raise ValueError("--au-norm: got folded with dropout, whose zeros it would move")
+        made = {
+            "noise": config.noise,
+            "noise-seed": config.noise_seed or None,
+            "frames-per-subject": self.frames_per_subject,
+        }
+        filmed = {"strict": self.strict or None, "cache-dir": self.cache_dir}
+        without_effect = filmed if config.dataset == SYNTHETIC else made
+        for name, value in without_effect.items():
+            if value is not None:
+                takes = f"takes no effect with {config.dataset}"
+                raise ValueError(f"--{name}: got {value}, {takes}")
 
-    def resolved(self, synthetic: bool, gpu: bool) -> ActionUnitOptions:
-        """These options, with what was left to a default filled in."""
+    def resolved(self, config: RunConfig, gpu: bool) -> ActionUnitOptions:
+        synthetic = config.dataset == SYNTHETIC
         large = self.pretrained or (gpu and not synthetic)
         encoder = self.encoder or ("inception_v3" if large else "small")
         head = self.au_head or "per-au"
@@ -97,3 +143,18 @@ class ActionUnitOptions:
             image_size=size,
             frames_per_subject=self.frames_per_subject or (256 if synthetic else None),
         )
+
+    def recipe(self, config: RunConfig) -> Recipe:
+        noise = 1.0 if config.dataset == SYNTHETIC else None
+        recipe = dataclasses.replace(_INCEPTION, noise=noise)
+        if self.encoder == "small":  # starts from nothing
+            return dataclasses.replace(recipe, epochs=20, lr=1e-3, schedule="cosine")
+        return recipe
+
+    def evaluation_options(self) -> dict[str, Any]:
+        names = ("encoder", "pretrained", "au_head", "au_norm", "image_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def part(self) -> str:
+        return f"-fold{self.fold}"

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from experiments.reporting import statistics
+from experiments.reporting import comparison
 from experiments.reporting.action_units.runs import SCORES, ActionUnitStudy, of_au
 
 _SEED = ["label", "noise", "seed", "noise_seed"]
@@ -18,14 +18,14 @@ def summary(study: ActionUnitStudy) -> pl.DataFrame:
     baseline's.
     """
     runs = complete(study)
-    names = statistics.numbers(runs, study)
+    names = comparison.numbers(runs, study)
     scores = [name for name in SCORES if name in names]
     seeds = runs.group_by(_SEED, maintain_order=True).agg(pl.col(names).mean())
     parts = [
-        statistics.gains(seeds, [name for name in names if name.startswith(SCORES)]),
+        comparison.gains(seeds, [name for name in names if name.startswith(SCORES)]),
         _won(runs, scores),
     ]
-    table = statistics.means(seeds, names).with_columns(
+    table = comparison.means(seeds, names).with_columns(
         pl.concat_list(f"{of_au(score, au)}_mean" for au in study.aus)
         .list.std()
         .alias(f"{score}_over_aus")
@@ -33,15 +33,15 @@ def summary(study: ActionUnitStudy) -> pl.DataFrame:
     )
     for part in parts:
         table = table.join(part, on=_POINT, how="left", nulls_equal=True)
-    return statistics.in_order(table, study, *_POINT)
+    return comparison.in_order(table, study, *_POINT)
 
 
 def complete(study: ActionUnitStudy) -> pl.DataFrame:
     """One row a run, as in `by_run`, of the seeds that have every fold of the study."""
-    return statistics.by_run(study).filter(pl.len().over(_SEED) == len(study.folds))
+    return comparison.by_run(study).filter(pl.len().over(_SEED) == len(study.folds))
 
 
 def _won(runs: pl.DataFrame, scores: list[str]) -> pl.DataFrame:
-    pairs = statistics.differences(runs, scores, ["noise", "seed", "noise_seed", "fold"])
+    pairs = comparison.differences(runs, scores, ["noise", "seed", "noise_seed", "fold"])
     won = [(pl.col(score) > 0).sum().alias(f"{score}_won") for score in scores]
     return pairs.group_by(_POINT, maintain_order=True).agg(pl.len().alias("fold_pairs"), *won)

@@ -11,7 +11,8 @@ import torch
 from experiments.files import atomic, read_bytes, refuse_link
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
-_FORMAT = 3
+_FORMAT = 4
+_ONE_NETWORK = 3  # the format before, of a single network
 _LARGEST = 1 << 34  # bytes
 _DIGEST = hashlib.sha256
 _DIGEST_SIZE = _DIGEST().digest_size
@@ -63,16 +64,21 @@ class Checkpoints:
         try:
             saved = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
             form = saved["format"]
-            if form == _FORMAT:
+            if form in (_FORMAT, _ONE_NETWORK):
                 run, state = saved["run"], saved["state"]
         except Exception as error:  # what torch raises for a malformed file is of many kinds
             raise self.refused(f"holds no checkpoint ({error!r:.100})", path) from error
-        if form != _FORMAT:
+        if form not in (_FORMAT, _ONE_NETWORK):
             raise self.refused(f"has format {form!r:.100}, this version takes {_FORMAT}", path)
         if run != self.run:
             raise self.refused(f"is of the run {run!s:.100}, this one is {self.run}", path)
         if not isinstance(state, dict):
             raise self.refused(f"holds {type(state).__name__} as the state, takes dict", path)
+        if form == _ONE_NETWORK:
+            try:
+                return _migrated(**state)
+            except TypeError as error:
+                raise self.refused(f"holds no state of format {form} ({error})", path) from error
         return state
 
     def refused(self, what: object, path: Path | None = None) -> ValueError:
@@ -83,3 +89,23 @@ class Checkpoints:
         """Removes both, once the run is finished."""
         self.last.unlink(missing_ok=True)
         self.before.unlink(missing_ok=True)
+
+
+def _migrated(
+    model: dict[str, Any],
+    optimizer: dict[int, Any],
+    methods: dict[str, Any],
+    history: list[Any],
+    stopped: bool,
+) -> dict[str, Any]:
+    """The state of a single network in the form of today."""
+    return {
+        "networks": [model],
+        "optimizers": [optimizer],
+        "losses": {},
+        "procedure": {},
+        "methods": [methods],
+        "history": history,
+        "passes": [len(history)] * 2,
+        "stopped": stopped,
+    }

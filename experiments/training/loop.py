@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import noisyq_fast
-from experiments import distributed
 from experiments.config import RunConfig
-from experiments.cuda_graph import GraphedStep
-from experiments.evaluation import predict
-from experiments.finite import NonFiniteLoss, require_finite, require_finite_scores
-from experiments.history import EpochMetrics, read_history
-from experiments.methods.weight_decay import decayed
-from experiments.schedule import SCHEDULES
+from experiments.reporting.reading import POSITIVE
 from experiments.seeds import ORDER, STEPS, mixed
 from experiments.tasks import Part, Task
+from experiments.training import data_parallel
+from experiments.training.cuda_graph import GraphedStep
+from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
+from experiments.training.history import EpochMetrics, read_history
+from experiments.training.procedure import Batch, Parts, Passes, Procedure
+from experiments.training.schedules import SCHEDULES
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
 _AT_THE_END = "at the end of the training"
@@ -38,100 +38,69 @@ class Trainer:
         self.task = task
         self.device = device
         self.methods = config.methods
-        self.states: dict[str, dict[str, Any]] = {name: {} for name in self.methods}
         self.history: list[EpochMetrics] = []
+        self.passes = Passes(0, 0)
         self.stopped = False
 
         count = task.count("trained")
         smallest = batch_sizes(count, config.batch_size)[-1]
-        if smallest < distributed.size():
+        if smallest < data_parallel.size():
             raise ValueError(
                 f"--batch-size: got {config.batch_size}, which leaves {smallest} of "
                 f"{count} images to the last batch of an epoch; takes a size that "
-                f"leaves one for each of {distributed.size()} processes"
+                f"leaves one for each of {data_parallel.size()} processes"
             )
-        self.model = self._network()
-        self._prepare_to_train()
-
-    # What is trained.
-
-    def _network(self) -> nn.Module:
-        torch.manual_seed(self.config.seed)
-        model = self.task.network()
-        for method in self.methods.values():
-            model = method.network(model, self._example().cpu())
-        model = model.to(self.device, memory_format=torch.channels_last)
-        return distributed.synchronize_(model)
-
-    def _prepare_to_train(self) -> None:
-        """Makes what refers to the network's parameters; anew when those were replaced."""
-        weights = decayed(self.model)
-        is_weight = {id(parameter) for parameter in weights}
-        others = [p for p in self.model.parameters() if id(p) not in is_weight]
-        options: dict[str, Any] = {}
-        for method in self.methods.values():
-            options |= method.optimizer_options()
-        self.optimizer = torch.optim.AdamW(
-            [{"params": weights, **options}, {"params": others}],
-            lr=self._rate(self.config.lr),
-            weight_decay=0.0,  # without one it is Adam
-            fused=True,
-            capturable=self.config.cuda_graph,
-        )
+        self.parts = Parts(config, task, device, self.methods)
+        exchanged = [method.procedure(self.parts) for method in self.methods.values()]
+        self.procedure = next(filter(None, exchanged), None) or Procedure(self.parts)
+        self.states: list[dict[str, dict[str, Any]]] = [
+            {name: {} for name in self.methods} for _ in self.procedure.networks
+        ]
         # The recipe's falls with the rate.
-        self.decay = 0.0 if "weight_decay" in self.methods else self.config.recipe.weight_decay
-        self.loss = self.task.loss
-        for method in self.methods.values():
-            self.loss = method.loss(self.loss, self.model)
-        self.forward = torch.compile(self.model) if self.config.compile else self.model
+        self.decay = 0.0 if "weight_decay" in self.methods else config.recipe.weight_decay
         self._record_step()
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that the run is judged by and leaves."""
+        return self.procedure.networks[0]
 
     def _record_step(self) -> None:
         self.step = GraphedStep(self._step) if self.config.cuda_graph else self._step
 
     def load_weights(self, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]) -> None:
         """Takes the weights of another run, in the shape that its methods gave the network."""
-        for name, method in self.methods.items():
-            method.restore(self.model, shapes.get(name, {}), self._example())
-        self.model.load_state_dict(state)
+        self._load_network(self.model, state, shapes)
         self._prepare_to_train()
 
-    def _rate(self, rate: float) -> float | Tensor:
-        """What the optimizer takes: a graph reads the rate from memory."""
-        return torch.tensor(rate, device=self.device) if self.config.cuda_graph else rate
+    def _load_network(
+        self, model: nn.Module, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]
+    ) -> None:
+        for name, method in self.methods.items():
+            method.restore(model, shapes.get(name, {}), self.parts.example())
+        model.load_state_dict(state)
+
+    def _prepare_to_train(self) -> None:
+        self.procedure.prepare()
+        self._record_step()
 
     def _set_rate(self, factor: float) -> None:
-        for parameters in self.optimizer.param_groups:
-            if self.config.cuda_graph:
-                parameters["lr"].fill_(self.config.lr * factor)
-            else:
-                parameters["lr"] = self.config.lr * factor
-        if self.decay:
-            self.optimizer.param_groups[0]["weight_decay"] = self.decay * factor
-            self._record_step()  # which has the old one in it
+        for optimizer in self.procedure.optimizers:
+            for parameters in optimizer.param_groups:
+                if self.config.cuda_graph:
+                    parameters["lr"].fill_(self.config.lr * factor)
+                else:
+                    parameters["lr"] = self.config.lr * factor
+            if self.decay:
+                optimizer.param_groups[0]["weight_decay"] = self.decay * factor
 
     # One step and one epoch.
 
-    def _step(self, *batch: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def _step(self, indices: Tensor, *batch: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
         """The loss and the predictions of a batch, which may be this process's share of a larger
         one."""
-        inputs, labels = self.task.pair(*batch)
-        with self._autocast():
-            logits = self.forward(inputs).float()
-            loss = self.loss(logits, labels)
-        self.optimizer.zero_grad()
-        (loss * share).backward()
-        distributed.sum_gradients_(self.model)
-        self.optimizer.step()
-        return loss.detach(), self.task.predicted(logits.detach())
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.config.precision == "bf16",
-            cache_enabled=not self.config.cuda_graph,
-        )
+        done = self.procedure.step(Batch(indices, *self.task.pair(*batch), share))
+        return done.loss, None if done.logits is None else self.task.predicted(done.logits)
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Trains on, and gives the metrics of each epoch as soon as it is over."""
@@ -142,7 +111,7 @@ class Trainer:
             initial=len(self.history) * images,
             unit="img",
             unit_scale=True,
-            disable=None if distributed.is_main() else True,
+            disable=None if data_parallel.is_main() else True,
         ) as progress:
             while len(self.history) < epochs and not self.stopped:
                 metrics = self._epoch(len(self.history), progress)
@@ -150,11 +119,12 @@ class Trainer:
                 self.history.append(metrics)
                 self.stopped = any(
                     [
-                        method.end_epoch(self.model, self.states[name], metrics)
+                        method.end_epoch(model, states[name], metrics)
+                        for model, states in self._networks()
                         for name, method in self.methods.items()
                     ]
                 )
-                if distributed.is_main():
+                if data_parallel.is_main():
                     progress.write(self._line(metrics))
                 yield metrics
 
@@ -162,17 +132,24 @@ class Trainer:
         started = time.perf_counter()
         self._seed(epoch)
         replaced = [
-            method.begin_epoch(
-                self.model, self.states[name], epoch, self.config.epochs, self._example()
-            )
+            method.begin_epoch(model, states[name], epoch, self.config.epochs, self.parts.example())
+            for model, states in self._networks()
             for name, method in self.methods.items()
         ]
         if any(replaced):
-            self._prepare_to_train()
+            self.procedure.prepare()
+        before = self.procedure.begin_epoch(epoch)
         factor = self._factor(epoch)
         self._set_rate(factor)
+        if any(replaced) or self.decay or self.procedure.CHANGES:
+            self._record_step()  # which has the old numbers in it
         loss, predicted = self._train(epoch, progress)
+        self.procedure.end_epoch(epoch)
+        taken = zip(self.passes, before, self.procedure.PASSES, strict=True)
+        self.passes = Passes(*map(sum, taken))
         self.require_finite(self._where(epoch + 1))
+        if predicted is None:
+            predicted = self.task.predicted(self._predict("trained"))
         is_last = epoch + 1 == self.config.epochs
         tests = is_last or (epoch + 1) % self.config.evaluate_every == 0
         scores = self.task.epoch_scores(
@@ -187,7 +164,11 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _train(self, epoch: int, progress: tqdm) -> tuple[float, Tensor]:
+    def _networks(self) -> Iterator[tuple[nn.Module, dict[str, dict[str, Any]]]]:
+        """Each network, and the states that the methods keep for it."""
+        return zip(self.procedure.networks, self.states, strict=True)
+
+    def _train(self, epoch: int, progress: tqdm) -> tuple[float, Tensor | None]:
         """The mean loss, and what was predicted of each sample that is trained on."""
         count = self.task.count("trained")
         generator = torch.Generator().manual_seed(mixed(self.config.seed, ORDER, epoch))
@@ -196,23 +177,25 @@ class Trainer:
         sizes = batch_sizes(count, self.config.batch_size)
         losses = torch.zeros(len(sizes), device=self.device)
         predicted = None
-        self.model.train()
+        self.procedure.networks.train()
         for step, (samples, batch) in enumerate(self.task.batches(order, views, sizes)):
             share = len(samples) / sizes[step]
-            loss, answers = self.step(*batch, share=share)
+            loss, answers = self.step(samples, *batch, share=share)
             losses[step] = loss * share
-            if predicted is None:
-                predicted = answers.new_zeros(count, *answers.shape[1:])
-            predicted[samples] = answers
+            if answers is not None:
+                if predicted is None:
+                    predicted = answers.new_zeros(count, *answers.shape[1:])
+                predicted[samples] = answers
             progress.update(sizes[step])
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(losses):
                 first = step // _CHECK_EVERY * _CHECK_EVERY
                 checked = losses[first : step + 1]
-                distributed.sum_(checked)
+                data_parallel.sum_(checked)
                 self._check(checked.tolist(), epoch, first)
                 progress.set_postfix_str(f"loss {checked[-1]:.3f}", refresh=False)
         mean = (losses @ losses.new_tensor(sizes)).item() / count
-        return mean, distributed.sum_(predicted)  # each is one process's
+        # Each is one process's.
+        return mean, None if predicted is None else data_parallel.sum_(predicted)
 
     def _check(self, losses: list[float], epoch: int, first: int) -> None:
         for step, loss in enumerate(losses, first):
@@ -220,13 +203,21 @@ class Trainer:
                 raise NonFiniteLoss(f"the loss is {loss} {self._where(epoch + 1, step + 1)}")
 
     def require_finite(self, where: str) -> None:
-        """Raises NonFiniteLoss where a number of the network or the optimizer is not finite."""
-        kept = {
-            f"the optimizer's {key} of {name}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        require_finite((self.model.state_dict() | kept).items(), where)
+        """Raises NonFiniteLoss where a number of a network, a loss or an optimizer is not
+        finite."""
+        procedure = self.procedure
+        numbers = {}
+        for number, network in enumerate(procedure.networks):
+            of = f" of network {number + 1}" if number else ""
+            moments = procedure.optimizers[number].state
+            numbers |= {name + of: value for name, value in network.state_dict().items()}
+            numbers |= {
+                f"the optimizer's {key} of {name}{of}": value
+                for name, parameter in network.named_parameters()
+                for key, value in moments.get(parameter, {}).items()
+            }
+        numbers |= {f"the loss's {k}": v for k, v in procedure.losses.state_dict().items()}
+        require_finite(numbers.items(), where)
 
     def _where(self, epoch: int, step: int | None = None) -> str:
         rate = self.config.lr * self._factor(epoch - 1)
@@ -238,26 +229,21 @@ class Trainer:
         return SCHEDULES[self.config.schedule](epoch, self.config.epochs)
 
     def _seed(self, epoch: int) -> None:
-        torch.manual_seed(mixed(self.config.seed, STEPS, epoch, distributed.rank()))
-
-    def _example(self) -> Tensor:
-        return self.task.inputs("trained", torch.tensor([0]))
+        torch.manual_seed(mixed(self.config.seed, STEPS, epoch, data_parallel.rank()))
 
     # What came of it.
 
     def _predict(self, part: Part) -> Tensor | None:
         """The logits of all samples of a part; None if there are none."""
-        count = self.task.count(part)
-        if count == 0:
+        if self.task.count(part) == 0:
             return None
-        samples = distributed.shard(torch.arange(count))
-        with self._autocast():
-            logits = predict(self.model, samples, lambda batch: self.task.inputs(part, batch))
-        return distributed.gather(logits)
+        self.procedure.networks.eval()
+        return self.parts.logits(self.procedure.predict, part)
 
     def finish(self) -> list[str]:
         """Lets the methods end their work; gives what they tell the user."""
-        lines = [method.finish(self.model, self.states[n]) for n, method in self.methods.items()]
+        states = self.states[0]
+        lines = [method.finish(self.model, states[n]) for n, method in self.methods.items()]
         return [line for line in lines if line]
 
     def result(self) -> dict[str, Any]:
@@ -267,9 +253,11 @@ class Trainer:
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
         require_finite_scores(scores, _AT_THE_END)
-        summary = noisyq_fast.summary(self.model, self._example())
+        summary = noisyq_fast.summary(self.model, self.parts.example())
         return scores | {
             "epochs_trained": len(self.history),
+            "forward_passes": self.passes.forward,
+            "backward_passes": self.passes.backward,
             "parameters": summary.parameters,
             "size_in_bits": summary.size_in_bits,
             "macs": summary.macs,
@@ -287,11 +275,15 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the epochs to come depend on, beside the options."""
+        procedure = self.procedure
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
+            "networks": [network.state_dict() for network in procedure.networks],
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in procedure.optimizers],
+            "losses": procedure.losses.state_dict(),
+            "procedure": procedure.state_dict(),
             "methods": self.states,
             "history": [asdict(metrics) for metrics in self.history],
+            "passes": list(self.passes),
             "stopped": self.stopped,
         }
 
@@ -308,37 +300,55 @@ class Trainer:
 
     def _load(
         self,
-        model: dict[str, Tensor],
-        optimizer: dict[int, dict[str, Tensor]],
-        methods: dict[str, dict[str, Any]],
+        networks: list[dict[str, Tensor]],
+        optimizers: list[dict[int, dict[str, Tensor]]],
+        losses: dict[str, Tensor],
+        procedure: dict[str, Any],
+        methods: list[dict[str, dict[str, Any]]],
         history: list[dict[str, Any]],
+        passes: list[float],
         stopped: bool,
     ) -> None:
-        if methods.keys() != self.methods.keys():
-            raise ValueError(f"got methods {list(methods)}, takes {list(self.methods)}")
-        self.states = methods
-        self.load_weights(model, methods)
         self.history = read_history(history, self.config.epochs, self.task.SCORE)
-        for name, method in self.methods.items():
-            method.check(self.model, methods[name], self.history)
-        # The options are those of the configuration, wherever the checkpoint had them.
-        options = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": optimizer, "param_groups": options})
-        parameters = dict(self.model.named_parameters())
-        if len(optimizer) != len(parameters):
-            raise ValueError(f"the optimizer has {len(optimizer)} of {len(parameters)} states")
-        for name, parameter in parameters.items():
-            shape = parameter.shape
-            takes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-            state = self.optimizer.state[parameter]
-            if {k: v.shape for k, v in state.items()} != takes:
-                raise ValueError(f"the optimizer's state of {name} has other names or shapes")
-            for key in ("exp_avg", "exp_avg_sq"):
-                # The fused step takes them to lie in memory as the parameter does.
-                state[key] = torch.empty_like(parameter, requires_grad=False).copy_(state[key])
+        ours = self.procedure
+        for model, state, states in zip(ours.networks, networks, methods, strict=True):
+            if states.keys() != self.methods.keys():
+                raise ValueError(f"got methods {list(states)}, takes {list(self.methods)}")
+            self._load_network(model, state, states)
+            for name, method in self.methods.items():
+                method.check(model, states[name], self.history)
+        self.states = methods
+        self._prepare_to_train()
+        for model, optimizer, state in zip(ours.networks, ours.optimizers, optimizers, strict=True):
+            _load_optimizer(optimizer, state, model)
+        ours.losses.load_state_dict(losses)
+        ours.load_state_dict(procedure)
+        if len(passes) != 2 or not all(POSITIVE.accepts(count) for count in passes):
+            raise ValueError(f"passes: got {passes!r}, takes two numbers from 0")
+        self.passes = Passes(*passes)
         if not isinstance(stopped, bool):
             raise TypeError(f"stopped: got {stopped!r}, takes True or False")
         self.stopped = stopped
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]], model: nn.Module
+) -> None:
+    # The options are those of the configuration, wherever the checkpoint had them.
+    options = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": options})
+    parameters = dict(model.named_parameters())
+    if len(state) != len(parameters):
+        raise ValueError(f"the optimizer has {len(state)} of {len(parameters)} states")
+    for name, parameter in parameters.items():
+        shape = parameter.shape
+        takes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+        moments = optimizer.state[parameter]
+        if {k: v.shape for k, v in moments.items()} != takes:
+            raise ValueError(f"the optimizer's state of {name} has other names or shapes")
+        for key in ("exp_avg", "exp_avg_sq"):
+            # The fused step takes them to lie in memory as the parameter does.
+            moments[key] = torch.empty_like(parameter, requires_grad=False).copy_(moments[key])
 
 
 def batch_sizes(count: int, size: int) -> list[int]:

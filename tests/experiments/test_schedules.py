@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.schedule import SCHEDULES, constant, cosine, steps
+from experiments.training.schedules import SCHEDULES, constant, cosine, steps
 
 
 @pytest.mark.parametrize("epochs", [10, 50, 200])

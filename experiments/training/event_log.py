@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.training import EpochMetrics
+from experiments.training.loop import EpochMetrics
 
 
 @contextmanager

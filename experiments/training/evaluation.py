@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _BATCH_SIZE = 500
 _CALIBRATION_BINS = 15
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, samples: Tensor, inputs: Callable[[Tensor], Tensor]) -> Tensor:
-    """The logits `[N, C]`, in float32, in evaluation mode, of what `inputs` gives for `samples`."""
-    model.eval()
-    return torch.cat([model(inputs(batch)).float() for batch in samples.split(_BATCH_SIZE)])
+def predict(
+    forward: Callable[[Tensor], Tensor], samples: Tensor, inputs: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The logits `[N, C]`, in float32, of what `inputs` gives for `samples`."""
+    return torch.cat([forward(inputs(batch)).float() for batch in samples.split(_BATCH_SIZE)])
 
 
 def accuracy(hits: Tensor) -> float | None:

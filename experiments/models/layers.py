@@ -1,0 +1,12 @@
+"""Which modules have weights that are trained as such: the others are norms."""
+
+from torch import nn
+
+from noisyq_fast import GroupedLinear
+
+LAYERS = nn.Conv2d | nn.Linear | GroupedLinear
+
+
+def decayed(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of convolutions and linear layers: no biases and no norms."""
+    return [layer.weight for layer in model.modules() if isinstance(layer, LAYERS)]

@@ -1,0 +1,28 @@
+"""The report on runs on classification."""
+
+from experiments.reporting import comparison, figures, tables
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.report import Report
+from experiments.reporting.runs import Study
+
+REPORT = Report(
+    command="figures",
+    help="""Compare all finished runs on classification in a directory.
+
+    Runs are compared only where everything but method, noise and seed is the same; a directory with
+    several such setups gives several studies. Writes report.md (accuracy, memorisation,
+    calibration, the gain over the baseline with its confidence interval, costs, and which runs are
+    missing), runs.csv (one line a run), summary.csv (means over seeds) and the figures: figure 1
+    (loss curves), figure 2 (accuracy and gain over noise, the published curves dashed), figure 3
+    (settings of quantization, dropout and pruning), memorisation over noise, and gain against
+    memorisation.
+    """,
+    name="classification",
+    run=FinishedRun,
+    study=Study,
+    summary=comparison.summary,
+    section=tables.study_section,
+    draw=figures.draw_all,
+    folder="report",
+    csv="summary.csv",
+)

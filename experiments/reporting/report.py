@@ -1,0 +1,30 @@
+"""What is made of the finished runs of a task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from experiments.reporting.finished_run import FinishedRun
+from experiments.reporting.runs import Study
+
+
+@dataclass(frozen=True)
+class Report:
+    """How runs that can stand in one report are read, compared and shown."""
+
+    command: str
+    """Of report.py."""
+    help: str
+    name: str
+    """What the runs are on."""
+    run: type[FinishedRun]
+    study: type[Study]
+    summary: Callable[[Study], pl.DataFrame]
+    section: Callable[[str, Study, pl.DataFrame], str]
+    draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], list[Path]]
+    folder: str
+    """Where it is written, in the directory of the runs."""
+    csv: str
+    """File of the summaries."""

@@ -1,0 +1,194 @@
+"""How a run trains: its networks and optimizers, and what a step does with a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from experiments.losses import Loss
+from experiments.models.layers import decayed
+from experiments.seeds import NETWORK, mixed
+from experiments.training import data_parallel
+from experiments.training.evaluation import predict
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.methods import Method
+    from experiments.tasks import Part, Task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on."""
+
+    indices: Tensor
+    """Of the samples, among those trained on."""
+    inputs: Tensor
+    labels: Tensor
+    share: float
+    """How much of the whole batch this is: less than 1 where processes divide it."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives, without gradients."""
+
+    loss: Tensor
+    """The mean over the batch."""
+    logits: Tensor | None
+    """By which the samples are scored while they are trained on. None where those of the step do
+    not tell, such as of mixed inputs: they are then scored in a pass of their own after the epoch.
+    """
+
+
+class Passes(NamedTuple):
+    """Passes through a network: how many a sample takes."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What procedures are built of, as the options say."""
+
+    config: RunConfig
+    task: Task
+    device: torch.device
+    methods: Mapping[str, Method]
+
+    def network(self, number: int = 0) -> nn.Module:
+        """Freshly initialised. The first one is the same for all methods; others differ."""
+        seed = self.config.seed
+        torch.manual_seed(mixed(seed, NETWORK, number) if number else seed)
+        model = self.task.network()
+        for method in self.methods.values():
+            model = method.network(model, self.example().cpu())
+        model = model.to(self.device, memory_format=torch.channels_last)
+        return data_parallel.synchronize_(model)
+
+    def loss(self, model: nn.Module) -> Loss:
+        """What is minimized by this network."""
+        loss = self.task.loss()
+        # One that replaces the loss comes before those that change it.
+        for method in sorted(self.methods.values(), key=lambda method: method.REPLACES != "loss"):
+            loss = method.loss(loss, model, self.task)
+        return loss.to(self.device)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Adam, with the decoupled decay of a method in its first group, which has the weights."""
+        weights = decayed(model)
+        is_weight = {id(parameter) for parameter in weights}
+        others = [p for p in model.parameters() if id(p) not in is_weight]
+        options: dict[str, Any] = {}
+        for method in self.methods.values():
+            options |= method.optimizer_options()
+        lr = self.config.lr
+        return torch.optim.AdamW(
+            [{"params": weights, **options}, {"params": others}],
+            # A graph reads the rate from memory.
+            lr=torch.tensor(lr, device=self.device) if self.config.cuda_graph else lr,
+            weight_decay=0.0,  # without one it is Adam
+            fused=True,
+            capturable=self.config.cuda_graph,
+        )
+
+    def example(self) -> Tensor:
+        """An input batch of one sample that is trained on."""
+        return self.task.inputs("trained", torch.tensor([0]))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.precision == "bf16",
+            cache_enabled=not self.config.cuda_graph,
+        )
+
+    def logits(self, model: Any, part: Part) -> Tensor:
+        """Of all samples of a part, as they are, in evaluation mode."""
+        samples = data_parallel.shard(torch.arange(self.task.count(part)))
+        with self.autocast():
+            logits = predict(model, samples, lambda batch: self.task.inputs(part, batch))
+        return data_parallel.gather(logits)
+
+
+class Procedure:
+    """One network and one optimizer, which follows the gradient of the loss.
+
+    Others are subclasses, which a method names in its hook `procedure`.
+
+    Attributes:
+        networks: the first one is what the run leaves.
+        losses: one for each network.
+        optimizers: one for each network.
+    """
+
+    NETWORKS: ClassVar[int] = 1
+    PASSES: ClassVar[Passes] = Passes(1, 1)
+    """Those of a step, of all networks together."""
+    CHANGES: ClassVar[bool] = False
+    """Whether a step has numbers in it that `begin_epoch` changes, other than in tensors."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.networks = nn.ModuleList(parts.network(number) for number in range(self.NETWORKS))
+        self.losses = nn.ModuleList(map(parts.loss, self.networks))
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Makes what refers to the networks' parameters; anew when those were replaced."""
+        self.optimizers = list(map(self.parts.optimizer, self.networks))
+        compiled = self.parts.config.compile
+        self.forwards = [torch.compile(n) if compiled else n for n in self.networks]
+
+    def begin_epoch(self, epoch: int) -> Passes:
+        """Before `epoch`, counted from 0; gives the passes that it took."""
+        count = 0
+        for model, loss in zip(self.networks, self.losses, strict=True):
+
+            def trained(model: nn.Module = model) -> tuple[Tensor, Tensor]:
+                model.eval()
+                return self.parts.logits(model, "trained"), self.parts.task.labels("trained")
+
+            count += loss.begin_epoch(epoch, self.parts.config.epochs, trained)
+        return Passes(count, 0)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Trains on a batch. Can be recorded in a CUDA graph."""
+        with self.parts.autocast():
+            logits = self.forwards[0](batch.inputs).float()
+            loss = self.losses[0](logits, batch.labels, batch.indices)
+        self.follow(loss * batch.share)
+        return StepResult(loss.detach(), logits.detach())
+
+    def follow(self, loss: Tensor, number: int = 0) -> None:
+        """A step of an optimizer down the gradient of this process's share of the loss."""
+        self.gradients(loss, number)
+        self.optimizers[number].step()
+
+    def gradients(self, loss: Tensor, number: int = 0) -> None:
+        """The gradients of this process's share of the loss, summed over processes."""
+        self.optimizers[number].zero_grad()
+        loss.backward()
+        data_parallel.sum_gradients_(self.networks[number])
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The logits by which the run is judged, in evaluation mode."""
+        return self.networks[0](inputs)
+
+    def end_epoch(self, epoch: int) -> None:
+        """After `epoch`, before it is evaluated."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epochs to come depend on, beside networks, losses and optimizers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave; raises an error where it is something else."""
+        if state:
+            raise ValueError(f"procedure: got {list(state)}, takes nothing")
