@@ -14,8 +14,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t first = g * kGroup;
     Group<T, kWide> group(x + first, share.size_of(g));
     ChannelWalk<kChannels> at(layout, first);
-    const uint8_t bits = quantize_group(group, at, layout, qmax,
-                                        [&](int64_t channel) { return absmax[channel]; });
+    const auto levels_of = [&](int64_t channel) {
+      return symmetric(scale_of(absmax[channel], qmax), qmax);
+    };
+    const uint8_t bits = quantize_group(group, at, layout, levels_of, MarkClipped{});
     group.store_to(y + first, share.size_of(g));
     if (clipped != nullptr) clipped[g] = bits;
   }
