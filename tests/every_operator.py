@@ -2,9 +2,11 @@
 
 import torch
 
+from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
+
 
 def every_operator(backend, x, axis, qmax=7):
-    """The results of every operator of a backend's module.
+    """The results of every operator of a backend's module on the signed grid.
 
     From ranges smaller than the absmax; a moving average starts where some (the only one) are not
     there yet.
@@ -24,3 +26,25 @@ def every_operator(backend, x, axis, qmax=7):
         y = backend.fake_quantize_ema(x, average, observed, qmax, axis, 0.3)
         results += [y, average, *([] if observed is None else [observed])]
     return results
+
+
+def every_operator_on_grid(backend, x, axis, grid):
+    """The same of the operators on any grid, with every mask."""
+    shape = [] if axis is None else [x.shape[axis]]
+    ranges = torch.full(shape, 0.7, device=x.device)
+    if grid.is_affine:
+        ranges = torch.stack([-0.4 * ranges, ranges])
+    running = ranges.clone()
+    running.view(1 + grid.is_affine, -1)[:, ::2] = float("nan")
+    observed = torch.full(shape, 0.25, device=x.device)
+
+    codes, scale, zero_point = backend.quantize_on_grid(x, grid, axis)
+    results = [codes, scale, zero_point]
+    zero_point = zero_point if grid.is_affine else None
+    results += [backend.dequantize_on_grid(codes, scale, zero_point, axis)]
+    for masked in (NOTHING, CLIPPED):
+        results += backend.fake_quantize_on_grid(x, grid, axis, masked)
+    for masked in (NEGATIVE, CLIPPED):
+        results += backend.fake_quantize_fixed_range_on_grid(x, ranges, grid, axis, masked)
+    results += backend.fake_quantize_ema_on_grid(x, running, observed, grid, axis, 0.3, NEGATIVE)
+    return [*results, running, observed]
