@@ -30,7 +30,6 @@ struct Found {
 
  private:
   __device__ __forceinline__ void write(int64_t channel, Range range) const {
-    ranges.set(channel, range);
     if (scale != nullptr) {
       const Levels levels = ranges.grid.levels_of(range);
       scale[channel] = levels.scale;
@@ -41,6 +40,7 @@ struct Found {
     } else {
       observe(average, channel, range.high);
     }
+    ranges.set(channel, range);
   }
 };
 
