@@ -58,7 +58,7 @@ Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* cli
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const Layout run{1, 1, elements};
-    return with_groups(grad, out, run, [&](auto wide, auto) {
+    return with_width(grad, out, run, [&](auto wide) {
       return launch(zero_clipped_kernel<T, wide>, {blocks, kThreads}, stream,
                     static_cast<const T*>(grad), static_cast<T*>(out), clipped, run);
     });

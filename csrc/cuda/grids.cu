@@ -86,9 +86,10 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 Status map(const T* x, T* y, Layout layout, int blocks, Ranges ranges, Marks marks,
            Stream stream) {
-  return with_groups(x, y, layout, [&](auto wide, auto channels) {
-    return launch(map_kernel<T, wide, channels>, {blocks, kThreads}, stream, x, y, layout, ranges,
-                  marks);
+  return with_width(x, y, layout, [&](auto wide) {
+    const auto kernel = layout.channels == 1 ? map_kernel<T, wide, Channels::one>
+                                             : map_kernel<T, wide, Channels::any>;
+    return launch(kernel, {blocks, kThreads}, stream, x, y, layout, ranges, marks);
   });
 }
 

@@ -130,16 +130,27 @@ inline bool whole_groups(const void* x, const void* y, Layout layout) {
 template <auto kValue>
 using Constant = std::integral_constant<decltype(kValue), kValue>;
 
-// What body(wide, channels) returns, of two compile-time constants that name the kernel's variant.
+// What body(wide) returns, of a compile-time constant that names the kernel's variant.
+template <class Body>
+Status with_width(const void* x, const void* y, Layout layout, const Body& body) {
+  return whole_groups(x, y, layout) ? body(Constant<true>{}) : body(Constant<false>{});
+}
+
+// The same of body(wide, channels), of a tensor with several channels.
+template <class Body>
+Status with_mixed_groups(const void* x, const void* y, Layout layout, const Body& body) {
+  return with_width(x, y, layout, [&](auto wide) {
+    return layout.inner % kGroup == 0 ? body(wide, Constant<Channels::one_for_each_group>{})
+                                      : body(wide, Constant<Channels::any>{});
+  });
+}
+
+// The same of any tensor.
 template <class Body>
 Status with_groups(const void* x, const void* y, Layout layout, const Body& body) {
-  const auto with_channels = [&](auto wide) -> Status {
-    if (layout.channels == 1) return body(wide, Constant<Channels::one>{});
-    if (layout.inner % kGroup == 0) return body(wide, Constant<Channels::one_for_each_group>{});
-    return body(wide, Constant<Channels::any>{});
-  };
-  return whole_groups(x, y, layout) ? with_channels(Constant<true>{})
-                                    : with_channels(Constant<false>{});
+  if (layout.channels > 1) return with_mixed_groups(x, y, layout, body);
+  return with_width(x, y, layout,
+                    [&](auto wide) { return body(wide, Constant<Channels::one>{}); });
 }
 
 }  // namespace noisyq::cuda

@@ -129,9 +129,7 @@ Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, S
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const T* in = static_cast<const T*>(x);
-    return with_groups(x, y, layout, [&](auto wide, auto channels) -> Status {
-      // A single one is not mixed: without kernels for it, the library is smaller.
-      if constexpr (decltype(channels)::value == Channels::one) return cudaErrorInvalidValue;
+    return with_mixed_groups(x, y, layout, [&](auto wide, auto channels) -> Status {
       const LaunchGrid reduction{blocks.of_reduction, kThreads, shared_bytes_of_maxima(layout)};
       if (const Status status = launch(absmax_kernel<T, wide, channels>, reduction, stream, in,
                                        layout, progress)) {
