@@ -192,7 +192,7 @@ class _Seen:
                 len(exponents), 2 * _BINS, dtype=torch.int64, device=exponents.device
             )
             return
-        doublings = (exponents - self.exponents).clamp(max=_BITS + 1)
+        doublings = (exponents - self.exponents).clamp(0, _BITS + 1)
         if bool(doublings.any()):
             bins = torch.arange(-_BINS, _BINS, device=exponents.device)
             index = (bins >> doublings.unsqueeze(1)) + _BINS

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from noisyq_fast.grid import Grid
+from noisyq_fast.grid import Grid, check_bits
 from noisyq_fast.grid import grid as grid_of
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -224,24 +224,18 @@ def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
         raise ValueError(
             "running_absmax: got NaN, which means that no batch was seen in training; takes a "
             "range that was recorded with training=True: call the model on a batch in training, "
-            "after model.train(), before an evaluation, set the ranges with "
-            "noisyq_fast.calibrate(model, batches), or load a checkpoint that has them; to "
-            "evaluate in float, use `with noisyq_fast.disabled(model):`"
+            "after model.train() and with ranges that are not frozen, before an evaluation, set "
+            "the ranges with noisyq_fast.calibrate(model, batches), or load a checkpoint that has "
+            "them; to evaluate in float, use `with noisyq_fast.disabled(model):`"
         )
 
 
 # Single arguments.
 
 
-def width(**bits: int) -> None:
-    for name, value in bits.items():
-        if not 2 <= value <= 8:
-            raise ValueError(f"{name}: got {value}, takes 2..8")
-
-
 def qmax(bits: int) -> int:
     if not 2 <= bits <= 8:
-        width(bits=bits)
+        check_bits(bits)
     return (1 << bits - 1) - 1
 
 
@@ -257,6 +251,10 @@ def front_axis(axis: int | None, x: Tensor) -> int | None:
 def _dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got {x.dtype}, takes {_one_of(dtypes)}")
+    strided(name, x)
+
+
+def strided(name: str, x: Tensor) -> None:
     if x.layout != torch.strided:
         raise ValueError(f"{name}: got a tensor of layout {x.layout}, takes torch.strided")
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from noisyq_fast import checks, usage
 from noisyq_fast import layers as quantized
+from noisyq_fast import usage
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
-from noisyq_fast.grid import SIGNED, UNSIGNED
+from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
 from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
 from noisyq_fast.layers import (
     DEFAULT_BITS,
@@ -140,10 +140,11 @@ def quantize_model_(
         weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits, ...)``;
             ``None`` leaves weights as they are.
         activation: the same for inputs, instead of ``MovingAbsMax(activation_bits, ...)``.
-        weight_grid, activation_grid: ``"signed"`` (the paper's), ``"full"``, ``"unsigned"`` or
-            ``"affine"``, as in `Grid`. After a ReLU ``"unsigned"`` has twice the levels of
-            ``"signed"``. It is not for the input of the model: where ``first_last_bits`` is not
-            ``None``, the first layers have a signed grid instead, unless ``overrides`` name one.
+        weight_grid, activation_grid: ``"signed"`` (the paper's), ``"full"``, ``"unsigned"``,
+            ``"affine"`` or ``"odd"``, as in `Grid`. After a ReLU ``"unsigned"`` has twice the
+            levels of ``"signed"``. It is not for the input of the model: where ``first_last_bits``
+            is not ``None``, the first layers have a signed grid instead, unless ``overrides`` name
+            one. Nor is ``"odd"``, which has no 0, for the first and last layers.
         weight_group_size: one scale for each so many consecutive input channels of a weight, with
             all kernel positions, instead of one for each output channel.
         activation_granularity: ``"tensor"``, or ``"token"``: one scale for each index of all axes
@@ -197,8 +198,9 @@ def quantize_model_(
     }
     _quantizers(**options)
     if first_last_bits is not None:
-        checks.integers(first_last_bits=first_last_bits)
-        checks.width(first_last_bits=first_last_bits)
+        for chosen in (weight, activation):
+            kind = chosen.grid_kind if isinstance(chosen, Quantizer) else SIGNED
+            check_bits(first_last_bits, kind, "first_last_bits")
     if filter is not None and not callable(filter):
         raise TypeError(
             "filter: expected a function of a layer's name and the layer, or None, got "
@@ -232,10 +234,13 @@ def quantize_model_(
         except (TypeError, ValueError) as error:  # the other options were checked before
             raise type(error)(f"overrides[{name!r}]: {error}") from error
 
+    grids = {"weight_grid": weight_grid, "activation_grid": activation_grid}
+    of_ends = {option: SIGNED for option, grid in grids.items() if grid == ODD}
     of_input = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
     inner = {name: quantizers_of(name, None) for name in layers}
-    last = {name: quantizers_of(name, first_last_bits) for name in layers}
-    first = {name: quantizers_of(name, first_last_bits, **of_input) for name in layers}
+    last = {name: quantizers_of(name, first_last_bits, **of_ends) for name in layers}
+    of_first = of_ends | of_input
+    first = {name: quantizers_of(name, first_last_bits, **of_first) for name in layers}
     called = layers
     try:
         for name, layer in layers.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -108,7 +109,31 @@ def _flops_by_operator() -> dict[Any, Any]:
         aten.mv: lambda a, b, **_: 2 * a.numel(),
         aten.addmv: lambda c, a, b, **_: 2 * a.numel(),
         aten.dot: lambda a, b, **_: 2 * a.numel(),
+        aten.vdot: lambda a, b, **_: 2 * a.numel(),
+        aten.addr: lambda c, a, b, **_: 2 * a.numel() * b.numel(),
+        aten.addbmm: lambda c, a, b, **_: 2 * a.numel() * b.shape[-1],
+        aten._grouped_mm: _flops_of_grouped_product,
+        aten._trilinear: _flops_of_bilinear_layer,
     }
+
+
+def _flops_of_grouped_product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Of experts, such as those of a mixture: every row of ``a`` meets one matrix of ``b``."""
+    products = len(a) if a.dim() == b.dim() == 3 else 1
+    return 2 * products * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+def _flops_of_bilinear_layer(
+    x: Tensor, weight: Tensor, y: Tensor, *expanded: list[int], **_: Any
+) -> int:
+    """A multiplication with every element of the weight for every sample."""
+    shapes = []
+    for operand, dims in zip((x, weight, y), expanded, strict=False):
+        shape = list(operand.shape)
+        for dim in dims:
+            shape.insert(dim, 1)
+        shapes.append(shape)
+    return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
 
 class _Counter(TorchDispatchMode):

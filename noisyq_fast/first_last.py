@@ -101,12 +101,7 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
             if not has_layers:
                 hooks.append(layer.register_forward_hook(functools.partial(name_output, name)))
         for evaluating in (True, False) if model.training else (True,):
-            with (
-                left_as_it_was(model),
-                torch.random.fork_rng(),
-                torch.enable_grad(),
-                _RecordsAll(),
-            ):
+            with left_as_it_was(model), torch.enable_grad(), _RecordsAll():
                 if evaluating:
                     model.eval()
                 args, kwargs = marked(_INPUT, arguments(example))

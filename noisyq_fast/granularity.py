@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from noisyq_fast import checks
+
 TOKEN = "token"
 Axis = int | str | None
 
@@ -33,6 +35,7 @@ class Groups:
     """
 
     def __init__(self, x: Tensor, axis: Axis, group_size: int | None) -> None:
+        checks.strided("x", x)
         self.whole = x
         if axis == TOKEN:
             self.shape = _tokens(x, group_size)

@@ -8,21 +8,26 @@ With ``b`` bits, ``qmax = 2^(b-1) - 1``, ``n = 2^b - 1``, and ``low = min(x, 0)`
     full      max |x|          range / (n / 2)     -2^(b-1) .. 2^(b-1) - 1    the upper half step
     unsigned  high             high / n            0 .. n                     what is below 0
     affine    low, high        (high - low) / n    0 .. n                     up to half a step
+    odd       max |x|          range / n           -n, -n + 2 .. n            nothing
 
     z    = rint(-low / s) of affine, else 0        the code of the value 0
     code = clamp(rint(x / s) + z, code_min, code_max)
+    code = clamp(2 rint((x / s + n) / 2) - n, code_min, code_max)     of odd
     y    = (code - z) * s
 
-The step from one code to the next is 1. Every division, difference and product is rounded once, in
-float32, and s is at least the smallest normal float32. ``rint`` rounds half to even.
+Every division, sum, difference and product is rounded once, in float32, and s is at least the
+smallest normal float32. ``rint`` rounds half to even.
 
 *signed* is that of arXiv 2303.11803. Half of its codes are for values below 0, of which the output
 of a ReLU has none: that has 8 of the 15 codes at 4 bits, and two values at 2 bits. *unsigned* gives
 it 16 and 4: there b bits are to the bit the numbers of b + 1 signed bits. *affine* spends its codes
-on the range that there is, such as that of a GELU.
+on the range that there is, such as that of a GELU. *odd* has no 0, but as many values above it as
+below, for weights (Chen et al. 2021, AQD, arXiv 2007.06919); of 8 bits its codes would not fit
+into int8. It is computed by the reference alone.
 
 A NaN or an infinity makes its group NaN on every grid, -inf on *unsigned* too. On *affine* so does
-a range whose ``high - low`` overflows float32. A group of zeros stays zeros.
+a range whose ``high - low`` overflows float32. A group of zeros stays zeros, but for *odd*, where
+it becomes the smallest normal float32.
 """
 
 from dataclasses import dataclass
@@ -34,7 +39,8 @@ SIGNED = "signed"
 FULL = "full"
 UNSIGNED = "unsigned"
 AFFINE = "affine"
-KINDS = (SIGNED, FULL, UNSIGNED, AFFINE)
+ODD = "odd"
+KINDS = (SIGNED, FULL, UNSIGNED, AFFINE, ODD)
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class Grid:
     """The values that ``bits`` bits can tell apart, in steps of a scale.
 
     Args:
-        bits: width of the codes, 2..8.
-        kind: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``: see the table above.
+        bits: width of the codes, 2..8; of an odd grid 2..7.
+        kind: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``: see the table
+            above.
 
     Raises:
+        TypeError: bits that are no int.
         ValueError: bits out of range, or an unknown kind.
 
     Example:
@@ -60,9 +68,8 @@ class Grid:
     kind: str = SIGNED
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits: got {self.bits}, takes 2..8")
         check_kind(self.kind)
+        check_bits(self.bits, self.kind)
 
     @property
     def qmax(self) -> int:
@@ -71,15 +78,16 @@ class Grid:
 
     @property
     def code_min(self) -> int:
-        return {SIGNED: -self.qmax, FULL: -self.qmax - 1}.get(self.kind, 0)
+        return {SIGNED: -self.qmax, FULL: -self.qmax - 1, ODD: -self.code_max}.get(self.kind, 0)
 
     @property
     def code_max(self) -> int:
-        return 2 * self.qmax + 1 if self.is_unsigned else self.qmax
+        return self.qmax if self.kind in (SIGNED, FULL) else 2 * self.qmax + 1
 
     @property
     def code_step(self) -> int:
-        return 1
+        """From one code to the next."""
+        return 2 if self.kind == ODD else 1
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -111,3 +119,17 @@ grid = cache(Grid)
 def check_kind(kind: object, name: str = "grid") -> None:
     if kind not in KINDS:
         raise ValueError(f"{name}: got {kind!r}, takes one of {', '.join(KINDS)}")
+
+
+def check_bits(bits: object, kind: str = SIGNED, name: str = "bits") -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{name}: got {bits!r} ({type(bits).__name__}), takes an int")
+    most = most_bits(kind)
+    if not 2 <= bits <= most:
+        which = " of an odd grid, whose codes are int8" if kind == ODD else ""
+        raise ValueError(f"{name}: got {bits}, takes 2..{most}{which}")
+
+
+def most_bits(kind: str) -> int:
+    """The largest width whose codes are bytes."""
+    return 7 if kind == ODD else 8

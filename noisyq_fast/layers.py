@@ -7,15 +7,16 @@ batch's absmax in training and its moving average otherwise (arXiv 2303.11803, s
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from noisyq_fast import checks, gradients, usage
+from noisyq_fast import gradients, usage
 from noisyq_fast.granularity import TOKEN, Groups, check_group_size
-from noisyq_fast.grid import SIGNED, check_kind
+from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
@@ -36,8 +37,8 @@ class QuantLayer(nn.Module):
         weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits, ...)``;
             ``None`` leaves the weight as it is.
         activation: the same for the input, instead of ``MovingAbsMax(activation_bits, ...)``.
-        weight_grid, activation_grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as
-            in `Grid`.
+        weight_grid, activation_grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or
+            ``"odd"``, as in `Grid`.
         weight_group_size: one scale for each so many consecutive input channels, instead of one for
             each output channel; must divide their number.
         activation_granularity: ``"tensor"``: one range for the input. ``"token"``: one scale for
@@ -51,8 +52,6 @@ class QuantLayer(nn.Module):
 
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
-    TAKES_TOKENS: ClassVar[bool] = True
-    """Whether the last axis of the input is that of the input features."""
 
     def __init__(
         self,
@@ -94,10 +93,16 @@ class QuantLayer(nn.Module):
             quantizer.train(self.training)
 
     def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        if weight is not None and weight.axis == TOKEN:
+            raise ValueError(
+                f"weight: got {weight}; takes one scale, one for each output channel (axis=0) or a "
+                "group_size: tokens are of activations"
+            )
         if weight is not None and weight.group_size is not None:
             for w in self.weights():
                 Groups(self.by_channel(w.detach()), weight.axis, weight.group_size)
-        if activation is not None and activation.axis == TOKEN and not self.TAKES_TOKENS:
+        of_tokens = activation is not None and activation.axis == TOKEN
+        if of_tokens and isinstance(self, _ConvNd):
             raise ValueError(
                 f"activation: got one scale for each token for a {type(self).__name__}, whose "
                 "input has its channels before its positions; takes one scale, "
@@ -196,9 +201,8 @@ def weight_quantizer(
     group_size: int | None = None,
 ) -> Quantizer | None:
     """The quantizer for weights that the options of a layer stand for."""
-    checks.integers(weight_bits=bits)
-    checks.width(weight_bits=bits)
     check_kind(grid, "weight_grid")
+    check_bits(bits, grid, "weight_bits")
     check_group_size(group_size, "weight_group_size")
     if chosen is ...:
         return AbsMax(bits, grid=grid, group_size=group_size)
@@ -214,9 +218,8 @@ def input_quantizer(
     granularity: str = PER_TENSOR,
 ) -> Quantizer | None:
     """The quantizer for inputs that the options of a layer stand for."""
-    checks.integers(activation_bits=bits)
-    checks.width(activation_bits=bits)
     check_kind(grid, "activation_grid")
+    check_bits(bits, grid, "activation_bits")
     if granularity not in (PER_TENSOR, TOKEN):
         takes = f"takes {PER_TENSOR!r} or {TOKEN!r}"
         raise ValueError(f"activation_granularity: got {granularity!r}, {takes}")
@@ -255,8 +258,6 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class _QuantConv(QuantLayer):
-    TAKES_TOKENS: ClassVar[bool] = False
-
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
@@ -282,8 +283,6 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 class _QuantConvTranspose(QuantLayer):
     """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
-
-    TAKES_TOKENS: ClassVar[bool] = False
 
     def by_channel(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
@@ -339,6 +338,15 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().set_quantizers_(weight, None)
+
+    def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        super().check_granularity(weight, activation)
+        # Sparse gradients pass as they are, but can be neither cut into groups nor masked.
+        if self.sparse and weight and (weight.group_size or weight.grid_kind == UNSIGNED):
+            raise ValueError(
+                f"weight: got {weight} for an embedding with sparse gradients; takes a grid that "
+                "is not unsigned and one scale for each row, or sparse=False"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         usage.called(self)

@@ -32,10 +32,10 @@ from torch.overrides import (
 )
 
 from noisyq_fast import batching, checks, gradients
-from noisyq_fast.backends import select
+from noisyq_fast.backends import reference, select
 from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group
-from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED, check_kind
+from noisyq_fast.grid import AFFINE, ODD, SIGNED, UNSIGNED, Grid, check_kind
 
 _library = torch.library.Library("noisyq", "DEF")
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
@@ -75,6 +75,8 @@ def _declare(
         if check_values is not None:
             check_values(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        if any(isinstance(argument, Grid) and argument.kind == ODD for argument in arguments):
+            return reference.backend.functions[name](*arguments)
         return select(name, first.device.type)(*arguments)
 
     def fake(*arguments: Any) -> Any:
@@ -235,7 +237,7 @@ def fake_quantize(
         bits: width of the codes, 2..8.
         axis: the per-channel axis, one scale for each of its indices; ``None``: one scale;
             ``"token"``: one for each index of all axes but the last.
-        grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as in `Grid`.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
         group_size: one scale for each so many consecutive indices of axis 1 (input channels), with
             all that follow, of each index of axis 0. Must divide the size of axis 1.
         ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a code was
@@ -511,10 +513,10 @@ def dequantize(
         >>> noisyq_fast.dequantize(codes, scale)
         tensor([ 0.1000, -0.7000,  0.3000])
     """
-    if has_torch_function_variadic(codes, scale):
+    if has_torch_function_variadic(codes, scale, zero_point):
         return handle_torch_function(
             dequantize,
-            (codes, scale),
+            (codes, scale, zero_point),
             codes,
             scale,
             axis,

@@ -16,19 +16,19 @@ from torch.utils import _pytree as pytree
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Runs what is inside in evaluation mode, without gradients and without graphs compiled
-    before, and leaves the model and PyTorch's random state as they were."""
+    before, and leaves all as it was."""
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    with left_as_it_was(model), torch.random.fork_rng(), torch.no_grad(), eager:
+    with left_as_it_was(model), torch.no_grad(), eager:
         model.eval()
         yield
 
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward changes: modes, buffers (such as the statistics of batch norm), and
-    weights that an embedding with ``max_norm`` makes smaller. Until then nothing requires grad, so
-    that the model may change it as without gradients."""
+    """Puts back what a forward changes: modes, buffers (such as the statistics of batch norm),
+    weights that an embedding with ``max_norm`` makes smaller, and PyTorch's random state. Until
+    then nothing requires grad, so that the model may change it as without gradients."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
@@ -44,19 +44,24 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     model.requires_grad_(False)
     for _, _, buffer, _, _ in buffers:
         buffer.requires_grad_(False)
+    # Of other devices not even the state is asked for, which would initialize them.
+    accelerator = torch.accelerator.current_accelerator()
+    devices = {x.device for x in [*model.parameters(), *model.buffers()]}
+    used = [device for device in devices if accelerator and device.type == accelerator.type]
     try:
-        yield
+        with torch.random.fork_rng(used):
+            yield
     finally:
+        # Through .data: graphs that wait for their backward take it for no change.
         for module, mode in modes:
             module.training = mode
         for parameter, requires_grad in parameters:
             _as_leaf(parameter).requires_grad_(requires_grad)
         for weight, before in weights:
-            weight.detach().copy_(before)
+            weight.data.copy_(before)
         for module, name, buffer, before, requires_grad in buffers:
             buffer = _as_leaf(buffer)
-            with torch.no_grad():
-                buffer.copy_(before)
+            buffer.data.copy_(before)
             setattr(module, name, buffer.requires_grad_(requires_grad))
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
+from noisyq_fast.backends.reference import MASKED
 
 
 def every_operator(backend, x, axis, qmax=7):
@@ -36,15 +36,16 @@ def every_operator_on_grid(backend, x, axis, grid):
         ranges = torch.stack([-0.4 * ranges, ranges])
     running = ranges.clone()
     running.view(1 + grid.is_affine, -1)[:, ::2] = float("nan")
-    observed = torch.full(shape, 0.25, device=x.device)
+    weights = [None, *(torch.full(shape, weight, device=x.device) for weight in (0.25, 0.0))]
 
     codes, scale, zero_point = backend.quantize_on_grid(x, grid, axis)
     results = [codes, scale, zero_point]
-    zero_point = zero_point if grid.is_affine else None
-    results += [backend.dequantize_on_grid(codes, scale, zero_point, axis)]
-    for masked in (NOTHING, CLIPPED):
+    for zero in (None, zero_point) if grid.is_unsigned else (None,):
+        results += [backend.dequantize_on_grid(codes, scale, zero, axis)]
+    for masked, observed in zip(MASKED, weights, strict=True):
         results += backend.fake_quantize_on_grid(x, grid, axis, masked)
-    for masked in (NEGATIVE, CLIPPED):
         results += backend.fake_quantize_fixed_range_on_grid(x, ranges, grid, axis, masked)
-    results += backend.fake_quantize_ema_on_grid(x, running, observed, grid, axis, 0.3, NEGATIVE)
-    return [*results, running, observed]
+        average = running.clone()
+        results += backend.fake_quantize_ema_on_grid(x, average, observed, grid, axis, 0.3, masked)
+        results += [average, *([] if observed is None else [observed])]
+    return results

@@ -39,6 +39,7 @@ def on_grid(x, bits, kind, axis):
     low_code, high_code = {
         "signed": (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1),
         "full": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1),
+        "odd": (1 - 2**bits, 2**bits - 1),
     }.get(kind, (0, 2**bits - 1))
     others = tuple(d for d in range(x.ndim) if d != axis)
     low, high = x.min(axis=others, initial=0), x.max(axis=others, initial=0)
@@ -48,6 +49,7 @@ def on_grid(x, bits, kind, axis):
         range_, divisor = {
             "signed": (largest, np.float32(high_code)),
             "full": (largest, steps / np.float32(2)),
+            "odd": (largest, steps),
             "unsigned": (high, steps),
             "affine": (high - low, steps),
         }[kind]
@@ -56,7 +58,13 @@ def on_grid(x, bits, kind, axis):
         z = np.rint(-low / s) if kind == "affine" else np.zeros_like(s)
         z = np.where(np.isnan(z), np.float32(0), z)
         shift = along_axis(z, x, axis)
-        codes = np.clip(np.rint(x / along_axis(s, x, axis)), low_code - shift, high_code - shift)
+        if kind == "odd":
+            s = np.where(np.isinf(s), np.float32(np.nan), s)
+            halves = (x / along_axis(s, x, axis) + steps) / np.float32(2)
+            codes = np.clip(np.float32(2) * np.rint(halves) - steps, low_code, high_code)
+        else:
+            rounded = np.rint(x / along_axis(s, x, axis))
+            codes = np.clip(rounded, low_code - shift, high_code - shift)
         values = codes * along_axis(s, x, axis)
     return np.nan_to_num(codes + shift, nan=0.0), s, z, values
 

@@ -30,7 +30,7 @@ from noisyq_fast.backends.cuda_launch import (
     splits_of_reduction,
 )
 from noisyq_fast.backends.reference import MASKED, NOTHING
-from noisyq_fast.grid import KINDS
+from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -144,7 +144,8 @@ def test_every_operator_however_it_is_launched(emulated, dtype, shape, limits, m
             assert_same(every_operator(emulated, x, axis), expected)
 
 
-GRIDS = [Grid(4, "affine"), Grid(8, "unsigned"), Grid(3, "full"), Grid(8, "affine")]
+KINDS = [SIGNED, FULL, UNSIGNED, AFFINE]
+GRIDS = [Grid(4, AFFINE), Grid(8, UNSIGNED), Grid(3, FULL), Grid(8, AFFINE)]
 
 
 @pytest.mark.parametrize("limits", LIMITS[::3], ids=str)

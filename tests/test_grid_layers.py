@@ -15,6 +15,7 @@ from noisyq_fast import (
     MovingAbsMax,
     QuantConv2d,
     QuantEmbedding,
+    QuantLayer,
     QuantLinear,
     QuantMultiheadAttention,
     calibrate,
@@ -179,6 +180,10 @@ def test_per_group_ranges_have_the_grid_too():
     assert_same(layer.input_quantizer.range, torch.stack([x.amin((0, 2)), x.amax((0, 2))]))
 
 
+class QuantOfOnesOwn(QuantLayer, nn.Conv2d):
+    """As `register_layer` takes it."""
+
+
 REFUSED = [
     (
         lambda: quantize_model_(
@@ -193,10 +198,27 @@ REFUSED = [
         "layer '1': activation: got one scale for each token for a QuantConv2d",
     ),
     (lambda: QuantConv2d(4, 4, 3, activation=AbsMax(4, "token")), "got one scale for each token"),
+    (lambda: QuantOfOnesOwn(4, 4, 3, activation_granularity="token"), "got one scale for each tok"),
+    (
+        lambda: QuantConv2d(4, 4, 3, weight=AbsMax(4, "token")),
+        "weight: got AbsMax.*'token'.; takes",
+    ),
     (lambda: QuantLinear(6, 4, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantMultiheadAttention(6, 2, weight_group_size=4), "whose 6 input channels leave"),
     (lambda: QuantEmbedding(4, 6, weight_group_size=4), "whose 6 input channels leave"),
-    (lambda: quantize_model_(make_model(), weight_grid="odd"), "weight_grid: got 'odd'"),
+    (
+        lambda: QuantEmbedding(4, 6, sparse=True, weight_group_size=3),
+        r"weight: got AbsMax\(bits=4, group_size=3\) for an embedding with sparse gradients",
+    ),
+    (
+        lambda: quantize_model_(
+            nn.Sequential(nn.Embedding(4, 6, sparse=True)), weight_grid="unsigned"
+        ),
+        "layer '0': weight: got AbsMax.* for an embedding with sparse gradients",
+    ),
+    (lambda: MovingAbsMax(4).set_range(-1.0), "set_range: got .*, takes 0 or more"),
+    (lambda: MovingAbsMax(4, grid="affine").set_range(1.0, -1.0), "takes the least before the la"),
+    (lambda: quantize_model_(make_model(), weight_grid="even"), "weight_grid: got 'even'"),
     (lambda: quantize_model_(make_model(), activation_grid=1), "activation_grid: got 1"),
     (lambda: quantize_model_(make_model(), weight_group_size=0), "weight_group_size: got 0"),
     (
@@ -216,7 +238,20 @@ REFUSED = [
         r"overrides\['2'\]: activation_grid: got 'affine' beside activation=MovingAbsMax",
     ),
     (lambda: MovingAbsMax(8, "token"), r"axis: got 'token', which keeps no range; use AbsMax"),
-    (lambda: AbsMax(8, grid="odd"), "grid: got 'odd'"),
+    (lambda: AbsMax(8, grid="even"), "grid: got 'even'"),
+    (lambda: AbsMax(8, grid="odd"), "bits: got 8, takes 2..7 of an odd grid"),
+    (lambda: AbsMax(4, grid="odd").like(bits=8), "bits: got 8, takes 2..7 of an odd grid"),
+    (lambda: QuantLinear(4, 4, weight_bits=8, weight_grid="odd"), "weight_bits: got 8, takes 2..7"),
+    (
+        lambda: quantize_model_(make_model(), weight=AbsMax(4, grid="odd")),
+        "first_last_bits: got 8, takes 2..7 of an odd grid",
+    ),
+    (
+        lambda: quantize_model_(
+            make_model(), weight_grid="odd", overrides={"2": {"weight_bits": 8}}
+        ),
+        r"overrides\['2'\]: weight_bits: got 8, takes 2..7 of an odd grid",
+    ),
 ]
 
 
@@ -224,6 +259,15 @@ REFUSED = [
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["signed", "full", "affine", "odd"])
+def test_sparse_gradients_of_embeddings_pass(kind):
+    embedding = QuantEmbedding(4, 6, sparse=True, weight_grid=kind)
+    embedding(torch.tensor([1, 3, 1])).sum().backward()
+    assert embedding.weight.grad.is_sparse
+    expected = torch.tensor([0.0, 2.0, 0.0, 1.0])[:, None].expand(4, 6)
+    assert torch.equal(embedding.weight.grad.to_dense(), expected)
 
 
 def test_a_model_that_is_refused_is_as_it_was():
@@ -283,8 +327,8 @@ def load(here, there):
             "signed grid for groups of 8",
         ),
         (
-            {"weight": AbsMax(4, group_size=4)},
-            {"weight": AbsMax(4, "token")},
+            {"activation": AbsMax(4, group_size=4)},
+            {"activation": AbsMax(4, "token")},
             "signed grid for tokens, the model 4 bits on the signed grid for groups of 4",
         ),
         (
@@ -309,6 +353,18 @@ def test_every_group_size_is_kept(size):
     AbsMax(4, group_size=size).load_state_dict(state)
     with pytest.raises(RuntimeError, match=f"for groups of {size}, the model"):
         AbsMax(4, group_size=7).load_state_dict(state)
+
+
+def test_modules_pickled_before_there_were_grids():
+    layer, x = QuantLinear(4, 3), torch.randn(5, 4)
+    expected = copy.deepcopy(layer)(x)
+    for quantizer in layer.quantizers().values():
+        for name in ("frozen", "grid_kind", "group_size", "_left_to_look_at", "range_of_ranks"):
+            vars(quantizer).pop(name, None)
+    assert torch.equal(layer(x), expected)
+    freeze_ranges_(calibrate(layer, [x]))
+    assert torch.equal(layer(x), expected)
+    assert summary(layer, x).layers[0].weight_grid == "signed channel"
 
 
 def test_checkpoints_of_the_first_version_are_on_the_signed_grid():

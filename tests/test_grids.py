@@ -16,7 +16,8 @@ from noisyq_fast.backends import BACKENDS, reference
 from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
 from noisyq_fast.grid import KINDS
 
-kinds = st.sampled_from(KINDS)
+# With a width: of an odd grid 8 bits would not fit into int8.
+grids = st.tuples(bits, st.sampled_from(KINDS)).filter(lambda grid: grid != (8, "odd"))
 estimators = st.sampled_from(STRAIGHT_THROUGH_ESTIMATORS)
 NEW = KINDS[1:]
 
@@ -44,8 +45,9 @@ def grouped(x, axis=None, group_size=None):
 
 
 @settings(max_examples=400)
-@given(data=st.data(), x=tensors(), bits=bits, kind=kinds)
-def test_reference_equals_numpy(data, x, bits, kind):
+@given(data=st.data(), x=tensors(), grid=grids)
+def test_reference_equals_numpy(data, x, grid):
+    bits, kind = grid
     options = data.draw(granularities(x))
     if isinstance(options.get("axis"), int):
         options = {"axis": front(options["axis"], x)}
@@ -65,8 +67,9 @@ def test_reference_equals_numpy(data, x, bits, kind):
 
 
 @settings(max_examples=600)
-@given(data=st.data(), x=tensors(), bits=bits, kind=kinds, ste=estimators)
-def test_cpu_equals_reference(data, x, bits, kind, ste):
+@given(data=st.data(), x=tensors(), grid=grids, ste=estimators)
+def test_cpu_equals_reference(data, x, grid, ste):
+    bits, kind = grid
     options = data.draw(granularities(x))
     results = []
     for backend in ("reference", "cpu"):
@@ -86,8 +89,9 @@ def test_cpu_equals_reference(data, x, bits, kind, ste):
 
 
 @settings(max_examples=400)
-@given(data=st.data(), x=tensors(), bits=bits, kind=kinds, ste=estimators, training=st.booleans())
-def test_cpu_equals_reference_with_a_running_range(data, x, bits, kind, ste, training):
+@given(data=st.data(), x=tensors(), grid=grids, ste=estimators, training=st.booleans())
+def test_cpu_equals_reference_with_a_running_range(data, x, grid, ste, training):
+    bits, kind = grid
     axis = data.draw(axes(x))
     shape = (2,) * (kind == "affine") + (() if axis is None else (x.shape[axis],))
     # Smaller than most values, so that they clip; of an affine grid any sign, low above high too.
@@ -146,11 +150,25 @@ def test_how_many_values_a_relu_has():
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_reach_both_ends_of_the_grid(backend, bits, kind):
+    if (bits, kind) == (8, "odd"):
+        with pytest.raises(ValueError, match=r"bits: got 8, takes 2\.\.7 of an odd grid"):
+            Grid(bits, kind)
+        return
     grid = Grid(bits, kind)
     x = torch.linspace(-3, 3, 2001)
     codes, *_ = quantize(x, bits, grid=kind)
     assert (codes.min(), codes.max()) == (grid.code_min, grid.code_max)
     assert codes.dtype == grid.code_dtype
+
+
+def test_an_odd_grid_has_no_zero_and_is_even_handed(backend):
+    x = torch.tensor([-3.0, -1.1, -0.1, 0.0, 0.1, 1.9, 2.1, 3.0])
+    y = fake_quantize(x, 2, grid="odd")
+    assert y.tolist() == [-3, -1, -1, 1, 1, 1, 3, 3]
+    codes, scale = quantize(x, 2, grid="odd")
+    assert (codes % 2 == 1).all()
+    assert torch.equal(dequantize(codes, scale), y)
+    assert fake_quantize(torch.tensor([1.0, torch.inf]), 2, grid="odd").isnan().all()
 
 
 def test_the_definitions_by_hand(backend):
@@ -205,7 +223,8 @@ def test_an_affine_range_that_overflows_is_nan(backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_subnormals_and_nothing(backend, kind):
-    assert_same(fake_quantize(torch.zeros(3), 4, grid=kind), torch.zeros(3))
+    smallest = torch.finfo(torch.float32).tiny if kind == "odd" else 0.0
+    assert_same(fake_quantize(torch.zeros(3), 4, grid=kind), torch.full((3,), smallest))
     tiny = torch.tensor([1e-45, -1e-45, 1e-39])
     assert fake_quantize(tiny, 4, grid=kind).isfinite().all()
     _, scale, *_ = quantize(tiny, 4, grid=kind)
@@ -364,8 +383,8 @@ def test_dequantize_is_differentiable_in_the_scale():
 def test_many_tensors_are_like_each(kind):
     tensors = [torch.randn(4, 6), torch.randn(2, 4, 3, 3).half()]
     for options in ({"axis": 1}, {"axis": "token"}, {"group_size": 2}):
-        together = noisyq_fast.fake_quantize_many(tensors, [3, 8], grid=kind, **options)
-        for y, x, b in zip(together, tensors, [3, 8], strict=True):
+        together = noisyq_fast.fake_quantize_many(tensors, [3, 7], grid=kind, **options)
+        for y, x, b in zip(together, tensors, [3, 7], strict=True):
             assert torch.equal(y, fake_quantize(x, b, grid=kind, **options))
 
 
@@ -387,8 +406,14 @@ X = torch.randn(4, 6)
 ONE = torch.tensor(1.0)
 REFUSED = [
     (lambda: Grid(9), ValueError, "bits: got 9, takes 2..8"),
-    (lambda: Grid(4, "odd"), ValueError, "grid: got 'odd', takes one of signed, full, unsigned,"),
-    (lambda: fake_quantize(X, 4, grid="odd"), ValueError, "grid: got 'odd'"),
+    (lambda: Grid(4.0), TypeError, r"bits: got 4.0 \(float\), takes an int"),
+    (lambda: Grid("4"), TypeError, "bits: got '4'"),
+    (lambda: Grid(True), TypeError, "bits: got True"),
+    (lambda: Grid(8, "odd"), ValueError, "bits: got 8, takes 2..7 of an odd grid"),
+    (lambda: fake_quantize(X.to_sparse(), 4, "token"), ValueError, "x: got a tensor of layout"),
+    (lambda: quantize(X.to_sparse(), 4, group_size=2), ValueError, "x: got a tensor of layout"),
+    (lambda: Grid(4, "even"), ValueError, "grid: got 'even', takes one of signed, full, unsigned"),
+    (lambda: fake_quantize(X, 4, grid="even"), ValueError, "grid: got 'even'"),
     (lambda: quantize(X, 4, grid=4), ValueError, "grid: got 4"),
     (lambda: fake_quantize_ema(X, ONE, 4, grid=None), ValueError, "grid: got None"),
     (lambda: fake_quantize(X, 1, grid="full"), ValueError, "bits: got 1, takes 2..8"),

@@ -64,6 +64,9 @@ def test_a_traced_module_calls_the_functions_and_gives_the_same_bits():
     assert torch.equal(traced(x)[1], module(x)[1])
 
 
+BYTES = torch.ones(3, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -73,6 +76,7 @@ def test_a_traced_module_calls_the_functions_and_gives_the_same_bits():
         lambda x: fake_quantize_ema(x, torch.tensor(1.0), 4, training=False, ste="clipped"),
         lambda x: quantize(x, 4)[0],
         lambda x: dequantize(torch.ones(3, dtype=torch.int8), x.sum()),
+        lambda x: dequantize(BYTES, torch.tensor(1.0), zero_point=x.relu().byte().amax()),
     ],
 )
 def test_subclasses_and_modes_see_the_call(call):

@@ -11,6 +11,7 @@ from torch import nn
 from noisyq_fast import (
     AbsMax,
     MovingAbsMax,
+    QuantLinear,
     calibrate,
     disabled,
     fake_quantize_ema,
@@ -114,6 +115,13 @@ def test_compiled_models_freeze_too():
         expected = nn.functional.linear(X, model[0].weight, model[0].bias)
         expected = nn.functional.linear(expected, model[1].weight, model[1].bias)
         torch.testing.assert_close(compiled(X), expected)
+
+
+def test_a_frozen_range_that_has_seen_nothing_says_so_in_training():
+    layer = QuantLinear(4, 3)
+    layer.input_quantizer.frozen = True
+    with pytest.raises(ValueError, match="with ranges that are not frozen"):
+        layer(torch.randn(2, 4))
 
 
 def test_ranges_that_have_seen_nothing_are_not_frozen():

@@ -225,6 +225,36 @@ def test_layers_of_all_kinds(layer, x, macs, convert, autocast):
         assert row.quantized_parameters == row.parameters - bias
 
 
+@pytest.mark.parametrize(
+    ("product", "shape", "macs"),
+    [
+        (lambda x, w: torch._grouped_mm(x, w, torch.tensor([3, 5, 5, 9]).int()), (9, 8), 9 * 128),
+        (lambda x, w: torch._grouped_mm(x, w), (4, 16, 8), 4 * 16 * 128),
+        (lambda x, w: torch._grouped_mm(x, w[0], torch.tensor([8, 16]).int()), (2, 3, 8), 3 * 128),
+        (lambda x, w: torch._grouped_mm(x, w[0], torch.tensor([8]).int()), (8, 8), 8 * 128),
+        (lambda x, w: torch.addbmm(w[0, :3], x, w), (4, 3, 8), 4 * 3 * 128),
+        (lambda x, w: torch.addr(w[0], x, w[0, 0]), (8,), 128),
+        (lambda x, w: torch.vdot(x, w[0, 0]), (16,), 16),
+    ],
+)
+def test_rarer_products(product, shape, macs):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8, 16, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return product(x, self.weight)
+
+    found = summary(nn.Sequential(Layer()), torch.randn(shape, dtype=torch.bfloat16))
+    assert (found.layers[0].macs, found.macs) == (macs, macs)
+
+
+def test_a_bilinear_layer():
+    x, y = torch.randn(2, 7, 3), torch.randn(2, 7, 4)
+    assert summary(nn.Bilinear(3, 4, 5), (x, y)).macs == 14 * 60
+
+
 def test_recurrent_layers():
     found = summary(nn.LSTM(4, 8, batch_first=True), torch.randn(2, 5, 4))
     assert found.macs == found.layers[0].macs == 10 * 32 * (4 + 8)
@@ -307,6 +337,33 @@ def test_nothing_moves(look, fails):
             assert torch.equal(a, b), name
     assert str(after[1:]) == str(before[1:])
     assert all(q.enabled for q in model.modules() if isinstance(q, Quantizer))
+
+
+@pytest.mark.parametrize("look", [summary, lambda model, x: calibrate(model, [x])])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_may_wait_for_its_backward(look, training):
+    def gradients(between):
+        torch.manual_seed(0)
+        model = converted(network())
+        model(IMAGE)
+        loss = model.train(training)(IMAGE).sum()
+        between(model, IMAGE)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(lambda model, x: None)
+    assert all(map(torch.equal, gradients(look), expected))
+
+
+@pytest.mark.parametrize("look", [summary, lambda model, x: calibrate(model, [x])])
+def test_only_devices_of_the_model_are_asked_for_their_random_state(look, monkeypatch):
+    model = converted(network())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("initialized"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(model, IMAGE)
+        quantize_model_(network(), example=IMAGE)
 
 
 def test_weights_that_are_made_anew_are_all_counted():

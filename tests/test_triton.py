@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from assert_same import assert_same
-from every_operator import every_operator
+from every_operator import every_operator, every_operator_on_grid
 from strategies import DTYPES, VALUES
 
 import noisyq_fast
+from noisyq_fast import Grid
 from noisyq_fast.backends import BACKENDS, on_triton, reference
 from noisyq_fast.backends.cuda_launch import progress
 from noisyq_fast.backends.on_triton.tiling import TileLimits, absmax_tiling
+from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 
 DEVICE = "cpu" if on_triton.INTERPRETED else "cuda"
 
@@ -72,6 +74,61 @@ def test_results_do_not_depend_on_the_tiles(dtype, shape, limits, monkeypatch):
         assert_same(actual, expected)
 
 
+# Each kind meets tiles of both sizes, and each dtype.
+GRIDS = [
+    (Grid(3, FULL), torch.float16, LIMITS[0]),
+    (Grid(2, FULL), torch.float32, LIMITS[1]),
+    (Grid(4, UNSIGNED), torch.bfloat16, LIMITS[0]),
+    (Grid(8, UNSIGNED), torch.float32, LIMITS[1]),
+    (Grid(4, AFFINE), torch.float32, LIMITS[0]),
+    (Grid(8, AFFINE), torch.bfloat16, LIMITS[1]),
+]
+
+
+@usable
+@pytest.mark.parametrize(("grid", "dtype", "limits"), GRIDS, ids=str)
+def test_grids_do_not_depend_on_the_tiles(grid, dtype, limits, monkeypatch):
+    monkeypatch.setattr(on_triton, "_limits", lambda device: limits)
+    images = torch.randn(2, 3, 2, 2, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+    matrix = torch.randn(2, 20, device=DEVICE).to(dtype)
+    for x, axis in ((images, 1), (matrix, 0), (matrix[0, ::3], None), (matrix[:, :0], 0)):
+        expected, actual = (
+            every_operator_on_grid(backend, x, axis, grid) for backend in (reference, on_triton)
+        )
+        assert_same(actual, expected)
+
+
+@usable
+@pytest.mark.parametrize("kind", [SIGNED, FULL, UNSIGNED, AFFINE])
+@pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
+def test_grids_of_values_that_break_quantizers(values, kind):
+    with np.errstate(over="ignore"):
+        x = np.asarray(values(np.random.default_rng(0), (5, 13), 127), np.float32)
+    x = torch.from_numpy(x).to(DEVICE)
+    expected, actual = (
+        every_operator_on_grid(backend, x, 0, Grid(8, kind)) for backend in (reference, on_triton)
+    )
+    assert_same(actual, expected)
+
+
+@usable
+@pytest.mark.parametrize("kind", [SIGNED, FULL, UNSIGNED, AFFINE])
+def test_ranges_that_are_given(kind):
+    """Of any sign, upside down, without a width, not finite."""
+    ends = [-2.0, -1e-45, 0.0, 1e-45, 0.7, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]
+    low, high = torch.cartesian_prod(torch.tensor(ends), torch.tensor(ends)).to(DEVICE).T
+    grid = Grid(8, kind)
+    ranges = torch.stack([low, high]) if kind == AFFINE else high
+    x = torch.randn(len(high), 3, device=DEVICE)
+    x *= torch.tensor([1.0, 1e-40, 1e38], device=DEVICE)
+    for masked in (reference.NOTHING, reference.CLIPPED):
+        expected, actual = (
+            backend.fake_quantize_fixed_range_on_grid(x, ranges, grid, 0, masked)
+            for backend in (reference, on_triton)
+        )
+        assert_same(actual, expected)
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that are launched."""
@@ -123,6 +180,21 @@ def test_tensors_whose_channels_programs_share_take_their_own_launches(launches,
     actual = on_triton.fake_quantize_many(*arguments)
     assert launches == [*["reduce_partially", "quantize_reduced"] * 2, "quantize_channels"]
     assert_same(actual, reference.fake_quantize_many(*arguments))
+
+
+@usable
+@pytest.mark.parametrize("masked", reference.MASKED)
+def test_a_mask_takes_a_launch_more(masked, launches, monkeypatch):
+    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
+    last = [] if masked == reference.NOTHING else ["quantize_masked"]
+    for shape, first in (
+        ((2, 9), ["quantize_tensor"]),
+        ((2, 100), ["reduce_partially", "quantize_reduced"]),
+    ):
+        x = torch.randn(shape, device=DEVICE)
+        on_triton.fake_quantize_on_grid(x, Grid(4, "affine"), 0, masked)
+        assert launches == [*first, *last]
+        launches.clear()
 
 
 @usable

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import noisyq_fast
 from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
-from noisyq_fast.grid import KINDS, SIGNED
+from noisyq_fast.grid import KINDS, SIGNED, most_bits
 from noisyq_fast.grouped import PER_GROUP
 
 
@@ -31,17 +31,21 @@ class Quant(Method):
 
     weight_grid: Literal[KINDS] = SIGNED
     """quant: which levels weights have. signed: the paper's, as many below 0 as above. full: one
-    more below. unsigned: from 0. affine: from the least to the largest value."""
+    more below. unsigned: from 0. affine: from the least to the largest value. odd: as
+    many below 0 as above, without 0, of 2 to 7 bits; the first and the last layer stay signed."""
 
     activation_grid: Literal[KINDS] = SIGNED
     """quant: the same for inputs. After a ReLU unsigned has twice the levels of signed: its b bits
     are b + 1 signed ones. The first layer stays signed where the others are unsigned."""
 
     def __post_init__(self) -> None:
-        for name in self.DEFAULTS:
-            require_whole(name, getattr(self, name), 2, 8)
-        for name in self.ADDED_LATER:
-            require_choice(name, getattr(self, name), KINDS)
+        for what in ("weight", "activation"):
+            bits, grid = getattr(self, f"{what}_bits"), getattr(self, f"{what}_grid")
+            require_choice(f"{what}_grid", grid, KINDS)
+            require_whole(f"{what}_bits", bits, 2, 8)
+            most = most_bits(grid)
+            few_enough = bits is None or bits <= most
+            require(f"{what}_bits", bits, few_enough, f"2 to {most} on the {grid} grid")
         constant = self.averaging_constant
         require("averaging_constant", constant, 0 < constant <= 1, "a number above 0, up to 1")
 

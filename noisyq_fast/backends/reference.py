@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noisyq_fast.backends.backend import Backend
-from noisyq_fast.grid import UNSIGNED, Grid
+from noisyq_fast.grid import ODD, UNSIGNED, Grid
 from noisyq_fast.grid import grid as grid_of
 
 NOTHING, NEGATIVE, CLIPPED = MASKED = ("nothing", "negative", "clipped")
@@ -174,8 +174,8 @@ def _signed(qmax: int) -> Grid:
 
 
 class _Levels:
-    """How the values of each group are rounded: y = clamp(rint(x / scale), low, high) * scale, and
-    the code is clamp(...) + zero."""
+    """How the values of each group are rounded: y = clamp(rounded(x), low, high) * scale, and the
+    code is clamp(...) + zero."""
 
     def __init__(self, range_: Tensor, grid: Grid) -> None:
         if grid.is_affine:
@@ -185,10 +185,16 @@ class _Levels:
         else:
             self.scale = _scale(range_, grid.divisor)
             self.zero = torch.zeros_like(self.scale)
+        self.grid = grid
+        if grid.kind == ODD:  # elsewhere an infinite scale times the code 0 is NaN
+            self.scale = self.scale.masked_fill(self.scale.isinf(), torch.nan)
         self.low, self.high = grid.code_min - self.zero, grid.code_max - self.zero
 
     def rounded(self, x: Tensor, axis: int | None) -> Tensor:
-        return (x.float() / _along_axis(self.scale, x, axis)).round()
+        quotient = x.float() / _along_axis(self.scale, x, axis)
+        if self.grid.kind != ODD:
+            return quotient.round()
+        return 2 * ((quotient + self.grid.code_max) / 2).round() - self.grid.code_max
 
     def clamped(self, x: Tensor, axis: int | None) -> Tensor:
         low, high = (_along_axis(end, x, axis) for end in (self.low, self.high))

@@ -18,7 +18,7 @@ class AbsMax(Quantizer):
         axis: one scale for each index of this axis: 0 stands for the output channels of a weight
             (a layer hands its weight over with these first). ``None``: one scale; ``"token"``: one
             for each index of all axes but the last (of activations; in evaluation too).
-        grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as in `Grid`.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
         group_size: one scale for each so many consecutive input channels (with all kernel
             positions) of each output channel, as for `fake_quantize`.
 

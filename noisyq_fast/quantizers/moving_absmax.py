@@ -34,9 +34,9 @@ class MovingAbsMax(Quantizer):
         ste: in evaluation, ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it
             where a value is beyond the range. In training nothing is, but see `fake_quantize` on
             full and affine grids.
-        grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as in `Grid`. The range is
-            the absmax, of an unsigned grid max(x, 0), and of an affine one the pair of min(x, 0)
-            and max(x, 0).
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`. The
+            range is the absmax, of an unsigned grid max(x, 0), and of an affine one the pair of
+            min(x, 0) and max(x, 0).
 
     Attributes:
         running_absmax, observed: float32 buffers, ``[]`` or ``[ranges]``. The range is
@@ -61,6 +61,8 @@ class MovingAbsMax(Quantizer):
     keeps_range: ClassVar[bool] = True
 
     observed: Tensor
+    # Of the class, as those of `Quantizer` are: modules that an earlier version pickled have none.
+    range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
 
     def __init__(
         self,
@@ -83,7 +85,6 @@ class MovingAbsMax(Quantizer):
             raise ValueError(f"ranges: got {ranges} with axis {axis}, takes both or none")
         self.averaging_constant = averaging_constant
         self.ste = ste
-        self.range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
         shape = [] if ranges is None else [ranges]
         running = "running_range" if self.grid.is_affine else "running_absmax"
         shapes = {running: [2, *shape] if self.grid.is_affine else shape, "observed": shape}
@@ -152,6 +153,10 @@ class MovingAbsMax(Quantizer):
             raise ValueError(
                 f"set_range: got {len(ends)} values on the {self.grid_kind} grid, takes {takes}"
             )
+        least = ends[0] if self.grid_kind == AFFINE else 0
+        if (ends[-1] < least).any():
+            takes = "the least before the largest" if self.grid_kind == AFFINE else "0 or more"
+            raise ValueError(f"set_range: got {', '.join(map(str, ends))}, takes {takes}")
         of_ends = self.running if self.grid_kind == AFFINE else [self.running]
         for running, end in zip(of_ends, ends, strict=True):
             running.copy_(end)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from noisyq_fast import checks
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
-from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_kind
+from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
 
 _STATE_FORMAT = 1
 # Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts
 # that are rounded down to bytes.
 _STATE_STEP = 4
-# The largest of these numbers in a byte is one less; larger ones are several digits.
+# A byte holds such numbers below 64. Larger ones, the sizes of groups, are written in digits.
 _STATE_BASE = 64
 _STATE_DIGITS = 3
 _BATCHES_LOOKED_AT = 2
@@ -53,7 +53,7 @@ class Quantizer(nn.Module):
         bits: width of the codes, 2..8.
         axis: one scale for each index of this axis; ``None``: one scale; ``"token"``: one for each
             index of all axes but the last.
-        grid: ``"signed"``, ``"full"``, ``"unsigned"`` or ``"affine"``, as in `Grid`.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
         group_size: one scale for each so many input channels, as for `fake_quantize`.
 
     Attributes:
@@ -81,11 +81,10 @@ class Quantizer(nn.Module):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
-        checks.integers(bits=bits)
-        checks.width(bits=bits)
+        check_kind(grid)
+        check_bits(bits, grid)
         if axis != TOKEN:
             checks.axis_type(axis)
-        check_kind(grid)
         check_group_size(group_size)
         self.bits = bits
         self.axis = axis
@@ -149,9 +148,7 @@ class Quantizer(nn.Module):
 
     def like(self, **changes: Any) -> Quantizer:
         """A copy of its own that has seen nothing, with other attributes, such as ``bits``."""
-        bits = {name: value for name, value in changes.items() if name == "bits"}
-        checks.integers(**bits)
-        checks.width(**bits)
+        check_bits(changes.get("bits", self.bits), self.grid_kind)
         quantizer = copy.deepcopy(self)
         vars(quantizer).update({"frozen": False} | changes)
         quantizer._left_to_look_at = _BATCHES_LOOKED_AT if self.grid_kind == UNSIGNED else 0
@@ -164,7 +161,7 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, {axis}{grid}"
 
     def width(self) -> str:
-        """Bits, and what is special about grid and groups: such as ``"4 affine/32"``."""
+        """Bits, and what is special about grid and groups: such as "4 affine group 32"."""
         parts = [str(self.bits), *([] if self.grid_kind == SIGNED else [self.grid_kind])]
         if by_group(self.axis, self.group_size):
             parts.append(f"group {self.group_size}" if self.group_size else TOKEN)
@@ -279,10 +276,11 @@ class Quantizer(nn.Module):
                     f"the checkpoint has {there[2]} bits, the model {self.bits}; convert the model "
                     "with the bits of the checkpoint"
                 )
-            if (grids := (_described(there), _described(own))) and None not in grids:
+            had, has = _described(there), _described(own)
+            if had and has:
                 return (
-                    f"the checkpoint has {grids[0]}, the model {grids[1]}; convert the model with "
-                    "the bits and the grid of the checkpoint"
+                    f"the checkpoint has {had}, the model {has}; convert the model with the bits "
+                    "and the grid of the checkpoint"
                 )
         return (
             f"the checkpoint has another kind of quantizer ({there}), the model a "

@@ -75,8 +75,14 @@ def test_the_grids_of_before_are_in_no_name_and_no_file():
 
 
 def test_an_unknown_grid_is_refused():
-    with pytest.raises(ValueError, match="--weight-grid: got odd, takes one of signed, full, unsi"):
-        Quant(weight_grid="odd")
+    with pytest.raises(ValueError, match="--weight-grid: got even, takes one of signed, full"):
+        Quant(weight_grid="even")
+
+
+def test_an_odd_grid_has_fewer_bits():
+    assert Quant(7, 4, weight_grid="odd").label == "quant-w7a4-odd-weights"
+    with pytest.raises(ValueError, match="--activation-bits: got 8, takes 2 to 7 on the odd grid"):
+        Quant(activation_bits=8, activation_grid="odd")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])

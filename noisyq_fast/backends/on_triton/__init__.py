@@ -1,4 +1,4 @@
-"""The Triton kernels (`kernels`, `clipped`), launched on dense memory.
+"""The Triton kernels (`kernels`, `masked`), launched on dense memory.
 
 With ``TRITON_INTERPRET=1`` in the environment they run in NumPy, on the CPU too. That is for tests
 without a GPU and very slow, so this backend then has to be asked for by name.
@@ -28,7 +28,8 @@ from noisyq_fast.backends.on_triton.tiling import (
     absmax_tiling,
     map_tiling,
 )
-from noisyq_fast.backends.reference import FLT_MIN
+from noisyq_fast.backends.reference import CLIPPED, FLT_MIN, NOTHING
+from noisyq_fast.grid import AFFINE, SIGNED, Grid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -56,6 +57,9 @@ backend = Backend(
     unavailable=unavailable,
     automatic=not INTERPRETED,
 )
+
+
+# On the signed grid.
 
 
 @backend.register
@@ -94,9 +98,7 @@ def fake_quantize_ema(
 
 @backend.register
 def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    x, y = dense(x)
-    _map(_kernels().quantize_fixed_range, x, axis, absmax.contiguous(), y, float(qmax))
-    return y
+    return _fake_quantize_fixed_range(x, absmax, SIGNED, qmax, axis)
 
 
 @backend.register
@@ -104,24 +106,20 @@ def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
     x, y = dense(x)
-    clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
-    _, channels, inner = channel_layout(x, axis)
-    arguments = absmax.contiguous(), y, clipped, float(qmax), channels, inner
-    _map(_clipped_kernels().quantize_fixed_range_clipped, x, None, *arguments)
-    return y, clipped
+    return y, _quantize_masked(_Row(x, y, qmax, axis), CLIPPED, absmax)
 
 
 @backend.register
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
     out = torch.empty_like(grad)
-    _map(_clipped_kernels().zero_clipped, grad, None, out, clipped.contiguous())
+    _map(_masked_kernels().zero_clipped, grad, None, out, clipped.contiguous())
     return out
 
 
 @backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     x, codes = dense(x, torch.int8)
-    scale = x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32)
+    scale = _for_each_channel(x, axis, torch.float32)
     if x.numel() == 0:
         scale.fill_(FLT_MIN)
     _quantize([_Row(x, codes, qmax, axis, scale=scale)])
@@ -130,37 +128,137 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
 
 @backend.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    return dequantize_on_grid(codes, scale, None, axis)
+
+
+# On any grid.
+
+
+@backend.register
+def fake_quantize_on_grid(
+    x: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    return _fake_quantize(x, grid, axis, masked)
+
+
+@backend.register
+def fake_quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    running, weight = running_range.contiguous(), contiguous(observed)
+    outputs = _fake_quantize(x, grid, axis, masked, running, weight, averaging_constant)
+    write_back(running, running_range)
+    write_back(weight, observed)
+    return outputs
+
+
+@backend.register
+def fake_quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    if masked == NOTHING:
+        return _fake_quantize_fixed_range(x, range_, grid.kind, grid.qmax, axis), _no_mask(x)
+    x, y = dense(x)
+    return y, _quantize_masked(_Row(x, y, grid.qmax, axis, grid.kind), masked, range_)
+
+
+@backend.register
+def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    x, codes = dense(x, grid.code_dtype)
+    scale = _for_each_channel(x, axis, torch.float32)
+    zero_point = _for_each_channel(x, axis, torch.uint8)
+    if x.numel() == 0:
+        scale.fill_(FLT_MIN)
+        zero_point.zero_()
+    _quantize_alone(_Row(x, codes, grid.qmax, axis, grid.kind, scale=scale, zero=zero_point))
+    return codes, scale, zero_point
+
+
+@backend.register
+def dequantize_on_grid(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> Tensor:
     codes, y = dense(codes, torch.float32)
-    _map(_kernels().dequantize, codes, axis, scale.contiguous(), y)
+    _map(_kernels().dequantize, codes, axis, scale.contiguous(), contiguous(zero_point), y)
     return y
 
 
+# Launches.
+
+
 class _Row(NamedTuple):
-    """A tensor to quantize by its own absmax, into ``y``."""
+    """A tensor to quantize by its own range, into ``y``, and what else is to be written of it."""
 
     x: Tensor
-    y: Tensor
+    y: Tensor | None
     qmax: int
     axis: int | None
+    kind: str = SIGNED
     scale: Tensor | None = None
+    zero: Tensor | None = None
     running: Tensor | None = None
     observed: Tensor | None = None
 
+    @property
+    def tiling(self) -> Tiling:
+        layout = channel_layout(self.x, self.axis)
+        return absmax_tiling(layout, self.x.element_size(), _limits(self.x.device))
+
+
+def _fake_quantize(
+    x: Tensor,
+    grid: Grid,
+    axis: int | None,
+    masked: str,
+    running: Tensor | None = None,
+    observed: Tensor | None = None,
+    averaging_constant: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    x, y = dense(x)
+    row = _Row(x, y, grid.qmax, axis, grid.kind, running=running, observed=observed)
+    if masked == NOTHING:
+        _quantize_alone(row, averaging_constant)
+        return y, _no_mask(x)
+    # First the scales: the bits of a mask lie in the order of memory, and a channel may not.
+    scale, zero = (_for_each_channel(x, axis, dtype) for dtype in (torch.float32, torch.uint8))
+    row = row._replace(scale=scale, zero=zero)
+    _quantize_alone(row._replace(y=None), averaging_constant)
+    return y, _quantize_masked(row, masked)
+
 
 def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
-    """In one launch all tensors whose channels no programs share, in two launches each other."""
+    """On the signed grid: in one launch all tensors whose channels no programs share, in two
+    launches each other."""
     together = []
     for row in rows:
         if row.x.numel() == 0:
             continue
-        layout = channel_layout(row.x, row.axis)
-        tiling = absmax_tiling(layout, row.x.element_size(), _limits(row.x.device))
+        tiling = row.tiling
         if tiling.splits == 1:
             together.append((row, tiling))
         else:
             _quantize_shared(row, tiling, averaging_constant)
     for start in range(0, len(together), _TENSORS_PER_LAUNCH):
         _quantize_channels(together[start : start + _TENSORS_PER_LAUNCH], averaging_constant)
+
+
+def _quantize_alone(row: _Row, averaging_constant: float = 0.0) -> None:
+    """On any grid."""
+    if row.x.numel() == 0:
+        return
+    tiling = row.tiling
+    if tiling.splits == 1:
+        is_on_chip = tiling.tiles == 1
+        arguments = _outputs(row, averaging_constant)
+        _launch_tiled(_kernels().quantize_tensor, tiling, row.x, *arguments, is_on_chip)
+    else:
+        _quantize_shared(row, tiling, averaging_constant)
 
 
 def _quantize_channels(together: list[tuple[_Row, Tiling]], averaging_constant: float) -> None:
@@ -185,12 +283,50 @@ def _quantize_channels(together: list[tuple[_Row, Tiling]], averaging_constant: 
 
 
 def _quantize_shared(row: _Row, tiling: Tiling, averaging_constant: float) -> None:
-    x, y, qmax, _, scale, running, observed = row
     _, channels, _ = tiling.layout
-    partial = torch.empty(tiling.splits, channels, dtype=torch.int32, device=x.device)
-    outputs = y, scale, running, observed, averaging_constant, float(qmax)
-    _launch_tiled(_kernels().reduce_partially, tiling, x, partial)
-    _launch_tiled(_kernels().quantize_reduced, tiling, x, partial, *outputs)
+    rows = tiling.splits * (2 if row.kind == AFFINE else 1)
+    partial = torch.empty(rows, channels, dtype=torch.int32, device=row.x.device)
+    _launch_tiled(_kernels().reduce_partially, tiling, row.x, partial, row.kind)
+    arguments = partial, *_outputs(row, averaging_constant)
+    _launch_tiled(_kernels().quantize_reduced, tiling, row.x, *arguments)
+
+
+def _outputs(row: _Row, averaging_constant: float) -> tuple:
+    """The arguments of a kernel, from ``y`` to ``KIND``."""
+    _, y, qmax, _, kind, *written = row
+    return y, *written, averaging_constant, float(qmax), kind
+
+
+def _fake_quantize_fixed_range(
+    x: Tensor, range_: Tensor, kind: str, qmax: int, axis: int | None
+) -> Tensor:
+    x, y = dense(x)
+    _map(_kernels().quantize_fixed_range, x, axis, range_.contiguous(), y, float(qmax), kind)
+    return y
+
+
+def _quantize_masked(row: _Row, masked: str, range_: Tensor | None = None) -> Tensor:
+    """The mask. By the range, if one is given, or else by the scale and the zero point."""
+    x, y, qmax, axis, kind, scale, zero, *_ = row
+    mask = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
+    if x.numel() > 0:
+        _, channels, inner = channel_layout(x, axis)
+        levels = contiguous(range_), scale, zero
+        walk = channels, None if channels == 1 else inner
+        arguments = *levels, y, mask, float(qmax), kind, masked, *walk
+        tiling = _map_tiling(x, None)
+        # Each element of several channels has levels of its own, in registers.
+        warps = tiling.warps * (1 if channels == 1 else 2)
+        _launch_tiled(_masked_kernels().quantize_masked, tiling, x, *arguments, warps=warps)
+    return mask
+
+
+def _no_mask(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _for_each_channel(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty([] if axis is None else [x.shape[axis]], dtype=dtype)
 
 
 def _map(kernel: Any, x: Tensor, axis: int | None, *arguments: object) -> None:
@@ -203,9 +339,11 @@ def _map_tiling(x: Tensor, axis: int | None) -> Tiling:
     return map_tiling(layout, x.element_size(), _limits(x.device))
 
 
-def _launch_tiled(kernel: Any, tiling: Tiling, x: Tensor, *arguments: object) -> None:
+def _launch_tiled(
+    kernel: Any, tiling: Tiling, x: Tensor, *arguments: object, warps: int | None = None
+) -> None:
     sizes = (*tiling.layout, None)
-    _launch(x, kernel, tiling.grid, tiling.warps, x, *arguments, sizes, tiling.tile)
+    _launch(x, kernel, tiling.grid, warps or tiling.warps, x, *arguments, sizes, tiling.tile)
 
 
 def _launch(x: Tensor, kernel: Any, grid: tuple[int, ...], warps: int, *arguments: object) -> None:
@@ -226,10 +364,10 @@ def _kernels() -> ModuleType:
 
 
 @cache
-def _clipped_kernels() -> ModuleType:
-    from noisyq_fast.backends.on_triton import clipped
+def _masked_kernels() -> ModuleType:
+    from noisyq_fast.backends.on_triton import masked
 
-    return clipped
+    return masked
 
 
 @cache

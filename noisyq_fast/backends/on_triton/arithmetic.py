@@ -7,6 +7,14 @@ where the specification rounds twice.
 import triton
 import triton.language as tl
 
+from noisyq_fast import grid
+from noisyq_fast.backends import reference
+
+SIGNED = tl.constexpr(grid.SIGNED)
+FULL = tl.constexpr(grid.FULL)
+UNSIGNED = tl.constexpr(grid.UNSIGNED)
+AFFINE = tl.constexpr(grid.AFFINE)
+NEGATIVE = tl.constexpr(reference.NEGATIVE)
 FLT_MIN = tl.constexpr(2.0**-126)
 INFINITY = tl.constexpr(float("inf"))
 # 1.5 * 2^23: float32 numbers of this size are integers, so adding it rounds, half to even.
@@ -33,44 +41,111 @@ def from_float(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def magnitude(x):
-    """The bits without the sign: they order like absolute values, and NaN is above inf."""
-    return to_float(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def high_key(x, KIND: tl.constexpr):
+    """An integer of each value: their maximum is the range of a group, or its high end (`ends_of`).
+    They order like what they stand for, with NaN above inf."""
+    key = to_float(x).to(tl.int32, bitcast=True)
+    if KIND == UNSIGNED:
+        # What is negative has no part in it. But -inf and a NaN of that sign make the range NaN.
+        key = tl.where(key.to(tl.uint32, bitcast=True) >= 0xFF800000, 0x7FC00000, key)
+    elif KIND != AFFINE:
+        key &= 0x7FFFFFFF
+    return key
 
 
 @triton.jit
-def scale_of(absmax, qmax):
-    scale = tl.div_rn(absmax, qmax)
+def low_key(x):
+    """Likewise of -x, for the low end of an affine grid."""
+    return to_float(x).to(tl.int32, bitcast=True) ^ -0x80000000
+
+
+@triton.jit
+def ends_of(low_keys, high_keys, KIND: tl.constexpr):
+    """The low and the high end of the range whose largest keys these are. The high end is the range
+    of a grid that is not affine, and NaN where the low end is not finite."""
+    high = tl.maximum(high_keys, 0).to(tl.float32, bitcast=True)
+    low = high
+    if KIND == AFFINE:
+        low = -tl.maximum(low_keys, 0).to(tl.float32, bitcast=True)
+        high = tl.where(low > -INFINITY, high, float("nan"))
+    return low, high
+
+
+@triton.jit
+def rounded_of(quotient):
+    """Half to even. What is too large for it is clamped either way; a NaN stays NaN."""
+    return (quotient + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def scale_of(range_, divisor):
+    scale = tl.div_rn(range_, divisor)
     return tl.where(scale < FLT_MIN, FLT_MIN, scale)
 
 
 @triton.jit
-def _code(quotient, qmax):
-    """Clamps before it rounds, which is the same for an integer qmax. A NaN stays NaN."""
-    clamped = tl.clamp(quotient, -qmax, qmax, propagate_nan=tl.PropagateNan.ALL)
-    return (clamped + ROUNDER) - ROUNDER
+def levels_of(low, high, qmax, KIND: tl.constexpr):
+    """The scale of a range, and the code of 0, as a float."""
+    if KIND == AFFINE:
+        low = tl.where(low > 0.0, 0.0, low)
+        scale = scale_of(tl.where(high < 0.0, 0.0, high) - low, 2 * qmax + 1)
+        zero = rounded_of(tl.div_rn(-low, scale))
+        zero = tl.where(zero == zero, zero, 0.0)
+    else:
+        if KIND == UNSIGNED:
+            scale = scale_of(high, 2 * qmax + 1)
+        elif KIND == FULL:
+            scale = scale_of(high, qmax + 0.5)
+        else:
+            scale = scale_of(high, qmax)
+        zero = tl.zeros_like(scale)
+    return scale, zero
 
 
 @triton.jit
-def quantized(quotient, scale, qmax, dtype: tl.constexpr):
-    code = _code(quotient, qmax)
-    if dtype == tl.int8:
-        return tl.where(code == code, code, 0.0).to(tl.int8)
-    return from_float(code * scale, dtype)
+def code_ends(zero, qmax, KIND: tl.constexpr):
+    """The smallest and the largest code, less that of 0."""
+    if KIND == AFFINE:
+        low, high = -zero, 2 * qmax + 1 - zero
+    elif KIND == UNSIGNED:
+        low, high = 0.0, 2 * qmax + 1
+    elif KIND == FULL:
+        low, high = -qmax - 1, qmax
+    else:
+        low, high = -qmax, qmax
+    return low, high
 
 
 @triton.jit
-def is_clipped(quotient, qmax):
-    """From halfway to qmax + 1 on: qmax is odd, so that the half rounds up to even."""
-    return tl.abs(quotient) >= qmax + 0.5
+def quantized(rounded, scale, zero, qmax, KIND: tl.constexpr, dtype: tl.constexpr):
+    """The value, or the code where the dtype is one of codes."""
+    low, high = code_ends(zero, qmax, KIND)
+    steps = tl.clamp(rounded, low, high, propagate_nan=tl.PropagateNan.ALL)
+    if (dtype == tl.int8) or (dtype == tl.uint8):
+        code = tl.where(steps == steps, steps, 0.0).to(tl.int32) + zero.to(tl.int32)
+        return code.to(dtype)
+    return from_float(steps * scale, dtype)
 
 
 @triton.jit
-def averaged(average, absmax, averaging_constant):
-    moved = average + averaging_constant * (absmax - average)
-    return tl.where(average == average, moved, absmax)
+def is_masked(x, rounded, zero, qmax, KIND: tl.constexpr, MASKED: tl.constexpr):
+    """Whether an element has no gradient."""
+    if MASKED == NEGATIVE:
+        masked = x < 0.0
+    else:
+        low, high = code_ends(zero, qmax, KIND)
+        masked = (rounded < low) | (rounded > high)
+        if KIND == UNSIGNED:
+            masked |= x < 0.0
+    return masked
 
 
 @triton.jit
-def is_observation(absmax):
-    return absmax < INFINITY
+def averaged(average, batch, averaging_constant):
+    moved = average + averaging_constant * (batch - average)
+    return tl.where(average == average, moved, batch)
+
+
+@triton.jit
+def is_observation(width):
+    return width < INFINITY

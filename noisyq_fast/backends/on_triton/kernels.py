@@ -8,11 +8,16 @@ import triton
 import triton.language as tl
 
 from noisyq_fast.backends.on_triton.arithmetic import (
+    AFFINE,
+    SIGNED,
     averaged,
+    ends_of,
+    high_key,
     is_observation,
-    magnitude,
+    levels_of,
+    low_key,
     quantized,
-    scale_of,
+    rounded_of,
     to_float,
 )
 
@@ -26,12 +31,17 @@ def tiles_along(size, tile):
 
 
 @triton.jit
-def channels_of_program(sizes, TILE: tl.constexpr):
-    """The channels of this program, and which of them exist."""
+def channel_tile_of_program(sizes):
     channel_tile = tl.program_id(0)
     if sizes[3] is not None:
         channel_tile -= sizes[3]
-    channel = channel_tile.to(tl.int64) * TILE[1] + tl.arange(0, TILE[1])
+    return channel_tile
+
+
+@triton.jit
+def channels_of_program(sizes, TILE: tl.constexpr):
+    """The channels of this program, and which of them exist."""
+    channel = channel_tile_of_program(sizes).to(tl.int64) * TILE[1] + tl.arange(0, TILE[1])
     return channel, channel < sizes[1]
 
 
@@ -57,89 +67,151 @@ def elements_of_tile(tile, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def largest_of_tile(magnitudes):
-    """The largest magnitude of each channel of a tile."""
-    return tl.max(tl.max(magnitudes, 2), 0)
+def load_ends(range_, channel, exists, KIND: tl.constexpr, channels):
+    """The range of channels: its low and its high end, of a grid that is not affine one twice."""
+    low = tl.load(range_ + channel, exists, 0.0)
+    high = low
+    if KIND == AFFINE:
+        high = tl.load(range_ + channels + channel, exists, 0.0)
+    return low, high
 
 
 @triton.jit
-def _largest_in_tiles(x, sizes, TILE: tl.constexpr):
-    """The largest magnitude of each channel, over all tiles of this program."""
-    largest = tl.zeros(TILE, tl.int32)
+def _store_ends(range_, low, high, channel, exists, KIND: tl.constexpr, channels):
+    if KIND == AFFINE:
+        tl.store(range_ + channel, low, exists)
+        range_ += channels
+    tl.store(range_ + channel, high, exists)
+
+
+@triton.jit
+def _largest_of_tile(keys):
+    """The largest key of each channel of a tile."""
+    return tl.max(tl.max(keys, 2), 0)
+
+
+@triton.jit
+def _largest_in_tiles(x, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
+    """The largest keys, low and high, of each channel, over all tiles of this program."""
+    low = tl.zeros(TILE, tl.int32)
+    high = tl.zeros(TILE, tl.int32)
     for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
         offsets, exists = elements_of_tile(tile, sizes, TILE)
-        largest = tl.maximum(largest, magnitude(tl.load(x + offsets, exists, 0.0)))
-    return largest_of_tile(largest)
+        values = tl.load(x + offsets, exists, 0.0)
+        high = tl.maximum(high, high_key(values, KIND))
+        if KIND == AFFINE:
+            low = tl.maximum(low, low_key(values))
+    return _largest_of_tile(low), _largest_of_tile(high)
 
 
 @triton.jit
-def _record(largest, scale, running, observed, averaging_constant, qmax, sizes, TILE: tl.constexpr):
-    """The scale of each channel. One program for each channel stores what the operator returns."""
-    absmax = largest.to(tl.float32, bitcast=True)
-    scales = scale_of(absmax, qmax)
+def _record(
+    low,
+    high,
+    scale,
+    zero,
+    running,
+    observed,
+    averaging_constant,
+    qmax,
+    KIND: tl.constexpr,
+    sizes,
+    TILE: tl.constexpr,
+):
+    """The scale and the zero point of each channel, by its largest keys. One program for each
+    channel stores what the operator returns."""
+    low, high = ends_of(low, high, KIND)
+    scales, zeros = levels_of(low, high, qmax, KIND)
     if tl.program_id(1) == 0:
         channel, exists = channels_of_program(sizes, TILE)
         if scale is not None:
             tl.store(scale + channel, scales, exists)
+        if zero is not None:
+            tl.store(zero + channel, zeros.to(tl.int32).to(tl.uint8), exists)
         if running is not None:
-            known = tl.load(running + channel, exists, 0.0)
+            known_low, known_high = load_ends(running, channel, exists, KIND, sizes[1])
             if observed is not None:
-                known = tl.div_rn(known, tl.load(observed + channel, exists, 1.0))
-            moves = exists & is_observation(absmax)
-            tl.store(running + channel, averaged(known, absmax, averaging_constant), moves)
+                weight = tl.load(observed + channel, exists, 1.0)
+                known_low, known_high = tl.div_rn(known_low, weight), tl.div_rn(known_high, weight)
+            width = high
+            if KIND == AFFINE:
+                width = high - low
+            moves = exists & is_observation(width)
+            known_low = averaged(known_low, low, averaging_constant)
+            known_high = averaged(known_high, high, averaging_constant)
+            _store_ends(running, known_low, known_high, channel, moves, KIND, sizes[1])
             if observed is not None:
                 tl.store(observed + channel, 1.0, moves)
-    return scales
+    return scales, zeros
 
 
 @triton.jit
-def _quantize_elements(x, y, offsets, exists, scales, qmax):
-    scales = scales[None, :, None]
-    quotient = tl.div_rn(to_float(x), scales)
-    tl.store(y + offsets, quantized(quotient, scales, qmax, y.dtype.element_ty), exists)
+def _quantize_elements(x, y, offsets, exists, scales, zeros, qmax, KIND: tl.constexpr):
+    scales, zeros = scales[None, :, None], zeros[None, :, None]
+    rounded = rounded_of(tl.div_rn(to_float(x), scales))
+    dtype: tl.constexpr = y.dtype.element_ty
+    tl.store(y + offsets, quantized(rounded, scales, zeros, qmax, KIND, dtype), exists)
 
 
 @triton.jit
-def _quantize_tiles(x, y, scales, qmax, sizes, TILE: tl.constexpr):
+def _quantize_tiles(x, y, scales, zeros, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
     tiles = tiles_of_program(sizes, TILE)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         # Backwards: what was reduced last is still in the cache.
         offsets, exists = elements_of_tile(tiles - 1 - tile, sizes, TILE)
         values = tl.load(x + offsets, exists, 0.0)
-        _quantize_elements(values, y, offsets, exists, scales, qmax)
+        _quantize_elements(values, y, offsets, exists, scales, zeros, qmax, KIND)
 
 
-# The kernels. ``y`` receives int8 codes or values of any float dtype; it may be ``x``. ``scale``
-# may be None, and so may ``running`` (the moving absmax) and ``observed``.
+# The kernels. ``y`` receives codes or values of any float dtype; it may be ``x``. It may be None,
+# and so may ``scale``, ``zero``, ``running`` (the moving range) and ``observed``. Where the grid,
+# ``KIND``, is affine, ranges are the low ends of all channels and then the high ends.
 
 
 @triton.jit
-def _quantize_channels(
+def quantize_tensor(
     x,
     y,
     scale,
+    zero,
     running,
     observed,
     averaging_constant,
     qmax,
+    KIND: tl.constexpr,
+    ON_CHIP: tl.constexpr,
     sizes,
     TILE: tl.constexpr,
-    ON_CHIP: tl.constexpr,
 ):
-    """The channels of this program, if they belong to this tensor."""
-    channel_tile = tl.program_id(0) - sizes[3]
+    """The channels of this program, if they belong to this tensor. Those of one tile are read once
+    (``ON_CHIP``), others twice."""
+    channel_tile = channel_tile_of_program(sizes)
     if (channel_tile >= 0) & (channel_tile < tiles_along(sizes[1], TILE[1])):
         if ON_CHIP:
             offsets, exists = elements_of_tile(tl.program_id(1), sizes, TILE)
             values = tl.load(x + offsets, exists, 0.0)
-            largest = largest_of_tile(magnitude(values))
+            low = _largest_of_tile(low_key(values))
+            high = _largest_of_tile(high_key(values, KIND))
         else:
-            largest = _largest_in_tiles(x, sizes, TILE)
-        scales = _record(largest, scale, running, observed, averaging_constant, qmax, sizes, TILE)
-        if ON_CHIP:
-            _quantize_elements(values, y, offsets, exists, scales, qmax)
-        else:
-            _quantize_tiles(x, y, scales, qmax, sizes, TILE)
+            low, high = _largest_in_tiles(x, KIND, sizes, TILE)
+        scales, zeros = _record(
+            low,
+            high,
+            scale,
+            zero,
+            running,
+            observed,
+            averaging_constant,
+            qmax,
+            KIND,
+            sizes,
+            TILE,
+        )
+        if y is not None:
+            if ON_CHIP:
+                _quantize_elements(values, y, offsets, exists, scales, zeros, qmax, KIND)
+            else:
+                _quantize_tiles(x, y, scales, zeros, qmax, KIND, sizes, TILE)
 
 
 @triton.jit
@@ -155,36 +227,39 @@ def quantize_channels(
     TILE: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
-    """Tuples of one argument for each tensor, of tensors whose channels no programs share. Channels
-    of one tile each are read once (``ON_CHIP``), others twice."""
+    """Tuples of one argument for each tensor, of tensors whose channels no programs share, on the
+    signed grid."""
     for i in tl.static_range(len(TILE)):
-        _quantize_channels(
+        quantize_tensor(
             x[i],
             y[i],
             scale[i],
+            None,
             running[i],
             observed[i],
             averaging_constant,
             qmax[i],
+            SIGNED,
+            tl.constexpr(ON_CHIP[i]),
             sizes[i],
             tl.constexpr(TILE[i]),
-            tl.constexpr(ON_CHIP[i]),
         )
 
 
 @triton.jit
-def reduce_partially(x, partial, sizes, TILE: tl.constexpr):
-    """Channels that several programs share: the largest magnitudes, one row for each split."""
+def reduce_partially(x, partial, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
+    """Channels that several programs share: the largest keys, one row for each split; the rows of
+    the high keys come first."""
     channel, exists = channels_of_program(sizes, TILE)
+    low, high = _largest_in_tiles(x, KIND, sizes, TILE)
     row = partial + tl.program_id(1).to(tl.int64) * sizes[1]
-    tl.store(row + channel, _largest_in_tiles(x, sizes, TILE), exists)
+    tl.store(row + channel, high, exists)
+    if KIND == AFFINE:
+        tl.store(row + tl.num_programs(1).to(tl.int64) * sizes[1] + channel, low, exists)
 
 
 @triton.jit
-def quantize_reduced(
-    x, partial, y, scale, running, observed, averaging_constant, qmax, sizes, TILE: tl.constexpr
-):
-    """The second launch, on the same grid: every program reduces the rows for itself."""
+def _largest_of_rows(partial, sizes, TILE: tl.constexpr):
     CHANNELS: tl.constexpr = TILE[1]
     ROWS: tl.constexpr = 1024 // CHANNELS
     channel, exists = channels_of_program(sizes, TILE)
@@ -194,24 +269,65 @@ def quantize_reduced(
         read = (row < tl.num_programs(1))[:, None] & exists[None, :]
         rows = partial + row.to(tl.int64)[:, None] * sizes[1] + channel[None, :]
         largest = tl.maximum(largest, tl.load(rows, read, 0))
-    scales = _record(
-        tl.max(largest, 0), scale, running, observed, averaging_constant, qmax, sizes, TILE
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def quantize_reduced(
+    x,
+    partial,
+    y,
+    scale,
+    zero,
+    running,
+    observed,
+    averaging_constant,
+    qmax,
+    KIND: tl.constexpr,
+    sizes,
+    TILE: tl.constexpr,
+):
+    """The second launch, on the same grid: every program reduces the rows for itself."""
+    high = _largest_of_rows(partial, sizes, TILE)
+    low = high
+    if KIND == AFFINE:
+        of_low = partial + tl.num_programs(1).to(tl.int64) * sizes[1]
+        low = _largest_of_rows(of_low, sizes, TILE)
+    scales, zeros = _record(
+        low,
+        high,
+        scale,
+        zero,
+        running,
+        observed,
+        averaging_constant,
+        qmax,
+        KIND,
+        sizes,
+        TILE,
     )
-    _quantize_tiles(x, y, scales, qmax, sizes, TILE)
+    if y is not None:
+        _quantize_tiles(x, y, scales, zeros, qmax, KIND, sizes, TILE)
 
 
 @triton.jit
-def quantize_fixed_range(x, absmax, y, qmax, sizes, TILE: tl.constexpr):
-    """With an absmax for each channel that is known before."""
+def quantize_fixed_range(x, range_, y, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
+    """With a range for each channel that is known before."""
     channel, exists = channels_of_program(sizes, TILE)
-    scales = scale_of(tl.load(absmax + channel, exists, 0.0), qmax)
-    _quantize_tiles(x, y, scales, qmax, sizes, TILE)
+    low, high = load_ends(range_, channel, exists, KIND, sizes[1])
+    scales, zeros = levels_of(low, high, qmax, KIND)
+    _quantize_tiles(x, y, scales, zeros, qmax, KIND, sizes, TILE)
 
 
 @triton.jit
-def dequantize(codes, scale, y, sizes, TILE: tl.constexpr):
+def dequantize(codes, scale, zero, y, sizes, TILE: tl.constexpr):
     channel, channel_exists = channels_of_program(sizes, TILE)
     scales = tl.load(scale + channel, channel_exists, 0.0)[None, :, None]
+    if zero is not None:
+        zeros = tl.load(zero + channel, channel_exists, 0).to(tl.float32)[None, :, None]
     for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
         offsets, exists = elements_of_tile(tile, sizes, TILE)
-        tl.store(y + offsets, tl.load(codes + offsets, exists, 0).to(tl.float32) * scales, exists)
+        steps = tl.load(codes + offsets, exists, 0).to(tl.float32)
+        if zero is not None:
+            steps -= zeros
+        tl.store(y + offsets, steps * scales, exists)
