@@ -6,6 +6,7 @@ namespace py = pybind11;
 namespace cpu = noisyq::cpu;
 using noisyq::DType;
 using noisyq::GridKind;
+using noisyq::Masked;
 using noisyq::moving_average;
 using noisyq::pointer;
 
@@ -27,7 +28,7 @@ PYBIND11_MODULE(_core, m) {
          int64_t channels, int64_t inner, int kind, int qmax, uintptr_t running, uintptr_t observed,
          float averaging_constant, int threads) {
         cpu::fake_quantize(DType{dtype}, pointer<const void>(x), pointer<void>(y),
-                           {cpu::Masked{masked}, pointer<uint8_t>(mask)}, {outer, channels, inner},
+                           {Masked{masked}, pointer<uint8_t>(mask)}, {outer, channels, inner},
                            {GridKind{kind}, qmax},
                            moving_average(running, observed, averaging_constant), threads);
       },
@@ -39,7 +40,7 @@ PYBIND11_MODULE(_core, m) {
          int64_t outer, int64_t channels, int64_t inner, int kind, int qmax, int threads) {
         cpu::fake_quantize_fixed_range(DType{dtype}, pointer<const void>(x),
                                        pointer<const float>(range), pointer<void>(y),
-                                       {cpu::Masked{masked}, pointer<uint8_t>(mask)},
+                                       {Masked{masked}, pointer<uint8_t>(mask)},
                                        {outer, channels, inner}, {GridKind{kind}, qmax}, threads);
       },
       release);

@@ -132,12 +132,70 @@ void bind_cuda(py::module_& core) {
                     pointer<void>(y), layout, splits, qmax, pointer<void>(stream)));
         });
 
-  m.def("dequantize", [](uintptr_t codes, uintptr_t scale, uintptr_t y, int64_t outer,
-                         int64_t channels, int64_t inner, int splits, uintptr_t stream) {
-    const Layout layout{outer, channels, inner};
-    check(cuda::dequantize(pointer<const int8_t>(codes), pointer<const float>(scale),
-                           pointer<float>(y), layout, splits, pointer<void>(stream)));
-  });
+  m.def("dequantize",
+        [](uintptr_t codes, bool are_signed, uintptr_t scale, uintptr_t zero, uintptr_t y,
+           int64_t outer, int64_t channels, int64_t inner, int splits, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::dequantize(pointer<const void>(codes), are_signed,
+                                 pointer<const float>(scale), pointer<const uint8_t>(zero),
+                                 pointer<float>(y), layout, splits, pointer<void>(stream)));
+        });
+
+  m.def("fake_quantize_on_grid",
+        [](int dtype, uintptr_t x, uintptr_t y, int masked, uintptr_t mask, int64_t outer,
+           int64_t channels, int64_t inner, Pair splits, uintptr_t range, uintptr_t progress,
+           int kind, int qmax, uintptr_t running, uintptr_t observed, float averaging_constant,
+           uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_on_grid(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y),
+                    {Masked{masked}, pointer<uint8_t>(mask)}, layout,
+                    {splits.first, splits.second}, pointer<float>(range),
+                    pointer<uint32_t>(progress), {GridKind{kind}, qmax},
+                    moving_average(running, observed, averaging_constant),
+                    pointer<void>(stream)));
+        });
+
+  m.def("quantize_on_grid",
+        [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t outer,
+           int64_t channels, int64_t inner, Pair splits, uintptr_t range, uintptr_t progress,
+           int kind, int qmax, uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::quantize_on_grid(DType{dtype}, pointer<const void>(x), pointer<void>(codes),
+                                       pointer<float>(scale), pointer<uint8_t>(zero), layout,
+                                       {splits.first, splits.second}, pointer<float>(range),
+                                       pointer<uint32_t>(progress), {GridKind{kind}, qmax},
+                                       pointer<void>(stream)));
+        });
+
+  m.def("fake_quantize_channels_on_grid",
+        [](int dtype, uintptr_t x, uintptr_t y, int masked, uintptr_t mask, int64_t channels,
+           int64_t inner, int kind, int qmax, uintptr_t stream) {
+          check(cuda::fake_quantize_channels_on_grid(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(y),
+                    {Masked{masked}, pointer<uint8_t>(mask)}, channels, inner,
+                    {GridKind{kind}, qmax}, pointer<void>(stream)));
+        });
+
+  m.def("quantize_channels_on_grid",
+        [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero,
+           int64_t channels, int64_t inner, int kind, int qmax, uintptr_t stream) {
+          check(cuda::quantize_channels_on_grid(
+                    DType{dtype}, pointer<const void>(x), pointer<void>(codes),
+                    pointer<float>(scale), pointer<uint8_t>(zero), channels, inner,
+                    {GridKind{kind}, qmax}, pointer<void>(stream)));
+        });
+
+  m.def("fake_quantize_fixed_range_on_grid",
+        [](int dtype, uintptr_t x, uintptr_t range, uintptr_t y, int masked, uintptr_t mask,
+           int64_t outer, int64_t channels, int64_t inner, int blocks, int kind, int qmax,
+           uintptr_t stream) {
+          const Layout layout{outer, channels, inner};
+          check(cuda::fake_quantize_fixed_range_on_grid(
+                    DType{dtype}, pointer<const void>(x), pointer<const float>(range),
+                    pointer<void>(y), {Masked{masked}, pointer<uint8_t>(mask)}, layout, blocks,
+                    {GridKind{kind}, qmax}, pointer<void>(stream)));
+        });
 }
 
 }  // namespace noisyq

@@ -32,8 +32,6 @@ struct MovingAverage {
   float constant = 0.0f;  // weight of a batch
 };
 
-namespace cpu {
-
 // Elements without a gradient: none, those below 0, or those whose code was clamped (on an unsigned
 // grid those below 0 too). `bits` receives a bit for each, in the order of memory.
 enum class Masked : int { none = 0, negative = 1, clipped = 2 };
@@ -42,6 +40,8 @@ struct Mask {
   Masked masked = Masked::none;
   uint8_t* bits = nullptr;
 };
+
+namespace cpu {
 
 // y = fake-quantized x with the range of each channel of x, which `average` takes in. `y` may be
 // `x`, unless there is a mask.
@@ -124,11 +124,33 @@ Status fake_quantize_fixed_range_clipped(DType dtype, const void* x, const float
 Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
                     int64_t elements, int blocks, Stream stream);
 
+// Any grid, with a range of its own for each channel, in two launches. `range` is scratch for all ends
+// and `progress` for 3 values a channel, 0 before and after. `splits.of_reduction` blocks share a
+// channel; of the fake-quantized, `splits.of_map` blocks the whole tensor.
+Status fake_quantize_on_grid(DType dtype, const void* x, void* y, Mask mask, Layout layout,
+                             Splits splits, float* range, uint32_t* progress, Grid grid,
+                             MovingAverage average, Stream stream);
+Status quantize_on_grid(DType dtype, const void* x, void* codes, float* scale, uint8_t* zero,
+                        Layout layout, Splits splits, float* range, uint32_t* progress, Grid grid,
+                        Stream stream);
+
+// The same of one tensor with contiguous channels, in one launch. With a mask, 8 divides `inner`.
+Status fake_quantize_channels_on_grid(DType dtype, const void* x, void* y, Mask mask,
+                                      int64_t channels, int64_t inner, Grid grid, Stream stream);
+Status quantize_channels_on_grid(DType dtype, const void* x, void* codes, float* scale,
+                                 uint8_t* zero, int64_t channels, int64_t inner, Grid grid,
+                                 Stream stream);
+
+// With a range that is given, as on the CPU.
+Status fake_quantize_fixed_range_on_grid(DType dtype, const void* x, const float* range, void* y,
+                                         Mask mask, Layout layout, int blocks, Grid grid,
+                                         Stream stream);
+
 // As on the CPU, with `splits` blocks for each channel.
 Status fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
                                  Layout layout, int splits, int qmax, Stream stream);
-Status dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int splits,
-                  Stream stream);
+Status dequantize(const void* codes, bool are_signed, const float* scale, const uint8_t* zero,
+                  float* y, Layout layout, int splits, Stream stream);
 
 }  // namespace cuda
 }  // namespace noisyq

@@ -45,6 +45,18 @@ struct Value {
   }
 };
 
+inline Codes codes_on(Grid grid) {
+  const auto qmax = static_cast<float>(grid.qmax);
+  switch (grid.kind) {
+    case GridKind::is_signed:
+      return {qmax, -qmax, qmax};
+    case GridKind::is_full:
+      return {qmax + 0.5f, -qmax - 1, qmax};
+    default:
+      return {2 * qmax + 1, 0.0f, 2 * qmax + 1};
+  }
+}
+
 NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, float absmax) {
   if (average.running_absmax == nullptr || !is_observation(absmax)) return;
   float& running = average.running_absmax[channel];

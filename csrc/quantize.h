@@ -31,6 +31,13 @@ struct Range {
   float high;
 };
 
+// How many steps a range has, and the ends of the codes.
+struct Codes {
+  float divisor;
+  float low;
+  float high;
+};
+
 NOISYQ_INLINE Levels symmetric(float scale, float qmax) { return {scale, -qmax, qmax, 0}; }
 
 // s = range / divisor, never below the smallest normal number, so that x / s cannot overflow
@@ -57,8 +64,9 @@ NOISYQ_INLINE float rounded_of(float x, float scale) {
 #ifdef __CUDA_ARCH__
   // A division is most of what a GPU computes here. For |x / s| <= 256, x times a 1 / s that may be
   // an ulp off is less than 2^-12 away from it, also where 1 / s is subnormal. So both round alike,
-  // unless that is close to a tie. What is larger is clamped either way; NaN, and inf - inf, compare
-  // false.
+  // unless that is close to a tie. What is larger rounds to 256 or more either way, which every grid
+  // clamps: its ends, less the zero point, lie within -255 .. 255, as zero_point() lies in 0 .. 255.
+  // NaN, and inf - inf, compare false.
   float reciprocal;
   asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
   const float nearly = x * reciprocal;
@@ -66,6 +74,13 @@ NOISYQ_INLINE float rounded_of(float x, float scale) {
   if (fabsf(nearly - rounded) < 0.5f - 0x1p-12f) return rounded;
 #endif
   return rintf(x / scale);
+}
+
+// Those of a range on any grid. Where low = 0, so is the zero point, and the scale that of `high`.
+NOISYQ_INLINE Levels levels_of(Range range, Codes codes) {
+  const float scale = affine_scale(range.low, range.high, codes.divisor);
+  const float zero = zero_point(range.low, scale);
+  return {scale, codes.low - zero, codes.high - zero, static_cast<int>(zero)};
 }
 
 NOISYQ_INLINE float clamp_to(float rounded, float low, float high) {

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from assert_same import assert_same
-from every_operator import every_operator
+from every_operator import every_operator, every_operator_on_grid
 from guarded_memory import guarded, guarded_like
 from memory_layouts import TENSORS
 from strategies import DTYPES, VALUES
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from noisyq_fast import Grid
 from noisyq_fast.backends import reference
 from noisyq_fast.backends.cuda_launch import (
     DeviceLimits,
@@ -28,6 +29,8 @@ from noisyq_fast.backends.cuda_launch import (
     splits_of_map,
     splits_of_reduction,
 )
+from noisyq_fast.backends.reference import MASKED, NOTHING
+from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -141,6 +144,51 @@ def test_every_operator_however_it_is_launched(emulated, dtype, shape, limits, m
             assert_same(every_operator(emulated, x, axis), expected)
 
 
+KINDS = [SIGNED, FULL, UNSIGNED, AFFINE]
+GRIDS = [Grid(4, AFFINE), Grid(8, UNSIGNED), Grid(3, FULL), Grid(8, AFFINE)]
+
+
+@pytest.mark.parametrize("limits", LIMITS[::3], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 40), (17, 2), (2, 5, 3, 3), (4, 3, 2, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_grid_however_it_is_launched(emulated, dtype, shape, limits, monkeypatch):
+    monkeypatch.setattr(emulated, "_limits", lambda device: limits)
+    x = torch.randn(shape).to(dtype)
+    arguments = [(x, axis) for axis in (None, 0, 1)[: x.dim() + 1]]
+    arguments += [(x.flatten()[1:], None)] if x.numel() > 1 else []  # not aligned
+    arguments += [(x.to(memory_format=torch.channels_last), 1)] if x.dim() == 4 else []
+    for i, (x, axis) in enumerate(arguments):
+        grid = GRIDS[(i + DTYPES.index(dtype) + LIMITS.index(limits)) % len(GRIDS)]
+        expected = every_operator_on_grid(reference, x, axis, grid)
+        assert_same(every_operator_on_grid(emulated, x, axis, grid), expected)
+
+
+@pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_grid_of_values_that_break_quantizers(emulated, kind, values, monkeypatch):
+    monkeypatch.setattr(emulated, "_limits", lambda device: LIMITS[0])
+    rng = np.random.default_rng(0)
+    for bits, dtype, axis in zip((2, 4, 8), DTYPES, (0, None, 1), strict=True):
+        with np.errstate(over="ignore"):
+            x = np.asarray(values(rng, (4, 4), Grid(bits).qmax), np.float32)
+        x = torch.from_numpy(x * np.float32([[1], [-1], [1], [-1]])).to(dtype)
+        expected = every_operator_on_grid(reference, x, axis, Grid(bits, kind))
+        assert_same(every_operator_on_grid(emulated, x, axis, Grid(bits, kind)), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_that_are_given(emulated, kind):
+    """Of any sign, upside down, without a width, not finite."""
+    ends = [-2.0, -1e-45, 0.0, 1e-45, 0.7, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]
+    low, high = torch.cartesian_prod(torch.tensor(ends), torch.tensor(ends)).T.contiguous()
+    grid = Grid(8, kind)
+    ranges = torch.stack([low, high]) if grid.is_affine else high
+    x = torch.randn(len(high), 3) * torch.tensor([1, 1e-40, 1e38])
+    arguments = x, ranges, grid, 0, "clipped"
+    expected = reference.fake_quantize_fixed_range_on_grid(*arguments)
+    assert_same(emulated.fake_quantize_fixed_range_on_grid(*arguments), expected)
+
+
 @pytest.mark.parametrize("limits", [DeviceLimits(132), DeviceLimits(4, 226 << 10)], ids=str)
 @pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
 def test_sizes_as_on_a_gpu(emulated, make, limits, monkeypatch):
@@ -149,6 +197,20 @@ def test_sizes_as_on_a_gpu(emulated, make, limits, monkeypatch):
     for axis in (None, *range(x.dim())):
         if axis is None or x.shape[axis] <= 5000:  # The emulator takes 0.1 ms for each block.
             assert_same(every_operator(emulated, x, axis), every_operator(reference, x, axis))
+
+
+@pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
+def test_grids_of_sizes_as_on_a_gpu(emulated, make, monkeypatch):
+    monkeypatch.setattr(emulated, "_limits", lambda device: DeviceLimits(132))
+    x, grid = make(torch.randn), GRIDS[0]
+    for axis in (None, *range(x.dim())):
+        if axis is None or x.shape[axis] <= 1000:
+            for masked in MASKED[::2]:
+                actual, expected = (
+                    backend.fake_quantize_on_grid(x, grid, axis, masked)
+                    for backend in (emulated, reference)
+                )
+                assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("place", ["before a page that is not there", "after one"])
@@ -162,11 +224,15 @@ def test_nothing_beyond_a_tensor_is_touched(emulated, dtype, shape, place, monke
     x = torch.empty_like(torch.empty(shape, dtype=dtype)).copy_(torch.randn(shape))
     for axis in (None, 0, 1)[: x.dim() + 1]:
         every_operator(emulated, x, axis)
+        every_operator_on_grid(emulated, x, axis, GRIDS[0])
 
 
-def test_channels_that_do_not_fit_on_chip(emulated):
-    x = torch.randn(2, 13_001)
+@pytest.mark.parametrize("size", [13_001, 13_008])
+def test_channels_that_do_not_fit_on_chip(emulated, size):
+    x = torch.randn(2, size)
     assert_same(every_operator(emulated, x, 0), every_operator(reference, x, 0))
+    expected = every_operator_on_grid(reference, x, 0, GRIDS[0])
+    assert_same(every_operator_on_grid(emulated, x, 0, GRIDS[0]), expected)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((12_300, 2), 0), ((2, 12_300), 1), ((12_300, 8), 0)])
@@ -205,12 +271,44 @@ def test_ranges_over_batches(emulated, values):
 
 
 def test_progress_is_left_as_it_was_found(emulated, monkeypatch):
-    counts = torch.zeros(6, dtype=torch.int32)
+    counts = torch.zeros(15, dtype=torch.int32)
     monkeypatch.setattr(emulated, "progress", lambda device, size: counts)
     for _ in range(3):
         running = torch.tensor([0.5, float("nan"), 0.1, float("nan"), 2.0])
         emulated.fake_quantize_ema(torch.randn(20, 5, 3), running, None, 7, 1, 0.3)
-        assert counts.tolist() == [0] * 6
+        assert counts.tolist() == [0] * 15
+        x = torch.randn(20, 5, 3)
+        results = [backend.quantize_on_grid(x, GRIDS[0], 1) for backend in (emulated, reference)]
+        assert_same(*results)
+        assert counts.tolist() == [0] * 15
+
+
+class Launches:
+    """The kernels, and the names of those that were called."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+        self.names = []
+
+    def __getattr__(self, name):
+        self.names.append(name)
+        return getattr(self.kernels, name)
+
+
+@pytest.mark.parametrize("masked", MASKED)
+@pytest.mark.parametrize(("shape", "together"), [((6, 8), True), ((5, 9), False)])
+def test_contiguous_channels_take_one_launch(emulated, masked, shape, together, monkeypatch):
+    """Groups and tokens, unless channels share a byte of the mask."""
+    launches = Launches(emulated.kernels)
+    monkeypatch.setattr(emulated, "kernels", launches)
+    emulated.fake_quantize_on_grid(torch.randn(shape), GRIDS[0], 0, masked)
+    emulated.quantize_on_grid(torch.randn(shape), GRIDS[0], 0)
+    fake_quantize = (
+        "fake_quantize_channels_on_grid"
+        if together or masked == NOTHING
+        else "fake_quantize_on_grid"
+    )
+    assert launches.names == [fake_quantize, "quantize_channels_on_grid"]
 
 
 class Calls(TorchDispatchMode):
@@ -230,6 +328,7 @@ def test_pytorch_only_allocates(emulated, axis):
     """The kernels do all else. Counters of blocks are zeros, once for each stream on a GPU."""
     x = torch.randn(3, 5, 7)
     running, observed = torch.ones(2, *([] if axis is None else [x.shape[axis]]))
+    ends = torch.stack([-running, running])
     codes, scale = emulated.quantize(x, 7, axis)
     with Calls() as calls:
         emulated.fake_quantize(x, 7, axis)
@@ -240,6 +339,11 @@ def test_pytorch_only_allocates(emulated, axis):
         emulated.zero_clipped(x, clipped)
         emulated.quantize(x, 7, axis)
         emulated.dequantize(codes, scale, axis)
+        emulated.fake_quantize_on_grid(x, GRIDS[0], axis, "clipped")
+        emulated.fake_quantize_ema_on_grid(x, ends, observed, GRIDS[0], axis, 0.3, "nothing")
+        emulated.fake_quantize_fixed_range_on_grid(x, ends, GRIDS[0], axis, "negative")
+        codes, scale, zero_point = emulated.quantize_on_grid(x, GRIDS[0], axis)
+        emulated.dequantize_on_grid(codes, scale, zero_point, axis)
     assert calls.names - {"zeros"} == {"empty_like", "new_empty"}
 
 

@@ -71,16 +71,15 @@ struct ScalesAndZeros {
 // Calls body with what keeps the levels of the channels in `scale` and, of an affine grid, `zero`.
 template <class Body>
 void with_grid(Grid grid, float* scale, float* zero, const Body& body) {
-  const float qmax = static_cast<float>(grid.qmax);
+  const Codes codes = codes_on(grid);
   switch (grid.kind) {
     case GridKind::is_signed:
-      return body(Scales<true>{scale, qmax, -qmax, qmax});
     case GridKind::is_full:
-      return body(Scales<true>{scale, qmax + 0.5f, -qmax - 1, qmax});
+      return body(Scales<true>{scale, codes.divisor, codes.low, codes.high});
     case GridKind::is_unsigned:
-      return body(Scales<false>{scale, 2 * qmax + 1, 0.0f, 2 * qmax + 1});
+      return body(Scales<false>{scale, codes.divisor, codes.low, codes.high});
     case GridKind::is_affine:
-      return body(ScalesAndZeros{scale, zero, 2 * qmax + 1});
+      return body(ScalesAndZeros{scale, zero, codes.divisor});
   }
 }
 

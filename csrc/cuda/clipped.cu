@@ -14,8 +14,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t first = g * kGroup;
     Group<T, kWide> group(x + first, share.size_of(g));
     ChannelWalk<kChannels> at(layout, first);
-    const uint8_t bits = quantize_group(group, at, layout, qmax,
-                                        [&](int64_t channel) { return absmax[channel]; });
+    const auto levels_of = [&](int64_t channel) {
+      return symmetric(scale_of(absmax[channel], qmax), qmax);
+    };
+    const uint8_t bits = quantize_group(group, at, layout, levels_of, MarkClipped{});
     group.store_to(y + first, share.size_of(g));
     if (clipped != nullptr) clipped[g] = bits;
   }
@@ -56,7 +58,7 @@ Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* cli
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const Layout run{1, 1, elements};
-    return with_groups(grad, out, run, [&](auto wide, auto) {
+    return with_width(grad, out, run, [&](auto wide) {
       return launch(zero_clipped_kernel<T, wide>, {blocks, kThreads}, stream,
                     static_cast<const T*>(grad), static_cast<T*>(out), clipped, run);
     });

@@ -11,7 +11,7 @@ namespace noisyq::cuda {
 constexpr int kWarp = 32;
 constexpr int kWidestAccess = 16;
 
-struct Grid {
+struct LaunchGrid {
   int64_t blocks;
   int64_t threads;
   size_t shared_bytes = 0;  // what `shared_memory` is to hold
@@ -20,7 +20,7 @@ struct Grid {
 
 // Plain C++ rather than <<<>>>: a compiler for the host alone can read it (tests/cuda_emulator).
 template <class... Parameters, class... Arguments>
-Status launch(void (*kernel)(Parameters...), Grid grid, Stream stream, Arguments... arguments) {
+Status launch(void (*kernel)(Parameters...), LaunchGrid grid, Stream stream, Arguments... arguments) {
   if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -129,11 +129,11 @@ __device__ __forceinline__ uint32_t absmax_of_pack(const Pack<T, N>& pack, uint3
 }
 
 template <class Op, class Out, class T, int N>
-__device__ __forceinline__ Pack<Out, N> map_pack(const Pack<T, N>& pack, float scale, float qmax) {
+__device__ __forceinline__ Pack<Out, N> map_pack(const Pack<T, N>& pack, Levels levels) {
   Pack<Out, N> mapped;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    mapped.values[i] = Op::apply(pack.values[i], symmetric(scale, qmax));
+    mapped.values[i] = Op::apply(pack.values[i], levels);
   }
   return mapped;
 }

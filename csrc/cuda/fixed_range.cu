@@ -1,41 +1,33 @@
 // Maps with a scale that is known before the launch.
-#include "walk.cuh"
+#include "known.cuh"
 
 namespace noisyq::cuda {
 namespace {
 
-// The scale of a range, or the scale itself.
 struct FromAbsmax {
-  static __device__ float scale(float absmax, float qmax) { return scale_of(absmax, qmax); }
+  const float* absmax;
+  float qmax;
+
+  __device__ Levels operator()(int64_t channel) const {
+    return symmetric(scale_of(absmax[channel], qmax), qmax);
+  }
 };
+
+// Values need no ends of the codes.
 struct FromScale {
-  static __device__ float scale(float scale, float) { return scale; }
+  const float* scale;
+
+  __device__ Levels operator()(int64_t channel) const { return {scale[channel], 0, 0, 0}; }
 };
 
-template <class Op, class From, class T, class Out, int N>
-__global__ void __launch_bounds__(kThreads)
-    known_kernel(const T* x, Out* y, Layout layout, int splits, const float* known, float qmax) {
-  const Share<N> share(layout, splits);
-  const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
-  auto* out = reinterpret_cast<Pack<Out, N>*>(y);
-  share.backwards(packs, [&] {
-    const float scale = From::scale(known[share.channel], qmax);
-    return [=](int64_t at, const Pack<T, N>& pack) {
-      store(out + at, map_pack<Op, Out>(pack, scale, qmax));
-    };
-  });
-}
+struct FromScaleAndZero {
+  const float* scale;
+  const uint8_t* zero;  // or null
 
-template <class Op, class From, class T, class Out>
-Status map_known(const T* x, Out* y, Layout layout, int splits, const float* known, int qmax,
-                 Stream stream) {
-  layout = as_run(layout);
-  const auto kernel = fits_packs<T, Out>(layout, x, y)
-                          ? known_kernel<Op, From, T, Out, kPerAccess<T, Out>>
-                          : known_kernel<Op, From, T, Out, 1>;
-  return launch(kernel, {layout.channels * splits, kThreads}, stream, x, y, layout, splits, known,
-                qmax);
-}
+  __device__ Levels operator()(int64_t channel) const {
+    return {scale[channel], 0, 0, zero == nullptr ? 0 : zero[channel]};
+  }
+};
 
 }  // namespace
 
@@ -43,14 +35,19 @@ Status fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax
                                  Layout layout, int splits, int qmax, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return map_known<FakeQuantize<T>, FromAbsmax>(static_cast<const T*>(x), static_cast<T*>(y),
-                                                  layout, splits, absmax, qmax, stream);
+    return map_known<FakeQuantize<T>>(static_cast<const T*>(x), static_cast<T*>(y), layout, splits,
+                                      FromAbsmax{absmax, static_cast<float>(qmax)}, stream);
   });
 }
 
-Status dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int splits,
-                  Stream stream) {
-  return map_known<Value, FromScale>(codes, y, layout, splits, scale, 0, stream);
+Status dequantize(const void* codes, bool are_signed, const float* scale, const uint8_t* zero,
+                  float* y, Layout layout, int splits, Stream stream) {
+  if (are_signed) {
+    return map_known<Value>(static_cast<const int8_t*>(codes), y, layout, splits,
+                            FromScale{scale}, stream);
+  }
+  return map_known<Value>(static_cast<const uint8_t*>(codes), y, layout, splits,
+                          FromScaleAndZero{scale, zero}, stream);
 }
 
 }  // namespace noisyq::cuda

@@ -55,11 +55,11 @@ struct GroupShare {
   int64_t end;
   int64_t elements;
 
-  explicit __device__ GroupShare(Layout layout)
+  explicit __device__ GroupShare(Layout layout, unsigned share = blockIdx.x)
       : elements(layout.outer * layout.channels * layout.inner) {
     const int64_t groups = (elements + kGroup - 1) / kGroup;
-    begin = groups * blockIdx.x / gridDim.x;
-    end = groups * (blockIdx.x + 1) / gridDim.x;
+    begin = groups * share / gridDim.x;
+    end = groups * (share + 1) / gridDim.x;
   }
 
   __device__ __forceinline__ int size_of(int64_t group) const {
@@ -97,22 +97,30 @@ struct ChannelWalk {
   }
 };
 
-// Quantizes a group in place, `range_of` each channel; the bits tell what was clipped.
-template <class T, bool kWide, Channels kChannels, class RangeOf>
+// Quantizes a group in place, with levels_of(channel); the bits are marked(x, rounded, levels).
+template <class T, bool kWide, Channels kChannels, class LevelsOf, class Marked>
 __device__ __forceinline__ uint8_t quantize_group(Group<T, kWide>& group,
                                                   ChannelWalk<kChannels> at, Layout layout,
-                                                  float qmax, const RangeOf& range_of) {
-  float scale = scale_of(range_of(at.channel), qmax);
+                                                  const LevelsOf& levels_of,
+                                                  const Marked& marked) {
+  Levels levels = levels_of(at.channel);
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    if (i > 0 && at.advance(layout)) scale = scale_of(range_of(at.channel), qmax);
-    const float rounded = rounded_of(to_float(group.values[i]), scale);
-    bits |= static_cast<uint32_t>(is_clipped(rounded, -qmax, qmax)) << i;
-    group.values[i] = from_float<T>(clamp_to(rounded, -qmax, qmax) * scale);
+    if (i > 0 && at.advance(layout)) levels = levels_of(at.channel);
+    const float x = to_float(group.values[i]);
+    const float rounded = rounded_of(x, levels.scale);
+    bits |= static_cast<uint32_t>(marked(x, rounded, levels)) << i;
+    group.values[i] = from_float<T>(clamp_to(rounded, levels.low, levels.high) * levels.scale);
   }
   return static_cast<uint8_t>(bits);
 }
+
+struct MarkClipped {
+  __device__ bool operator()(float, float rounded, Levels levels) const {
+    return is_clipped(rounded, levels.low, levels.high);
+  }
+};
 
 inline bool whole_groups(const void* x, const void* y, Layout layout) {
   return layout.outer * layout.channels * layout.inner % kGroup == 0 &&
@@ -122,16 +130,27 @@ inline bool whole_groups(const void* x, const void* y, Layout layout) {
 template <auto kValue>
 using Constant = std::integral_constant<decltype(kValue), kValue>;
 
-// What body(wide, channels) returns, of two compile-time constants that name the kernel's variant.
+// What body(wide) returns, of a compile-time constant that names the kernel's variant.
+template <class Body>
+Status with_width(const void* x, const void* y, Layout layout, const Body& body) {
+  return whole_groups(x, y, layout) ? body(Constant<true>{}) : body(Constant<false>{});
+}
+
+// The same of body(wide, channels), of a tensor with several channels.
+template <class Body>
+Status with_mixed_groups(const void* x, const void* y, Layout layout, const Body& body) {
+  return with_width(x, y, layout, [&](auto wide) {
+    return layout.inner % kGroup == 0 ? body(wide, Constant<Channels::one_for_each_group>{})
+                                      : body(wide, Constant<Channels::any>{});
+  });
+}
+
+// The same of any tensor.
 template <class Body>
 Status with_groups(const void* x, const void* y, Layout layout, const Body& body) {
-  const auto with_channels = [&](auto wide) -> Status {
-    if (layout.channels == 1) return body(wide, Constant<Channels::one>{});
-    if (layout.inner % kGroup == 0) return body(wide, Constant<Channels::one_for_each_group>{});
-    return body(wide, Constant<Channels::any>{});
-  };
-  return whole_groups(x, y, layout) ? with_channels(Constant<true>{})
-                                    : with_channels(Constant<false>{});
+  if (layout.channels > 1) return with_mixed_groups(x, y, layout, body);
+  return with_width(x, y, layout,
+                    [&](auto wide) { return body(wide, Constant<Channels::one>{}); });
 }
 
 }  // namespace noisyq::cuda

@@ -111,8 +111,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t g = share.end - 1 - threadIdx.x; g >= share.begin; g -= kThreads) {
     const int64_t first = g * kGroup;
     Group<T, kWide> group(x + first, share.size_of(g));
-    quantize_group(group, ChannelWalk<kChannels>(layout, first), layout, qmax,
-                   [&](int64_t channel) { return batch_absmax<T>(progress, channel); });
+    const auto levels_of = [&](int64_t channel) {
+      return symmetric(scale_of(batch_absmax<T>(progress, channel), qmax), qmax);
+    };
+    quantize_group(group, ChannelWalk<kChannels>(layout, first), layout, levels_of, MarkClipped{});
     group.store_to(y + first, share.size_of(g));
   }
   if (is_last_block(progress + layout.channels)) {
@@ -127,8 +129,8 @@ Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, S
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const T* in = static_cast<const T*>(x);
-    return with_groups(x, y, layout, [&](auto wide, auto channels) -> Status {
-      const Grid reduction{blocks.of_reduction, kThreads, shared_bytes_of_maxima(layout)};
+    return with_mixed_groups(x, y, layout, [&](auto wide, auto channels) -> Status {
+      const LaunchGrid reduction{blocks.of_reduction, kThreads, shared_bytes_of_maxima(layout)};
       if (const Status status = launch(absmax_kernel<T, wide, channels>, reduction, stream, in,
                                        layout, progress)) {
         return status;

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   // Each thread maps the very packs that it kept: no barrier is needed.
 #pragma unroll 4
   for (int i = threadIdx.x; i < size; i += kResidentThreads) {
-    store(out + begin + i, map_pack<FakeQuantize<T>, T>(load(kept + i), scale, qmax));
+    store(out + begin + i, map_pack<FakeQuantize<T>, T>(load(kept + i), symmetric(scale, qmax)));
   }
 }
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
       observe(average, share.channel, absmax);
     }
     return [=](int64_t at, const Pack<T, N>& pack) {
-      store(out + at, map_pack<Op, Out>(pack, scale, qmax));
+      store(out + at, map_pack<Op, Out>(pack, symmetric(scale, qmax)));
     };
   });
 }
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kThreads)
 template <class Op, class T, class Out, int N>
 Status quantize_packs(const T* x, Out* y, Layout layout, Splits splits, uint32_t* partial, int qmax,
                       MovingAverage average, float* scale, Stream stream) {
-  const Grid reduction{layout.channels * splits.of_reduction, kThreads};
+  const LaunchGrid reduction{layout.channels * splits.of_reduction, kThreads};
   if (const Status status = launch(absmax_kernel<T, N>, reduction, stream, x, layout,
                                    splits.of_reduction, partial)) {
     return status;
   }
-  const Grid map{layout.channels * splits.of_map, kThreads};
+  const LaunchGrid map{layout.channels * splits.of_map, kThreads};
   return launch(map_kernel<Op, T, Out, N>, map, stream, x, y, layout, splits, partial, qmax,
                 average, scale);
 }

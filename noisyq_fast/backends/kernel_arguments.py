@@ -4,6 +4,10 @@ kernels take them, dense and cut into channels."""
 import torch
 from torch import Tensor
 
+from noisyq_fast import checks
+from noisyq_fast.backends.reference import MASKED, NOTHING
+from noisyq_fast.grid import KINDS
+
 try:
     from noisyq_fast import _core as core
 
@@ -13,6 +17,8 @@ except ImportError as error:
     missing = f"the native library was not compiled or does not load ({error})"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
+MASK_CODES = {masked: code for code, masked in enumerate(MASKED)}
 NULL = 0
 
 
@@ -52,6 +58,11 @@ def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     if y.stride() == x.stride():
         return x, y
     return (y.copy_(x) if y.dtype == x.dtype else x.clone()), y
+
+
+def mask_of(x: Tensor, masked: str) -> Tensor:
+    """Room for a bit for each element, where some are masked."""
+    return x.new_empty(0 if masked == NOTHING else checks.packed_size(x), dtype=torch.uint8)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -5,24 +5,24 @@ import os
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.backend import Backend
 from noisyq_fast.backends.kernel_arguments import (
     DTYPE_CODES,
+    KIND_CODES,
+    MASK_CODES,
     NULL,
     address,
     channel_layout,
     contiguous,
     core,
     dense,
+    mask_of,
     missing,
     write_back,
 )
-from noisyq_fast.backends.reference import CLIPPED, MASKED, NOTHING
-from noisyq_fast.grid import KINDS, SIGNED, Grid
+from noisyq_fast.backends.reference import CLIPPED, NOTHING
+from noisyq_fast.grid import SIGNED, Grid
 
-KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
-MASK_CODES = {masked: code for code, masked in enumerate(MASKED)}
 NO_AVERAGE = NULL, NULL, 0.0
 
 backend = Backend("cpu", device_types=("cpu",), unavailable=lambda: missing)
@@ -86,7 +86,7 @@ def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | 
 def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(x, CLIPPED)
+    mask = mask_of(x, CLIPPED)
     return _fake_quantize_fixed_range(x, absmax, SIGNED, qmax, axis, CLIPPED, mask), mask
 
 
@@ -122,7 +122,7 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 def fake_quantize_on_grid(
     x: Tensor, grid: Grid, axis: int | None, masked: str
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(x, masked)
+    mask = mask_of(x, masked)
     return _fake_quantize(x, grid.kind, grid.qmax, axis, NO_AVERAGE, masked, mask), mask
 
 
@@ -136,7 +136,7 @@ def fake_quantize_ema_on_grid(
     averaging_constant: float,
     masked: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(x, masked)
+    mask = mask_of(x, masked)
     y = _fake_quantize_ema(
         x, running_range, observed, grid.kind, grid.qmax, axis, averaging_constant, masked, mask
     )
@@ -147,7 +147,7 @@ def fake_quantize_ema_on_grid(
 def fake_quantize_fixed_range_on_grid(
     x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(x, masked)
+    mask = mask_of(x, masked)
     y = _fake_quantize_fixed_range(x, range_, grid.kind, grid.qmax, axis, masked, mask)
     return y, mask
 
@@ -277,8 +277,3 @@ def _quantize(
         _threads(),
     )
     return codes, scale
-
-
-def _mask(x: Tensor, masked: str) -> Tensor:
-    size = 0 if masked == NOTHING else checks.packed_size(x)
-    return torch.empty(size, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """The native kernels for CUDA (``csrc/cuda``), called with addresses, sizes and a stream.
 
 Nothing here waits for the device, and nothing is allocated but outputs and, for activations, a few
-kilobytes of maxima.
+kilobytes of maxima or ranges.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.backend import Backend
 from noisyq_fast.backends.cuda_launch import (
     DeviceLimits,
@@ -21,6 +20,8 @@ from noisyq_fast.backends.cuda_launch import (
 )
 from noisyq_fast.backends.kernel_arguments import (
     DTYPE_CODES,
+    KIND_CODES,
+    MASK_CODES,
     NULL,
     address,
     channel_layout,
@@ -28,12 +29,16 @@ from noisyq_fast.backends.kernel_arguments import (
     core,
     dense,
     launch_failed,
+    mask_of,
     missing,
     write_back,
 )
-from noisyq_fast.backends.reference import FLT_MIN
+from noisyq_fast.backends.reference import CLIPPED, FLT_MIN, NOTHING
+from noisyq_fast.grid import Grid
 
 Layout = tuple[int, int, int]
+Average = tuple[int, int, float]
+NO_AVERAGE = NULL, NULL, 0.0
 
 kernels = getattr(core, "cuda", None)
 
@@ -54,6 +59,9 @@ def unavailable() -> str | None:
 
 
 backend = Backend("cuda", device_types=("cuda",), unavailable=unavailable)
+
+
+# On the signed grid.
 
 
 @backend.register
@@ -132,7 +140,7 @@ def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
     x, y = dense(x)
-    clipped = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
+    clipped = mask_of(x, CLIPPED)
     layout = channel_layout(y, axis)
     if layout[0] > 0:
         _fake_quantize_fixed_range_clipped(x, absmax, y, clipped.data_ptr(), layout, qmax)
@@ -187,20 +195,157 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
 
 @backend.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    return dequantize_on_grid(codes, scale, None, axis)
+
+
+# On any grid.
+
+
+@backend.register
+def fake_quantize_on_grid(
+    x: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    return _fake_quantize_on_grid(x, grid, axis, masked, NO_AVERAGE)
+
+
+@backend.register
+def fake_quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return _fake_quantize_on_grid(x, grid, axis, masked, NO_AVERAGE)
+    running, weight = running_range.contiguous(), contiguous(observed)
+    average = running.data_ptr(), address(weight), averaging_constant
+    outputs = _fake_quantize_on_grid(x, grid, axis, masked, average)
+    write_back(running, running_range)
+    write_back(weight, observed)
+    return outputs
+
+
+@backend.register
+def fake_quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    x, y = dense(x)
+    mask = mask_of(x, masked)
+    layout = channel_layout(y, axis)
+    if layout[0] > 0:
+        range_ = range_.contiguous()
+        _launch(
+            kernels.fake_quantize_fixed_range_on_grid,
+            x,
+            DTYPE_CODES[x.dtype],
+            x.data_ptr(),
+            range_.data_ptr(),
+            y.data_ptr(),
+            MASK_CODES[masked],
+            mask.data_ptr(),
+            *layout,
+            _blocks(x),
+            KIND_CODES[grid.kind],
+            grid.qmax,
+        )
+    return y, mask
+
+
+@backend.register
+def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    x, codes = dense(x, grid.code_dtype)
+    outer, channels, inner = layout = channel_layout(codes, axis)
+    shape = [] if axis is None else [channels]
+    if outer == 0:
+        zeros = x.new_zeros(shape, dtype=torch.uint8)
+        return codes, x.new_full(shape, FLT_MIN, dtype=torch.float32), zeros
+    scale = x.new_empty(shape, dtype=torch.float32)
+    zero_point = x.new_empty(shape, dtype=torch.uint8)
+    if outer == 1:
+        kernel, sizes, scratch = kernels.quantize_channels_on_grid, (channels, inner), ()
+    else:
+        kernel, scratch = kernels.quantize_on_grid, _range_scratch(x, layout)
+        sizes = *layout, _splits(x, layout)
+    _launch(
+        kernel,
+        x,
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        *sizes,
+        *map(address, scratch),
+        KIND_CODES[grid.kind],
+        grid.qmax,
+    )
+    return codes, scale, zero_point
+
+
+@backend.register
+def dequantize_on_grid(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> Tensor:
     codes, y = dense(codes, torch.float32)
     layout = channel_layout(y, axis)
-    scale = scale.contiguous()
+    scale, zero_point = scale.contiguous(), contiguous(zero_point)
     if layout[0] > 0:
         _launch(
             kernels.dequantize,
             codes,
             codes.data_ptr(),
+            codes.dtype == torch.int8,
             scale.data_ptr(),
+            address(zero_point),
             y.data_ptr(),
             *layout,
             _splits(codes, layout)[1],
         )
     return y
+
+
+# Calls of the kernels.
+
+
+def _fake_quantize_on_grid(
+    x: Tensor, grid: Grid, axis: int | None, masked: str, average: Average
+) -> tuple[Tensor, Tensor]:
+    x, y = dense(x)
+    mask = mask_of(x, masked)
+    outer, channels, inner = layout = channel_layout(y, axis)
+    if outer == 0:
+        return y, mask
+    # Channels that share a byte of the mask are not for blocks of their own.
+    if outer == 1 and average == NO_AVERAGE and (masked == NOTHING or inner % 8 == 0):
+        kernel, sizes, scratch = kernels.fake_quantize_channels_on_grid, (channels, inner), ()
+        average = ()
+    else:
+        kernel, scratch = kernels.fake_quantize_on_grid, _range_scratch(x, layout)
+        sizes = *layout, (_splits(x, layout)[0], _blocks(x))
+    _launch(
+        kernel,
+        x,
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        y.data_ptr(),
+        MASK_CODES[masked],
+        mask.data_ptr(),
+        *sizes,
+        *map(address, scratch),
+        KIND_CODES[grid.kind],
+        grid.qmax,
+        *average,
+    )
+    return y, mask
+
+
+def _range_scratch(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """For both ends of the range of each channel, and for what blocks find of them."""
+    channels = layout[1]
+    return x.new_empty(2 * channels, dtype=torch.float32), progress(x.device, 3 * channels)
 
 
 def _fake_quantize_dynamic(

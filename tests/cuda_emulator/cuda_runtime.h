@@ -48,6 +48,10 @@ inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+inline uint32_t atomicExch(uint32_t* address, uint32_t value) {
+  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+}
+
 inline uint32_t atomicMax(uint32_t* address, uint32_t value) {
   uint32_t before = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (before < value && !__atomic_compare_exchange_n(address, &before, value, true,
