@@ -27,6 +27,7 @@ from noisyq_fast import (
     quantize_model_,
 )
 from noisyq_fast.backends import BACKENDS
+from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
@@ -73,6 +74,35 @@ OPERATORS = {
     "quantize": lambda x, r, axis: quantize(x, 8, axis),
     "dequantize": lambda x, r, axis: dequantize(x.to(torch.int8), r, axis),
 }
+
+
+def operators_on_grid(kind):
+    def ema(x, r, axis, **options):
+        range_ = torch.stack([-r, r]) if kind == AFFINE else r
+        return fake_quantize_ema(x, range_, 4, axis, 0.3, grid=kind, **options), range_
+
+    def codes_and_values(x, r, axis):
+        codes, scale, *zero_point = quantize(x, 8, axis, grid=kind)
+        zero = {"zero_point": zero_point[0]} if zero_point else {}
+        return codes, scale, *zero_point, dequantize(codes, scale, axis, **zero)
+
+    return {
+        kind: lambda x, r, axis: fake_quantize(x, 4, axis, grid=kind),
+        f"{kind}, clipped": lambda x, r, axis: fake_quantize(x, 3, axis, grid=kind, ste="clipped"),
+        f"{kind}, training": ema,
+        f"{kind}, with observed": lambda x, r, axis: ema(
+            x, r, axis, observed=torch.full_like(r, 0.25)
+        ),
+        f"{kind}, evaluation": lambda x, r, axis: ema(x, r, axis, training=False),
+        f"{kind}, evaluation, clipped": lambda x, r, axis: ema(
+            x, r, axis, training=False, ste="clipped"
+        ),
+        f"{kind}, codes and values": codes_and_values,
+    }
+
+
+for kind in (FULL, UNSIGNED, AFFINE):
+    OPERATORS |= operators_on_grid(kind)
 each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 
 
@@ -338,6 +368,9 @@ for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
             y = fake_quantize_ema(leaf, running, 4, axis, training=False, ste="clipped")
             y.sum().backward()
             dequantize(*quantize(x, 4, axis), axis)
+            for grid in ("full", "unsigned", "affine"):
+                fake_quantize(x.clone().requires_grad_(), 4, axis, grid=grid, ste="clipped")
+                quantize(x, 4, axis, grid=grid)
 torch.cuda.synchronize()
 """
 
