@@ -19,6 +19,7 @@ from experiments.methods.prune import Prune
 from experiments.methods.quant import Quant
 from experiments.methods.sam import SAM
 from experiments.methods.sce import SCE
+from experiments.methods.swa import SWA
 from experiments.methods.weight_decay import WeightDecay
 
 __all__ = [
@@ -50,6 +51,7 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "co_teaching": CoTeaching,
     "sam": SAM,
+    "swa": SWA,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""
