@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.checks import require
 from experiments.methods.method import Method
-from experiments.training.procedure import Parts, Passes, Procedure, fitting
+from experiments.training.procedure import Parts, Passes, Procedure, copied, fitting
 from noisyq_fast import MovingAbsMax
 
 
@@ -104,11 +104,6 @@ def swa_rate(epoch: int, start: int, lr: float) -> float:
 def averaged_with(average: Tensor, weight: Tensor, count: int) -> Tensor:
     """The average of `count` weights and another one."""
     return average + (weight - average) / (count + 1)
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """Its weights and buffers as they are now."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()

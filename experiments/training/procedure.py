@@ -229,6 +229,11 @@ class Procedure:
             raise ValueError(f"procedure: got {list(state)}, takes nothing")
 
 
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers of a network, as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights and buffers that were read from a checkpoint, on the device of `model`. Raises an
     error where they are not those of such a network."""
