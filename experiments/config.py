@@ -205,6 +205,7 @@ class RunConfig:
         check(("lr",), lambda value: 0 < value < 3.4e38, "a finite number above 0, below 3.4e38")
         on = self.methods  # refuses options that take no effect
         self._check_baseline(on)
+        self._check_loss(on)
         methods.check_together(on, self.task.LABELS, self.dataset)
         for name, method in on.items():
             if self.epochs and self.epochs < method.LEAST_EPOCHS:
@@ -218,6 +219,16 @@ class RunConfig:
         self._check_task()
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("--cuda-graph: got --device cpu, takes a GPU")
+
+    def _check_loss(self, on: dict[str, methods.Method]) -> None:
+        for name in methods.LOSSES:
+            if self.loss == methods.OWN_LOSS and name in on:
+                given = [flag(option) for option in getattr(self.options, name).changed()]
+                how = given[0] if given else f"--method {name}"
+                raise ValueError(
+                    f"--loss: got {self.loss} with {how}, which turns {name} on; leave one of them "
+                    "out"
+                )
 
     def _check_baseline(self, on: dict[str, methods.Method]) -> None:
         if self.method != methods.BASELINE:

@@ -26,9 +26,8 @@ COSTS = {
     "kB": ("size_in_bits", 1 / 8e3, ",.1f"),
     "million MACs": ("macs", 1e-6, ".2f"),
     "epochs trained": ("epochs_trained", 1, "g"),
-    "forward passes a sample": ("forward_passes", 1, "g"),
-    "backward passes a sample": ("backward_passes", 1, "g"),
 }
+BUDGET = "forward + backward passes a sample"
 INTERVAL = "± half a 95 % confidence interval of the paired difference"
 
 
@@ -41,9 +40,9 @@ def study_section(title: str, study: Study, summary: pl.DataFrame) -> str:
     for name, (measure, factor) in _MEASURES.items():
         if f"{measure}_mean" in summary.columns:
             mean = functools.partial(mean_cell, measure=measure, factor=factor)
-            parts.append(grid(name, study, summary, mean))
+            parts.append(grid(name, study, summary, mean, budget=measure == "test_accuracy"))
     name = f"gain over the baseline, points of test accuracy, {INTERVAL}"
-    parts.append(grid(name, study, summary, gain_cell))
+    parts.append(grid(name, study, summary, gain_cell, budget=True))
     parts.append(costs(study, summary))
     parts += missing(study, "every noise and seed")
     return "\n\n".join(parts)
@@ -68,16 +67,29 @@ def bullets_section(title: str, lines: list[str]) -> str:
 
 
 def grid(
-    name: str, study: Study, summary: pl.DataFrame, cell_of: Callable[[Row | None], str]
+    name: str,
+    study: Study,
+    summary: pl.DataFrame,
+    cell_of: Callable[[Row | None], str],
+    budget: bool = False,
 ) -> str:
-    """A cell for each label, downwards, and noise, across."""
+    """A cell for each label, downwards, and noise, across; in front, if so, what training took."""
     rows = {(row["label"], row["noise"]): row for row in summary.iter_rows(named=True)}
-    header = [name, *(f"noise {noise:g}" for noise in study.noises)]
+    header = [name, *([BUDGET] * budget), *(f"noise {noise:g}" for noise in study.noises)]
     body = [
-        [label, *(cell_of(rows.get((label, noise))) for noise in study.noises)]
+        [
+            label,
+            *([_budget(summary.filter(label=label))] * budget),
+            *(cell_of(rows.get((label, noise))) for noise in study.noises),
+        ]
         for label in study.labels
     ]
     return markdown(header, body)
+
+
+def _budget(rows: pl.DataFrame) -> str:
+    names = ("forward_passes_mean", "backward_passes_mean")
+    return " + ".join(cell(rows[name].mean(), "g") for name in names)
 
 
 def costs(

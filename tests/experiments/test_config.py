@@ -84,6 +84,14 @@ def test_error_names_the_option_what_it_got_and_what_it_takes(option, value, mes
             "--method baseline --dataset synthetic-au --patience 3 --dropout 0.1",
             "--method: got baseline with --dropout",
         ),
+        ("--loss gce --method sce", "--method: got gce with sce, of which a run has one loss"),
+        ("--mixup 1 --method sam", "--method: got mixup with sam, of which a run has one proc"),
+        ("--loss gce --label-smoothing 0.1", "--method: got gce with label_smoothing, whose"),
+        ("--mixup 1 --loss elr", "--method: got mixup with elr, which remembers"),
+        ("--dataset synthetic-au --loss sce", "--method: got sce with synthetic-au, takes labels"),
+        ("--dataset synthetic-au --model resnet20", "--model: takes effect with digits, cifar10"),
+        ("--forget-rate 0.2", "--forget-rate: takes effect with --method co_teaching only"),
+        ("--loss cross_entropy --gce-q 0.7", "--loss: got cross_entropy with --gce-q, which"),
         ("--fold 2", "--fold: takes effect with synthetic-au, bp4d, disfa only"),
         ("--dataset disfa --fold 4", "--fold: got 4, takes 1, 2 or 3"),
         ("--dataset bp4d --noise 0.5", "--noise: got 0.5, takes no effect with bp4d"),
@@ -290,3 +298,22 @@ def test_runs_on_a_gpu_have_another_name(arguments):
 def test_runs_on_a_cpu_keep_their_names_for_ever(arguments, name):
     """Or else nobody finds the results that there are."""
     assert run_name(resolved(arguments), {"data": "x"}) == name
+
+
+def test_an_option_that_came_later_is_left_out_at_its_legacy_value():
+    """And only there: whatever the default becomes, the names of older runs stay."""
+    plain = resolved("--weight-bits 4")
+    assert plain.flat()["model"] == "resnet20"
+    assert "model" not in plain.identity()
+    assert resolved("--weight-bits 4 --model resnet20").identity() == plain.identity()
+    other = resolved("--weight-bits 4 --model resnet18_cifar").identity()
+    assert other == plain.identity() | {"model": "resnet18_cifar"}
+
+
+def test_a_loss_and_the_method_of_its_name_are_the_same_run():
+    by_loss, by_method, by_option = (
+        resolved(o) for o in ("--loss gce", "--method gce", "--gce-q 0.7")
+    )
+    assert by_loss.identity() == by_method.identity() == by_option.identity()
+    assert {c.flat()["loss"] for c in (by_loss, by_method, by_option)} == {"gce"}
+    assert resolved("--loss cross_entropy").identity() == resolved("").identity()

@@ -1,16 +1,8 @@
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiments
 from experiments import methods, run
 from experiments.losses import CrossEntropy, Loss
 from experiments.methods.early_stopping import EarlyStopping
@@ -34,6 +26,12 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "weight_decay": "weight-decay0.01",
         "label_smoothing": "label-smoothing0.1",
         "early_stopping": "early-stopping10",
+        "gce": "gce0.7",
+        "sce": "sce0.1-1",
+        "elr": "elr3-0.7",
+        "mixup": "mixup1",
+        "co_teaching": "co-teaching",
+        "sam": "sam0.05",
     }
 
 
@@ -136,77 +134,3 @@ def test_early_stopping_forgets_weights_that_no_longer_fit():
 def test_weight_decay_spares_biases_of_many_heads():
     heads = GroupedLinear(3, 4, 2)
     assert [id(parameter) for parameter in decayed(heads)] == [id(heads.weight)]
-
-
-CLIPPED = '''
-"""The method of the test below."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from experiments.losses import Loss
-from experiments.methods.method import Method
-
-
-@dataclass(frozen=True)
-class Clipped(Method):
-    DEFAULTS: ClassVar = {"clip": 2.0}
-
-    clip: float | None = None
-    """clipped: the largest loss of a batch."""
-
-    clip_softly: bool = False
-    """clipped: has no effect."""
-
-    @property
-    def label(self):
-        return f"clipped{self.clip:g}"
-
-    def loss(self, loss, model, task):
-        return ClippedLoss(loss, self.clip)
-
-
-class ClippedLoss(Loss):
-    def __init__(self, loss, clip):
-        super().__init__()
-        self.loss = loss
-        self.clip = clip
-
-    def samples(self, logits, labels, indices):
-        return self.loss.samples(logits, labels, indices).clamp(max=self.clip)
-'''
-
-
-def test_a_method_is_added_by_a_file_and_its_name(tmp_path):
-    """As CONTRIBUTING.md says, in a copy of the study."""
-    copy = tmp_path / "experiments"
-    source = Path(experiments.__file__).parent
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "methods" / "clipped.py").write_text(CLIPPED)
-    named = copy / "methods" / "__init__.py"
-    text = named.read_text().replace(
-        "# In the order", "from experiments.methods.clipped import Clipped\n\n# In the order"
-    )
-    text = text.replace('    "quant": Quant,\n', '    "quant": Quant,\n    "clipped": Clipped,\n')
-    named.write_text(text)
-    (tmp_path / "grid.toml").write_text(
-        "[base]\nmethod = 'clipped'\nclip = 0.5\nclip-softly = true\nweight-bits = 4\n"
-        "epochs = 1\ntrain-size = 32\nthreads = 1\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "experiments/sweep.py", "grid.toml"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(source.parent)},  # for noisyq_fast
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    result, config, metrics = (
-        json.loads((folder / name).read_text())
-        for name in ("result.json", "config.json", "metrics.jsonl")
-    )
-    assert (result["method"], result["label"]) == ("quant+clipped", "quant-w4a4+clipped0.5")
-    assert (config["clip"], config["clip_softly"]) == (0.5, True)
-    assert metrics["loss"] == 0.5

@@ -88,9 +88,9 @@ def test_table_of_accuracy_and_gain(tmp_path):
     write_run(tmp_path, "baseline", 0.875, noise=0.0)
     study = only_study(tmp_path)
     text = tables.study_section("title", study, comparison.summary(study))
-    assert "| baseline | 87.50 | 55.00 ± 7.07 (n 2) |" in text
-    assert "| quant-w4a4 | - | 75.00 |" in text
-    assert "| quant-w4a4 | - | +15.0 |" in text
+    assert "| baseline | 3 + 3 | 87.50 | 55.00 ± 7.07 (n 2) |" in text
+    assert "| quant-w4a4 | 3 + 3 | - | 75.00 |" in text
+    assert "| quant-w4a4 | 3 + 3 | - | +15.0 |" in text
     assert "| baseline | - | 90.00 ± 0.00 (n 2) |" in text  # nothing is wrong without noise
     assert "- quant-w4a4, seed 0: noise 0, 0.4" in text
 

@@ -10,7 +10,15 @@ from experiments.methods import METHODS
 from experiments.tasks.classification import Classification
 from experiments.training.loop import NonFiniteLoss, Trainer
 
-EVERY_METHOD = ["baseline", *METHODS]
+EVERY_METHOD = ["baseline", *(name for name, method in METHODS.items() if not method.REPLACES)]
+# Losses and procedures, also together with methods that change the network.
+EXCHANGED = [
+    "--loss gce --gce-threshold 0.5",
+    "--loss sce --label-smoothing 0.1",
+    "--method mixup --weight-bits 4",
+    "--method co_teaching --loss elr --prune 0.5 --patience 2",
+    "--method sam --loss elr --weight-bits 4 --dropout 0.1",
+]
 
 
 def trainer(arguments="", device=torch.device("cpu"), **options):  # noqa: B008
@@ -167,7 +175,15 @@ def saved(state):
     ],
 )
 def test_resumed_run_ends_bit_identical(arguments, stopped_after):
-    options = {"epochs": 6, "validation": 0.1}
+    ends_bit_identical(arguments, stopped_after, epochs=6, validation=0.1)
+
+
+@pytest.mark.parametrize("arguments", EXCHANGED)
+def test_resumed_run_of_any_loss_and_procedure_ends_bit_identical(arguments):
+    ends_bit_identical(arguments, 2, epochs=4, validation=0.1, train_size=64, batch_size=32)
+
+
+def ends_bit_identical(arguments, stopped_after, **options):
     whole = trainer(arguments, **options)
     interrupted = trainer(arguments, **options)
     for _ in zip(range(stopped_after), interrupted.epochs(), strict=False):
@@ -176,6 +192,7 @@ def test_resumed_run_ends_bit_identical(arguments, stopped_after):
     resumed.load_state_dict(saved(interrupted.state_dict()))
     assert numbers(resumed) == numbers(whole)[stopped_after:]
     assert whole.finish() == resumed.finish()
+    assert resumed.passes == whole.passes
     assert resumed.result() == whole.result()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
@@ -257,3 +274,44 @@ def test_compiled_run_is_close_to_the_plain_one():
     assert [m.loss for m in compiled.epochs()] == pytest.approx(
         [m.loss for m in plain.epochs()], rel=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passes"),
+    [
+        ("", (4, 4)),
+        ("--loss gce --gce-threshold 0.5", (7, 4)),  # chooses what it keeps before 3 epochs
+        ("--method co_teaching", (8, 8)),
+        ("--method sam", (8, 8)),
+    ],
+)
+def test_passes_of_a_sample_are_counted(arguments, passes):
+    run = trainer(arguments, epochs=4, train_size=64, batch_size=32)
+    list(run.epochs())
+    result = run.result()
+    assert (result["forward_passes"], result["backward_passes"]) == passes
+
+
+def test_networks_that_learn_from_each_other_differ_and_the_first_is_judged():
+    run = trainer("--method co_teaching", epochs=1, train_size=64)
+    first, second = (network.conv.weight.detach().clone() for network in run.procedure.networks)
+    assert torch.equal(first, trainer().model.conv.weight)
+    assert not torch.equal(first, second)
+    list(run.epochs())
+    logits = run.procedure.predict(run.task.inputs("test", torch.arange(9)))
+    assert torch.equal(logits, run.model(run.task.inputs("test", torch.arange(9))))
+
+
+def test_second_pass_of_sam_moves_no_statistics_and_no_memory():
+    sam = trainer("--method sam --sam-rho 1e-30 --loss elr --weight-bits 4", epochs=1)
+    plain = trainer("--loss elr --weight-bits 4", epochs=1)
+    for each in (sam, plain):
+        list(each.epochs())
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, sam.model.state_dict()[name]), name
+    assert torch.equal(sam.procedure.losses[0].targets, plain.procedure.losses[0].targets)
+
+
+def test_a_network_of_another_name_is_trained():
+    run = trainer("--model resnet18_cifar", train_size=32, epochs=1)
+    assert run.result()["parameters"] > 40 * trainer().result()["parameters"]

@@ -26,6 +26,8 @@ _TITLES = dict(
 _COSTS = tables.COSTS | {
     "epoch chosen": ("epoch_chosen", 1, ".1f"),
     "epochs trained": ("epochs_trained", 1, ".1f"),
+    "forward passes a sample": ("forward_passes", 1, ".1f"),
+    "backward passes a sample": ("backward_passes", 1, ".1f"),
 }
 _READING = (
     "Means over the folds {folds}, then over the seeds that have all of them (n, where there are "
