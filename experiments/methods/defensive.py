@@ -11,6 +11,7 @@ from experiments.checks import require
 from experiments.losses import Changed, Loss
 from experiments.methods.method import Method
 from experiments.models.layers import LAYERS
+from noisyq_fast import GroupedLinear
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,18 @@ class Defensive(Method):
 
     def loss(self, loss: Loss, model: nn.Module, task: Any) -> Loss:
         def added() -> Tensor:
-            matrices = (matrix for layer in model.modules() for matrix in matrices_of(layer))
-            return self.defensive / 2 * sum(map(penalty, matrices))
+            layers = (layer for layer in model.modules() if isinstance(layer, LAYERS))
+            return self.defensive / 2 * sum(penalty(matrices(layer)) for layer in layers)
 
         return Changed(loss, added=added)
 
 
-def matrices_of(layer: nn.Module) -> list[Tensor]:
-    """The weight of a convolution or linear layer as matrices, one for each of its groups: from
-    `[groups * O, ...]` or `[groups, O, I]` to `[groups, O, inputs]`; none of another module."""
-    if not isinstance(layer, LAYERS):
-        return []
+def matrices(layer: nn.Module) -> Tensor:
+    """The weight of a convolution or linear layer as matrices `[groups, O, I]`."""
     weight = layer.weight
-    groups = len(weight) if weight.ndim == 3 else getattr(layer, "groups", 1)
-    return [weight.reshape(groups, -1, weight[0].numel() if weight.ndim != 3 else weight.shape[2])]
+    if isinstance(layer, GroupedLinear):
+        return weight
+    return weight.reshape(getattr(layer, "groups", 1), -1, weight[0].numel())
 
 
 def penalty(matrices: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ Form = Literal["soft", "hard"]
 @dataclass(frozen=True)
 class NoisyStudent(Method):
     """A network is trained, and tells what it sees on the training images, without augmentation
-    and in evaluation mode; then a new one, with other initial weights, is trained on that beside the
-    given labels, and is the teacher of the next.
+    and in evaluation mode; then a new one, with other initial weights, is trained on that beside
+    the given labels, and is the teacher of the next.
 
     There are no unlabelled images here, so that the teacher labels the training images anew. Where
     its confidence is above a threshold, the student's label is the mean of both, as labels and
@@ -57,8 +57,9 @@ class NoisyStudent(Method):
 
     def __post_init__(self) -> None:
         require_whole("students", self.students, 1, 1000)
-        require("student_confidence", self.student_confidence, self.student_confidence >= 0, "0 up")
-        require("student_given", self.student_given, 0 <= self.student_given <= 1, "0 to 1")
+        confidence, share = self.student_confidence, self.student_given
+        require("student_confidence", confidence, confidence >= 0, "a number from 0")
+        require("student_given", share, 0 <= share <= 1, "a share from 0 to 1")
         require_choice("student_labels", self.student_labels, get_args(Form))
 
     @property
