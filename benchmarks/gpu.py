@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from environment import UNKNOWN, environment
+from environment import environment
 
 HERE = Path(__file__).parent
 METHOD = (
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=HERE / "results", help="folder of the results (%(default)s)"
     )
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--commit", help="what is measured, if not what git says is checked out")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"{parser.prog}: nothing measured: PyTorch finds no CUDA device", file=sys.stderr)
@@ -45,7 +45,7 @@ def main() -> int:
 
     if COMPARISONS:
         found = environment()
-        if options.commit and found["commit"] == UNKNOWN:
+        if options.commit:
             found["commit"] = options.commit
         write(options.out, found, COMPARISONS)
     return int(status)

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 ACTIVATION = {}
 WEIGHT = {}
+# int8 affine for each token, and int4 for each group of 32: torchao's Int8DynActInt4Weight.
+TOKEN = {}
+GROUP = {}
 
 with suppress(ImportError):
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
@@ -31,3 +34,12 @@ with suppress(ImportError):
             return super().forward(weight.flatten(1)).view_as(weight)
 
     WEIGHT["torchao IntxFakeQuantizer"] = _TorchAO
+
+    for peers, config in (
+        (TOKEN, IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)),
+        (GROUP, IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True)),
+    ):
+        peers["torchao"] = lambda config=config: IntxFakeQuantizer(config)
+        peers["torch.compile, torchao"] = lambda config=config: torch.compile(
+            IntxFakeQuantizer(config)
+        )

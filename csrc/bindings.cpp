@@ -5,6 +5,7 @@
 namespace py = pybind11;
 namespace cpu = noisyq::cpu;
 using noisyq::DType;
+using noisyq::GridKind;
 using noisyq::moving_average;
 using noisyq::pointer;
 
@@ -22,41 +23,53 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "fake_quantize",
-      [](int dtype, uintptr_t x, uintptr_t y, int64_t outer, int64_t channels, int64_t inner,
-         int qmax, uintptr_t running_absmax, uintptr_t observed, float averaging_constant,
-         int threads) {
+      [](int dtype, uintptr_t x, uintptr_t y, int masked, uintptr_t mask, int64_t outer,
+         int64_t channels, int64_t inner, int kind, int qmax, uintptr_t running, uintptr_t observed,
+         float averaging_constant, int threads) {
         cpu::fake_quantize(DType{dtype}, pointer<const void>(x), pointer<void>(y),
-                           {outer, channels, inner}, qmax,
-                           moving_average(running_absmax, observed, averaging_constant), threads);
+                           {cpu::Masked{masked}, pointer<uint8_t>(mask)}, {outer, channels, inner},
+                           {GridKind{kind}, qmax},
+                           moving_average(running, observed, averaging_constant), threads);
       },
       release);
 
   m.def(
       "fake_quantize_fixed_range",
-      [](int dtype, uintptr_t x, uintptr_t absmax, uintptr_t y, uintptr_t clipped, int64_t outer,
-         int64_t channels, int64_t inner, int qmax, int threads) {
+      [](int dtype, uintptr_t x, uintptr_t range, uintptr_t y, int masked, uintptr_t mask,
+         int64_t outer, int64_t channels, int64_t inner, int kind, int qmax, int threads) {
         cpu::fake_quantize_fixed_range(DType{dtype}, pointer<const void>(x),
-                                       pointer<const float>(absmax), pointer<void>(y),
-                                       pointer<uint8_t>(clipped), {outer, channels, inner}, qmax,
-                                       threads);
+                                       pointer<const float>(range), pointer<void>(y),
+                                       {cpu::Masked{masked}, pointer<uint8_t>(mask)},
+                                       {outer, channels, inner}, {GridKind{kind}, qmax}, threads);
+      },
+      release);
+
+  m.def(
+      "zero_clipped",
+      [](int dtype, uintptr_t grad, uintptr_t out, uintptr_t clipped, int64_t elements,
+         int threads) {
+        cpu::zero_clipped(DType{dtype}, pointer<const void>(grad), pointer<void>(out),
+                          pointer<const uint8_t>(clipped), elements, threads);
       },
       release);
 
   m.def(
       "quantize",
-      [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, int64_t outer, int64_t channels,
-         int64_t inner, int qmax, int threads) {
-        cpu::quantize(DType{dtype}, pointer<const void>(x), pointer<int8_t>(codes),
-                      pointer<float>(scale), {outer, channels, inner}, qmax, threads);
+      [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t outer,
+         int64_t channels, int64_t inner, int kind, int qmax, int threads) {
+        cpu::quantize(DType{dtype}, pointer<const void>(x), pointer<void>(codes),
+                      pointer<float>(scale), pointer<uint8_t>(zero), {outer, channels, inner},
+                      {GridKind{kind}, qmax}, threads);
       },
       release);
 
   m.def(
       "dequantize",
-      [](uintptr_t codes, uintptr_t scale, uintptr_t y, int64_t outer, int64_t channels,
-         int64_t inner, int threads) {
-        cpu::dequantize(pointer<const int8_t>(codes), pointer<const float>(scale),
-                        pointer<float>(y), {outer, channels, inner}, threads);
+      [](uintptr_t codes, bool are_signed, uintptr_t scale, uintptr_t zero, uintptr_t y,
+         int64_t outer, int64_t channels, int64_t inner, int threads) {
+        cpu::dequantize(pointer<const void>(codes), are_signed, pointer<const float>(scale),
+                        pointer<const uint8_t>(zero), pointer<float>(y), {outer, channels, inner},
+                        threads);
       },
       release);
 

@@ -15,8 +15,17 @@ struct Layout {
   int64_t inner;
 };
 
+// Which levels there are, by the names of noisyq_fast/grid.py, for qmax = 2^(bits-1) - 1.
+enum class GridKind : int { is_signed = 0, is_full = 1, is_unsigned = 2, is_affine = 3 };
+
+struct Grid {
+  GridKind kind;
+  int qmax;
+};
+
 // A moving average of the absmax of each channel: running_absmax / observed, so a sum and a weight.
 // Where `observed` is null all weights are 1, and where `running_absmax` is null nothing is kept.
+// Of an affine grid there are two averages, of all low ends and then of all high ends.
 struct MovingAverage {
   float* running_absmax = nullptr;
   float* observed = nullptr;
@@ -25,22 +34,37 @@ struct MovingAverage {
 
 namespace cpu {
 
-// y = fake-quantized x with the absmax of each channel of x, which `average` takes in. `y` may be
-// `x`.
-void fake_quantize(DType dtype, const void* x, void* y, Layout layout, int qmax,
+// Elements without a gradient: none, those below 0, or those whose code was clamped (on an unsigned
+// grid those below 0 too). `bits` receives a bit for each, in the order of memory.
+enum class Masked : int { none = 0, negative = 1, clipped = 2 };
+
+struct Mask {
+  Masked masked = Masked::none;
+  uint8_t* bits = nullptr;
+};
+
+// y = fake-quantized x with the range of each channel of x, which `average` takes in. `y` may be
+// `x`, unless there is a mask.
+void fake_quantize(DType dtype, const void* x, void* y, Mask mask, Layout layout, Grid grid,
                    MovingAverage average, int threads);
 
-// The same with an absmax that is given. Where `clipped` is not null it receives one byte per
-// element: 1 where the code was clamped.
-void fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax, void* y,
-                               uint8_t* clipped, Layout layout, int qmax, int threads);
+// The same with a range that is given: the absmax of each channel, or the largest value; of an
+// affine grid all low ends and then all high ends.
+void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, void* y, Mask mask,
+                               Layout layout, Grid grid, int threads);
 
-// Codes and one scale per channel.
-void quantize(DType dtype, const void* x, int8_t* codes, float* scale, Layout layout, int qmax,
-              int threads);
+// out = grad, but 0 where the bit of the element is set.
+void zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
+                  int64_t elements, int threads);
 
-// y = codes * scale.
-void dequantize(const int8_t* codes, const float* scale, float* y, Layout layout, int threads);
+// Codes, one scale for each channel and, of an affine grid, one zero point. Codes are int8 where
+// some are negative, else uint8.
+void quantize(DType dtype, const void* x, void* codes, float* scale, uint8_t* zero, Layout layout,
+              Grid grid, int threads);
+
+// y = (codes - zero) * scale. Without `zero`: codes * scale.
+void dequantize(const void* codes, bool are_signed, const float* scale, const uint8_t* zero,
+                float* y, Layout layout, int threads);
 
 }  // namespace cpu
 

@@ -1,5 +1,5 @@
 // What happens to one element, from storage type to storage type: the loops of every backend apply
-// one of these. `scale` belongs to the element's channel. And what happens to its moving average.
+// one of these. The levels belong to the element's channel. And what happens to its moving average.
 #pragma once
 
 #include "dtypes.h"
@@ -8,27 +8,41 @@ namespace noisyq {
 
 template <class T>
 struct FakeQuantize {
-  static NOISYQ_INLINE T apply(T x, float scale, float qmax) {
-    return from_float<T>(fake_quantize(to_float(x), scale, qmax));
+  static NOISYQ_INLINE T apply(T x, Levels levels) {
+    return from_float<T>(fake_quantize(to_float(x), levels));
   }
 };
 
 template <class T>
 struct Code {
-  static NOISYQ_INLINE int8_t apply(T x, float scale, float qmax) {
-    return code_of(to_float(x), scale, qmax);
-  }
+  static NOISYQ_INLINE int apply(T x, Levels levels) { return code_of(to_float(x), levels); }
 };
 
 template <class T>
 struct Clipped {
-  static NOISYQ_INLINE uint8_t apply(T x, float scale, float qmax) {
-    return is_clipped(rounded_of(to_float(x), scale), qmax);
+  static NOISYQ_INLINE uint8_t apply(T x, Levels levels) {
+    return is_clipped(rounded_of(to_float(x), levels.scale), levels.low, levels.high);
+  }
+};
+
+template <class T>
+struct Negative {
+  static NOISYQ_INLINE uint8_t apply(T x, Levels) { return to_float(x) < 0.0f; }
+};
+
+// Negative or clipped.
+template <class T>
+struct Outside {
+  static NOISYQ_INLINE uint8_t apply(T x, Levels levels) {
+    return Negative<T>::apply(x, levels) | Clipped<T>::apply(x, levels);
   }
 };
 
 struct Value {
-  static NOISYQ_INLINE float apply(int8_t code, float scale, float) { return code * scale; }
+  template <class Code>
+  static NOISYQ_INLINE float apply(Code code, Levels levels) {
+    return (code - levels.zero) * levels.scale;
+  }
 };
 
 NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, float absmax) {
@@ -36,6 +50,17 @@ NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, float absmax)
   float& running = average.running_absmax[channel];
   const float observed = average.observed == nullptr ? 1.0f : average.observed[channel];
   running = averaged(running / observed, absmax, average.constant);
+  if (average.observed != nullptr) average.observed[channel] = 1.0f;
+}
+
+// Of an affine grid, whose averages are those of the low ends and then of the high ends.
+NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, int64_t channels, Range range) {
+  if (average.running_absmax == nullptr || !is_observation(range.high - range.low)) return;
+  float& low = average.running_absmax[channel];
+  float& high = average.running_absmax[channels + channel];
+  const float observed = average.observed == nullptr ? 1.0f : average.observed[channel];
+  low = averaged(low / observed, range.low, average.constant);
+  high = averaged(high / observed, range.high, average.constant);
   if (average.observed != nullptr) average.observed[channel] = 1.0f;
 }
 

@@ -15,11 +15,41 @@
 
 namespace noisyq {
 
-// s = absmax / qmax, never below the smallest normal number, so that x / s cannot overflow
-// for a subnormal absmax. A NaN stays NaN: it compares false.
-NOISYQ_INLINE float scale_of(float absmax, float qmax) {
-  const float scale = absmax / qmax;
+// How the values of a group are rounded: y = clamp(rint(x / scale), low, high) * scale, and the code
+// is clamp(...) + zero. `noisyq_fast/grid.py` has a table of the grids.
+struct Levels {
+  float scale;
+  float low;
+  float high;
+  int zero;
+};
+
+// The smallest and the largest value of a group, of which 0 is one; only the absmax, as `high`, of
+// signed and full grids.
+struct Range {
+  float low;
+  float high;
+};
+
+NOISYQ_INLINE Levels symmetric(float scale, float qmax) { return {scale, -qmax, qmax, 0}; }
+
+// s = range / divisor, never below the smallest normal number, so that x / s cannot overflow
+// for a subnormal range. A NaN stays NaN: it compares false. The range is an absmax, and the divisor
+// qmax, unless the grid is another.
+NOISYQ_INLINE float scale_of(float range, float divisor) {
+  const float scale = range / divisor;
   return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+// The range of an affine grid always holds 0. A NaN stays NaN.
+NOISYQ_INLINE float affine_scale(float low, float high, float divisor) {
+  return scale_of((high < 0.0f ? 0.0f : high) - (low > 0.0f ? 0.0f : low), divisor);
+}
+
+// z = rint(-low / s), which has the value 0; 0 where there is no scale.
+NOISYQ_INLINE float zero_point(float low, float scale) {
+  const float zero = rintf(-(low > 0.0f ? 0.0f : low) / scale);
+  return zero == zero ? zero : 0.0f;
 }
 
 // rint(x / s), half to even, before it is clamped. A NaN stays NaN.
@@ -38,31 +68,34 @@ NOISYQ_INLINE float rounded_of(float x, float scale) {
   return rintf(x / scale);
 }
 
-NOISYQ_INLINE float clamp_to(float rounded, float qmax) {
-  const float low = rounded < -qmax ? -qmax : rounded;
-  return low > qmax ? qmax : low;
+NOISYQ_INLINE float clamp_to(float rounded, float low, float high) {
+  const float raised = rounded < low ? low : rounded;
+  return raised > high ? high : raised;
 }
 
 // The straight-through estimator with clipping passes no gradient here.
-NOISYQ_INLINE bool is_clipped(float rounded, float qmax) { return fabsf(rounded) > qmax; }
+NOISYQ_INLINE bool is_clipped(float rounded, float low, float high) {
+  return (rounded < low) | (rounded > high);
+}
 
 // y = code * s. An infinite scale gives 0 * inf = NaN: a group that holds an inf is NaN throughout.
-NOISYQ_INLINE float fake_quantize(float x, float scale, float qmax) {
-  return clamp_to(rounded_of(x, scale), qmax) * scale;
+NOISYQ_INLINE float fake_quantize(float x, Levels levels) {
+  return clamp_to(rounded_of(x, levels.scale), levels.low, levels.high) * levels.scale;
 }
 
 // The integer code; a NaN has code 0 (its scale is not finite, which keeps it visible).
-NOISYQ_INLINE int8_t code_of(float x, float scale, float qmax) {
-  const float rounded = rounded_of(x, scale);
-  return rounded == rounded ? static_cast<int8_t>(clamp_to(rounded, qmax)) : int8_t{0};
+NOISYQ_INLINE int code_of(float x, Levels levels) {
+  const float rounded = rounded_of(x, levels.scale);
+  const float code = clamp_to(rounded, levels.low, levels.high);
+  return rounded == rounded ? static_cast<int>(code) + levels.zero : 0;
 }
 
-// One step of a moving average. NaN means "nothing seen yet": the first absmax sets it.
-NOISYQ_INLINE float averaged(float average, float absmax, float averaging_constant) {
-  return average == average ? average + averaging_constant * (absmax - average) : absmax;
+// One step of a moving average. NaN means "nothing seen yet": the first batch sets it.
+NOISYQ_INLINE float averaged(float average, float batch, float averaging_constant) {
+  return average == average ? average + averaging_constant * (batch - average) : batch;
 }
 
-// Otherwise the batch leaves the average as it was.
-NOISYQ_INLINE bool is_observation(float absmax) { return absmax <= FLT_MAX; }
+// Otherwise the batch leaves the average as it was. `width` is the absmax, or high - low.
+NOISYQ_INLINE bool is_observation(float width) { return width <= FLT_MAX; }
 
 }  // namespace noisyq

@@ -4,9 +4,11 @@ from importlib import metadata as _metadata
 
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
+from noisyq_fast.calibration import calibrate
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
+from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.layers import (
     QuantConv1d,
@@ -27,6 +29,8 @@ from noisyq_fast.ops import (
     quantize,
 )
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
+from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
+from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -35,8 +39,11 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "AbsMax",
+    "Grid",
     "GroupedLinear",
+    "LayerSummary",
     "MovingAbsMax",
+    "OperatorSummary",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
@@ -49,16 +56,22 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "Quantizer",
+    "Summary",
+    "calibrate",
     "current_backend",
     "dequantize",
     "dequantize_model_",
+    "disabled",
     "fake_quantize",
     "fake_quantize_ema",
     "fake_quantize_many",
+    "freeze_ranges_",
     "info",
     "quantize",
     "quantize_model_",
     "register_layer",
+    "reset_ranges_",
+    "summary",
     "sync_ranges_",
     "use_backend",
 ]

@@ -36,7 +36,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         for name in ("key", "value"):
             setattr(self, f"{name}_quantizer", None)
             if activation is not None:
-                quantizer = activation.like().to(self._input_weights()[0].device)
+                quantizer = activation.like().to(self.weights()[0].device)
                 setattr(self, f"{name}_quantizer", quantizer.train(self.training))
 
     @property
@@ -50,7 +50,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         vars(self)["_qkv_same_embed_dim"] = value
 
     def _reset_parameters(self) -> None:
-        for weight in self._input_weights():
+        for weight in self.weights():
             nn.init.xavier_uniform_(weight)
         for bias in (self.in_proj_bias, self.out_proj.bias):
             if bias is not None:
@@ -64,7 +64,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         for quantizer in self.quantizers().values():
             quantizer.reset()
 
-    def _input_weights(self) -> list[Tensor]:
+    def weights(self) -> list[Tensor]:
         if (weight := self.in_proj_weight) is not None:
             return [weight]
         return [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
@@ -112,7 +112,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         q = self.quantized_input(query)
         k = q if key is query else self._quantized("key", key)
         v = q if value is query else k if value is key else self._quantized("value", value)
-        weights = [self.quantized_weight(weight) for weight in self._input_weights()]
+        weights = [self.quantized_weight(weight) for weight in self.weights()]
         if len(weights) == 1 and q is k is v:
             return F.linear(q, weights[0], self.in_proj_bias).chunk(3, -1)
         if len(weights) == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from noisyq_fast import checks
 from noisyq_fast.backends import reference
+from noisyq_fast.grid import AFFINE
 
 _operators = torch.ops.noisyq
 
@@ -65,10 +66,7 @@ def fake_quantize_fixed_range_clipped(
     y, clipped = _operators.fake_quantize_fixed_range_clipped(
         groups.x.contiguous(), ranges, bits, 0
     )
-    is_clipped = reference.unpacked(clipped)[: y.numel()].reshape(y.shape)
-    # Every sample has bytes of its own, and is laid out as they are.
-    y, is_clipped = groups.restored(y).contiguous(), groups.restored(is_clipped)
-    return (y, reference.packed(_whole_bytes(is_clipped))), (0, 0)
+    return _with_masks(groups, y, clipped), (0, 0)
 
 
 def zero_clipped(info: Any, dims: Dims, grad: Tensor, clipped: Tensor) -> tuple:
@@ -81,6 +79,62 @@ def zero_clipped(info: Any, dims: Dims, grad: Tensor, clipped: Tensor) -> tuple:
     size = grad[:1].numel()
     masked = masked[:, :size].reshape(grad.shape)
     return masked.permute(0, *(1 + order.index(d) for d in range(1, grad.dim()))), 0
+
+
+def fake_quantize_on_grid(
+    info: Any, dims: Dims, x: Tensor, bits: int, axis: int | None, grid: str, masked: str
+) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    outputs = _operators.fake_quantize_on_grid(groups.x.contiguous(), bits, 0, grid, masked)
+    return _with_masks(groups, *outputs), (0, 0)
+
+
+def fake_quantize_ema_on_grid(*_: object) -> tuple:
+    return fake_quantize_ema()
+
+
+def fake_quantize_fixed_range_on_grid(
+    info: Any,
+    dims: Dims,
+    x: Tensor,
+    running_absmax: Tensor,
+    bits: int,
+    axis: int | None,
+    grid: str,
+    masked: str,
+) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    ranges = _for_each_sample(running_absmax, dims[1], info.batch_size)
+    ranges = ranges.movedim(1, 0).flatten(1) if grid == AFFINE else ranges.flatten()
+    outputs = _operators.fake_quantize_fixed_range_on_grid(
+        groups.x.contiguous(), ranges, bits, 0, grid, masked
+    )
+    return _with_masks(groups, *outputs), (0, 0)
+
+
+def quantize_on_grid(
+    info: Any, dims: Dims, x: Tensor, bits: int, axis: int | None, grid: str
+) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    codes, *others = _operators.quantize_on_grid(groups.x, bits, 0, grid)
+    of_groups = [value.reshape(groups.scale_shape) for value in others]
+    return (groups.restored(codes), *of_groups), (0, 0, 0)
+
+
+def dequantize_on_grid(
+    info: Any,
+    dims: Dims,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None,
+) -> tuple:
+    groups = _Groups(codes, dims[0], axis, info.batch_size)
+    scales, zero_points = (
+        None if value is None else _for_each_sample(value, dim, info.batch_size).flatten()
+        for value, dim in ((scale, dims[1]), (zero_point, dims[2]))
+    )
+    return groups.restored(_operators.dequantize_on_grid(groups.x, scales, zero_points, 0)), 0
 
 
 def quantize(info: Any, dims: Dims, x: Tensor, bits: int, axis: int | None) -> tuple:
@@ -116,6 +170,16 @@ class _Groups:
         return y.unflatten(0, self.scale_shape).movedim(1, self.axis + 1)
 
 
+def _with_masks(groups: _Groups, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples, and the bits of each."""
+    is_masked = reference.unpacked(mask)[: y.numel()].reshape(y.shape) if mask.numel() else None
+    y = groups.restored(y)
+    if is_masked is None:
+        return y, mask.expand(y.shape[0], 0)
+    # Every sample has bytes of its own, and is laid out as they are.
+    return y.contiguous(), reference.packed(_whole_bytes(groups.restored(is_masked)))
+
+
 def _for_each_sample(x: Tensor, dim: int | None, batch: int) -> Tensor:
     return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
@@ -137,5 +201,10 @@ RULES: dict[str, Callable] = {
         zero_clipped,
         quantize,
         dequantize,
+        fake_quantize_on_grid,
+        fake_quantize_ema_on_grid,
+        fake_quantize_fixed_range_on_grid,
+        quantize_on_grid,
+        dequantize_on_grid,
     )
 }

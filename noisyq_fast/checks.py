@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from noisyq_fast.grid import Grid
+from noisyq_fast.grid import grid as grid_of
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRAIGHT_THROUGH_ESTIMATORS = ("identity", "clipped")
 
@@ -18,6 +21,16 @@ def tensor(name: str, value: object) -> None:
 def tensors(**values: object) -> None:
     for name, value in values.items():
         tensor(name, value)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether it has values that may be asked for: not so while something traces or batches."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def padded(*values: object) -> None:
@@ -61,7 +74,7 @@ def ste(name: str) -> None:
 
 
 # The arguments of one operator each. They are returned as every backend takes them: qmax for bits,
-# and an axis counted from the front.
+# or a `Grid` for bits and its kind, and an axis counted from the front.
 
 
 def dynamic(x: Tensor, bits: int, axis: int | None) -> tuple[Tensor, int, int | None]:
@@ -111,9 +124,53 @@ def ema(
     return x, running_absmax, observed, largest_code, axis, constant
 
 
-def known_range(running_absmax: Tensor, observed: Tensor) -> Tensor:
+def quantized_on_grid(
+    x: Tensor, bits: int, axis: int | None, kind: str
+) -> tuple[Tensor, Grid, int | None]:
+    _dtype("x", x, FLOAT_DTYPES)
+    return x, grid_of(bits, kind), front_axis(axis, x)
+
+
+def dynamic_on_grid(
+    x: Tensor, bits: int, axis: int | None, kind: str, masked: str
+) -> tuple[Tensor, Grid, int | None, str]:
+    return *quantized_on_grid(x, bits, axis, kind), masked
+
+
+def given_range_on_grid(
+    x: Tensor, running_absmax: Tensor, bits: int, axis: int | None, kind: str, masked: str
+) -> tuple[Tensor, Tensor, Grid, int | None, str]:
+    x, grid, axis, masked = dynamic_on_grid(x, bits, axis, kind, masked)
+    _one_per_group("running_absmax", running_absmax, x, axis, ends=grid.is_affine)
+    _no_gradient("running_absmax", running_absmax)
+    return x, running_absmax, grid, axis, masked
+
+
+def ema_on_grid(
+    x: Tensor,
+    running_absmax: Tensor,
+    observed: Tensor | None,
+    bits: int,
+    axis: int | None,
+    constant: float,
+    kind: str,
+    masked: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Grid, int | None, float, str]:
+    averaging_constant(constant)
+    x, running_absmax, grid, axis, masked = given_range_on_grid(
+        x, running_absmax, bits, axis, kind, masked
+    )
+    _own_memory("running_absmax", running_absmax, "x", x)
+    if observed is not None:
+        _one_per_range(observed, running_absmax, ends=grid.is_affine)
+        _own_memory("observed", observed, "x", x)
+        _own_memory("observed", observed, "running_absmax", running_absmax)
+    return x, running_absmax, observed, grid, axis, constant, masked
+
+
+def known_range(running_absmax: Tensor, observed: Tensor, ends: bool = False) -> Tensor:
     """The average that a sum and its weight stand for."""
-    _one_per_range(observed, running_absmax)
+    _one_per_range(observed, running_absmax, ends)
     _no_gradient("running_absmax", running_absmax)
     if not torch.compiler.is_compiling():
         for name, value in (("running_absmax", running_absmax), ("observed", observed)):
@@ -148,13 +205,28 @@ def codes_and_scale(
     return codes, scale, axis
 
 
+def codes_on_grid(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
+    _dtype("codes", codes, (torch.int8, torch.uint8))
+    axis = front_axis(axis, codes)
+    _one_per_group("scale", scale, codes, axis)
+    if zero_point is not None:
+        if codes.dtype != torch.uint8:
+            raise TypeError("zero_point: got one for int8 codes, takes one for uint8 codes only")
+        _one_per_group("zero_point", zero_point, codes, axis, torch.uint8)
+    return codes, scale, zero_point, axis
+
+
 def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
     """Asked only on the CPU: elsewhere the answer would stall the device."""
     if x.device.type == "cpu" and running_absmax.isnan().any():
         raise ValueError(
             "running_absmax: got NaN, which means that no batch was seen in training; takes a "
             "range that was recorded with training=True: call the model on a batch in training, "
-            "after model.train(), before an evaluation, or load a checkpoint that has ranges"
+            "after model.train(), before an evaluation, set the ranges with "
+            "noisyq_fast.calibrate(model, batches), or load a checkpoint that has them; to "
+            "evaluate in float, use `with noisyq_fast.disabled(model):`"
         )
 
 
@@ -189,12 +261,20 @@ def _dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise ValueError(f"{name}: got a tensor of layout {x.layout}, takes torch.strided")
 
 
-def _one_per_group(name: str, value: Tensor, x: Tensor, axis: int | None) -> None:
-    _dtype(name, value, (torch.float32,))
-    if value.shape != (() if axis is None else (x.shape[axis],)):
-        shape = [] if axis is None else [x.shape[axis]]
+def _one_per_group(
+    name: str,
+    value: Tensor,
+    x: Tensor,
+    axis: int | None,
+    dtype: torch.dtype = torch.float32,
+    ends: bool = False,
+) -> None:
+    """``ends``: two for each group, low and high."""
+    _dtype(name, value, (dtype,))
+    shape = (2,) * ends + (() if axis is None else (x.shape[axis],))
+    if value.shape != shape:
         raise ValueError(
-            f"{name}: got shape {list(value.shape)}, takes {shape} for a tensor of shape "
+            f"{name}: got shape {list(value.shape)}, takes {list(shape)} for a tensor of shape "
             f"{list(x.shape)} with axis {axis}"
         )
     _same_device(name, value, x)
@@ -205,12 +285,13 @@ def _same_device(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {value.device}, takes one on {x.device}")
 
 
-def _one_per_range(observed: Tensor, running_absmax: Tensor) -> None:
+def _one_per_range(observed: Tensor, running_absmax: Tensor, ends: bool = False) -> None:
     _dtype("observed", observed, (torch.float32,))
-    if observed.shape != running_absmax.shape:
+    shape = running_absmax.shape[1:] if ends else running_absmax.shape
+    if observed.shape != shape:
+        of = "an end of running_absmax" if ends else "running_absmax"
         raise ValueError(
-            f"observed: got shape {list(observed.shape)}, takes that of running_absmax, "
-            f"{list(running_absmax.shape)}"
+            f"observed: got shape {list(observed.shape)}, takes that of {of}, {list(shape)}"
         )
     _same_device("observed", observed, running_absmax)
     _no_gradient("observed", observed)
@@ -225,14 +306,14 @@ def _no_gradient(name: str, value: Tensor) -> None:
 
 
 def _own_memory(name: str, value: Tensor, other: str, x: Tensor) -> None:
-    """``value`` (0-d or 1-d) must have its memory to itself: what a backend has read of ``x`` when
+    """``value`` (at most 2-d) must have its memory to itself: what a backend has read of ``x`` when
     it writes ``value`` differs."""
     if value.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name}: got a tensor made in inference mode, which is for use there only; takes an "
             "ordinary one, such as its clone"
         )
-    if value.dim() > 0 and value.stride(0) == 0 and len(value) > 1:
+    if any(n > 1 and stride == 0 for n, stride in zip(value.shape, value.stride(), strict=True)):
         raise ValueError(f"{name}: got an expanded tensor, takes one with memory for each range")
     if torch._C._is_alias_of(x, value):
         (start, end), (x_start, x_end) = _extent(value), _extent(x)

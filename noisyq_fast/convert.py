@@ -17,8 +17,15 @@ from noisyq_fast import checks, usage
 from noisyq_fast import layers as quantized
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
+from noisyq_fast.grid import ODD, SIGNED, UNSIGNED
 from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
-from noisyq_fast.layers import DEFAULT_BITS, QuantLayer, input_quantizer, weight_quantizer
+from noisyq_fast.layers import (
+    DEFAULT_BITS,
+    PER_TENSOR,
+    QuantLayer,
+    input_quantizer,
+    weight_quantizer,
+)
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
@@ -39,7 +46,16 @@ _LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 }
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": quantized.QuantTransposedLinear}
 """Layers of packages that are not imported for it."""
-_OPTIONS = ("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation")
+_GRID_OPTIONS = {
+    "weight": {"weight_grid": SIGNED, "weight_group_size": None},
+    "activation": {"activation_grid": SIGNED, "activation_granularity": PER_TENSOR},
+}
+"""With their defaults: what a quantizer given as ``weight`` or ``activation`` has of its own."""
+_OPTIONS = (
+    *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),
+    *_GRID_OPTIONS["weight"],
+    *_GRID_OPTIONS["activation"],
+)
 
 
 def register_layer(float_class: type[nn.Module], quant_class: type[QuantLayer]) -> None:
@@ -90,6 +106,10 @@ def quantize_model_(
     *,
     weight: Quantizer | EllipsisType | None = ...,
     activation: Quantizer | EllipsisType | None = ...,
+    weight_grid: str = SIGNED,
+    weight_group_size: int | None = None,
+    activation_grid: str = SIGNED,
+    activation_granularity: str = PER_TENSOR,
     example: Any = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
@@ -113,12 +133,22 @@ def quantize_model_(
         averaging_constant: weight of a batch in the moving average of an input's absmax, 0..1.
         ste: as for `MovingAbsMax`.
         overrides: for layers by name, the options that differ (``weight_bits``,
-            ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, and of
-            a `GroupedLinear` ``input_ranges``); ``None`` keeps a layer in float.
+            ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, the
+            four of grids and granularity, and of a `GroupedLinear` ``input_ranges``); ``None``
+            keeps a layer in float.
         input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
-        weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits)``; ``None``
-            leaves weights as they are.
+        weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits, ...)``;
+            ``None`` leaves weights as they are.
         activation: the same for inputs, instead of ``MovingAbsMax(activation_bits, ...)``.
+        weight_grid, activation_grid: ``"signed"`` (the paper's), ``"full"``, ``"unsigned"``,
+            ``"affine"`` or ``"odd"``, as in `Grid`. After a ReLU ``"unsigned"`` has twice the
+            levels of ``"signed"``. It is not for the input of the model: where ``first_last_bits``
+            is not ``None``, the first layers have a signed grid instead, unless ``overrides`` name
+            one. Nor is ``"odd"``, which has no 0, for the first and last layers.
+        weight_group_size: one scale for each so many consecutive input channels of a weight, with
+            all kernel positions, instead of one for each output channel.
+        activation_granularity: ``"tensor"``, or ``"token"``: one scale for each index of all axes
+            but the last, taken anew at every call, in evaluation too; not for convolutions.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
             arguments), on which it is run, in evaluation and in training, to find its first and
             last layers: all that see the input, and all that make the outputs. Without one they are
@@ -132,13 +162,16 @@ def quantize_model_(
     Raises:
         TypeError: wrong type of an argument.
         ValueError: a value out of range, a model without layers to quantize or with layers that
-            are quantized already, an override that names no layer or no option, or an example on
+            are quantized already, an override that names no layer or no option, a
+            ``weight_group_size`` that leaves a remainder, tokens of a convolution, or an example on
             which the model does not run. The model is then as it was.
 
     Warns:
         UserWarning: a list of all weights that stay float, but for those that ``overrides`` and
             ``filter`` name. In the second forward in training, a list of quantized layers that the
-            model has not called; whenever it calls one several times in one forward, its name.
+            model has not called; whenever it calls one several times in one forward, its name. In
+            the first two batches in training, a quantizer with an unsigned grid that gets values
+            below 0 (to ask waits for a GPU, so later batches are not looked at).
 
     Example:
         >>> import noisyq_fast
@@ -158,6 +191,10 @@ def quantize_model_(
         "ste": ste,
         "weight": weight,
         "activation": activation,
+        "weight_grid": weight_grid,
+        "weight_group_size": weight_group_size,
+        "activation_grid": activation_grid,
+        "activation_granularity": activation_granularity,
     }
     _quantizers(**options)
     if first_last_bits is not None:
@@ -180,10 +217,14 @@ def quantize_model_(
         if name.rpartition(".")[0] in kept:
             kept.add(name)
 
-    def quantizers_of(name: str, bits: int | None) -> tuple[Quantizer | None, Quantizer | None]:
-        """For a layer; ``bits`` for all that its override does not name."""
-        chosen = _with_bits(bits, options)
+    def quantizers_of(
+        name: str, bits: int | None, **others: Any
+    ) -> tuple[Quantizer | None, Quantizer | None]:
+        """For a layer; ``bits`` and ``others`` for all that its override does not name."""
+        chosen = _with_bits(bits, options) | others
         override = {k: v for k, v in overrides.get(name, {}).items() if k != "input_ranges"}
+        for kind in _GRID_OPTIONS.keys() & override.keys():
+            chosen |= _GRID_OPTIONS[kind]
         try:
             for option, kind in (("weight_bits", "weight"), ("activation_bits", "activation")):
                 if option in override:
@@ -192,22 +233,29 @@ def quantize_model_(
         except (TypeError, ValueError) as error:  # the other options were checked before
             raise type(error)(f"overrides[{name!r}]: {error}") from error
 
+    grids = {"weight_grid": weight_grid, "activation_grid": activation_grid}
+    of_ends = {option: SIGNED for option, grid in grids.items() if grid == ODD}
+    of_input = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
     inner = {name: quantizers_of(name, None) for name in layers}
-    ends = {name: quantizers_of(name, first_last_bits) for name in layers}
-    for name, layer in layers.items():
-        if isinstance(layer, GroupedLinear):
-            layer.input_ranges = (overrides.get(name) or {}).get("input_ranges", input_ranges)
-        _convert(name, layer, *inner[name])
-    _refuse_nested_tensors(model)
+    last = {name: quantizers_of(name, first_last_bits, **of_ends) for name in layers}
+    of_first = of_ends | of_input
+    first = {name: quantizers_of(name, first_last_bits, **of_first) for name in layers}
     called = layers
-    if layers and (example is not None or first_last_bits is not None):
-        try:
+    try:
+        for name, layer in layers.items():
+            if isinstance(layer, GroupedLinear):
+                layer.input_ranges = (overrides.get(name) or {}).get("input_ranges", input_ranges)
+            _convert(name, layer, *inner[name])
+        _refuse_nested_tensors(model)
+        if layers and (example is not None or first_last_bits is not None):
             found = _first_and_last(model, convertible, example)
-        except BaseException:
-            dequantize_model_(model)
-            raise
+    except BaseException:
+        dequantize_model_(model)
+        raise
+    if layers and (example is not None or first_last_bits is not None):
         if first_last_bits is not None:
             for name in (found.first | found.last) & layers.keys():
+                ends = first if name in found.first else last
                 _set_quantizers(name, layers[name], *ends[name])
         if missed := [name for name in layers if name not in found.called]:
             warnings.warn(
@@ -275,23 +323,13 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
     done = [name for name, module in modules.items() if isinstance(module, QuantLayer)]
     if done:
         raise ValueError(f"model: got layers that are quantized already ({', '.join(done)})")
+    check_not_lazy(modules)
     layers, refused = {}, {}
     for name, module in modules.items():
-        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
-            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
-        kind = _kind(type(module))
-        if kind is None:
-            continue
-        if "forward" in vars(module):
-            refused[name] = "its forward was replaced: quantize the model before that"
-        elif any(
-            getattr(type(module), method, None) is not getattr(kind[0], method, None)
-            for method in ("forward", "_conv_forward")
-        ):
-            refused[name] = (
-                f"a subclass of {kind[0].__name__} with a forward of its own: see register_layer"
-            )
-        else:
+        why_not = why_not_quantized(module)
+        if why_not:
+            refused[name] = why_not
+        elif why_not is not None:
             layers[name] = module
     if not layers:
         raise ValueError(
@@ -299,6 +337,28 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
             "such as Conv2d, Linear or GroupedLinear"
         )
     return layers, refused
+
+
+def check_not_lazy(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
+            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
+
+
+def why_not_quantized(module: nn.Module) -> str | None:
+    """Why a layer of a kind that can be quantized cannot be; empty if it can; None if it is of no
+    such kind."""
+    kind = _kind(type(module))
+    if kind is None:
+        return None
+    if "forward" in vars(module):
+        return "its forward was replaced: quantize the model before that"
+    if any(
+        getattr(type(module), method, None) is not getattr(kind[0], method, None)
+        for method in ("forward", "_conv_forward")
+    ):
+        return f"a subclass of {kind[0].__name__} with a forward of its own: see register_layer"
+    return ""
 
 
 def _kind(cls: type) -> tuple[type, type[QuantLayer]] | None:
@@ -398,11 +458,22 @@ def _quantizers(
     ste: str,
     weight: Quantizer | EllipsisType | None,
     activation: Quantizer | EllipsisType | None,
+    weight_grid: str,
+    weight_group_size: int | None,
+    activation_grid: str,
+    activation_granularity: str,
 ) -> tuple[Quantizer | None, Quantizer | None]:
     """Of the weight and of the input."""
     return (
-        weight_quantizer(weight_bits, weight),
-        input_quantizer(activation_bits, averaging_constant, ste, activation),
+        weight_quantizer(weight_bits, weight, weight_grid, weight_group_size),
+        input_quantizer(
+            activation_bits,
+            averaging_constant,
+            ste,
+            activation,
+            activation_grid,
+            activation_granularity,
+        ),
     )
 
 
@@ -433,7 +504,10 @@ def _convert(
 def _set_quantizers(
     name: str, layer: QuantLayer, weight: Quantizer | None, activation: Quantizer | None
 ) -> None:
-    layer.set_quantizers_(weight, activation)
+    try:
+        layer.set_quantizers_(weight, activation)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
     for kind, quantizer in layer.quantizers().items():
         quantizer.name = f"{name}.{kind}" if name else kind
 

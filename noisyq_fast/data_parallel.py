@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from noisyq_fast import checks
 from noisyq_fast.backends import reference
+from noisyq_fast.grid import Grid
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import MovingAbsMax
 
@@ -16,13 +17,13 @@ _INFINITY = float("inf")
 
 
 def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Makes quantized layers record, in training, the absmax of the batches of all ranks together.
+    """Makes quantized layers record, in training, the range of the batches of all ranks together.
 
-    Inputs are then quantized, and ``running_absmax`` updated, to the bit as one process would do
+    Inputs are then quantized, and the moving averages updated, to the bit as one process would do
     with the whole batch; ranks that start with equal ranges keep them equal. Each layer adds one
-    all-reduce, of 4 bytes for each range, to a forward in training, and nothing otherwise. Like
-    `torch.nn.SyncBatchNorm`, layers compute as before where there are no other ranks: in a group
-    of one, or while `torch.distributed` is not initialized.
+    all-reduce, of 4 bytes for each range (8 on an affine grid), to a forward in training, and
+    nothing otherwise. Like `torch.nn.SyncBatchNorm`, layers compute as before where there are no
+    other ranks: in a group of one, or while `torch.distributed` is not initialized.
 
     Args:
         model: a module with quantized layers, such as `quantize_model_` returns. Changed in place;
@@ -60,37 +61,41 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
         )
     for module in model.modules():
         if isinstance(module, MovingAbsMax):
-            module.absmax_of_ranks = _AbsMaxOfRanks(process_group)
+            module.range_of_ranks = _RangeOfRanks(process_group, module.grid)
     return model
 
 
 @dataclass(frozen=True)
-class _AbsMaxOfRanks:
-    """The absmax of a batch of which every rank has a part."""
+class _RangeOfRanks:
+    """The range of a batch of which every rank has a part."""
 
     process_group: dist.ProcessGroup | None
+    grid: Grid
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_AbsMaxOfRanks":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_RangeOfRanks":
         return self  # A process group cannot be copied.
 
     @torch.no_grad()
     def __call__(self, x: Tensor, axis: int | None) -> Tensor | None:
-        """float32 ``[]`` or ``[x.shape[axis]]``, equal on all ranks; -inf, which is no observation,
+        """As from `reference.range_of`, equal on all ranks; infinite, which is no observation,
         without elements. None where there are no other ranks.
 
-        A NaN becomes infinity: as an absmax both mean a NaN batch that is not recorded, but not
+        A NaN becomes infinity: as a range both mean a NaN batch that is not recorded, but not
         every backend's maximum keeps a NaN.
         """
         if not self._has_other_ranks():
             return None
         axis = checks.front_axis(axis, x)
+        ends = reference.range_of(x, self.grid, axis)
+        if self.grid.is_affine:
+            ends[0].neg_()  # so that both ends are maxima
         if x.numel() == 0:
-            shape = [] if axis is None else [x.shape[axis]]
-            absmax = torch.full(shape, -_INFINITY, dtype=torch.float32, device=x.device)
-        else:
-            absmax = reference.absmax_of(x, axis).nan_to_num(nan=_INFINITY, posinf=_INFINITY)
-        dist.all_reduce(absmax, dist.ReduceOp.MAX, self.process_group)
-        return absmax
+            ends.fill_(-_INFINITY)
+        ends = ends.nan_to_num(nan=_INFINITY, posinf=_INFINITY, neginf=-_INFINITY)
+        dist.all_reduce(ends, dist.ReduceOp.MAX, self.process_group)
+        if self.grid.is_affine:
+            ends[0].neg_()
+        return ends
 
     def _has_other_ranks(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()):

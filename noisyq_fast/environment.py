@@ -61,6 +61,9 @@ def info() -> Info:
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    versions["torch"] = str(
+        torch.__version__
+    )  # with the CUDA version, which metadata may leave out
     if (compiler := backends.native_cpu.compiler()) is not None:
         versions["native kernels"] = compiler
     return Info(

@@ -4,8 +4,7 @@ output."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from noisyq_fast.running import arguments, left_as_it_was, tensors_in
 
 Call = tuple[str, int]
 """The name of a layer, and which of its calls."""
@@ -77,7 +78,7 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
         count[name] += 1
         call = name, count[name]
         graph = _Graph()
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         # Indices are an input where there is no other; else integers are masks or the like.
         tensors = [x for x in tensors if x.is_floating_point()] or tensors
         before[call] = frozenset().union(*map(graph.sources, tensors))
@@ -101,16 +102,16 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
                 hooks.append(layer.register_forward_hook(functools.partial(name_output, name)))
         for evaluating in (True, False) if model.training else (True,):
             with (
-                _left_as_it_was(model),
+                left_as_it_was(model),
                 torch.random.fork_rng(),
                 torch.enable_grad(),
                 _RecordsAll(),
             ):
                 if evaluating:
                     model.eval()
-                args, kwargs = marked(_INPUT, _arguments(example))
+                args, kwargs = marked(_INPUT, arguments(example))
                 try:
-                    outputs += _tensors(model(*args, **kwargs))
+                    outputs += tensors_in(model(*args, **kwargs))
                 except Exception:
                     if evaluating:  # in training a batch norm, say, can ask for more samples
                         raise
@@ -123,39 +124,6 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
         makers = _makers(_Graph().sources(output) - {_INPUT}, before)
         found.last.update(name for name, _ in makers)
     return found
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward changes: modes and buffers, such as the statistics of batch norm.
-    Until then nothing requires grad, so that the model may change it as without gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone(), buffer.requires_grad)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    model.requires_grad_(False)
-    for _, _, buffer, _, _ in buffers:
-        buffer.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, requires_grad in parameters:
-            _as_leaf(parameter).requires_grad_(requires_grad)
-        for module, name, buffer, before, requires_grad in buffers:
-            buffer = _as_leaf(buffer)
-            with torch.no_grad():
-                buffer.copy_(before)
-            setattr(module, name, buffer.requires_grad_(requires_grad))
-
-
-def _as_leaf(x: Tensor) -> Tensor:
-    """Without the history that a change in place has given it."""
-    return x if x.grad_fn is None else x.detach_()
 
 
 def _makers(sources: Sources, before: Mapping[Call, Sources]) -> Sources:
@@ -193,25 +161,6 @@ class _RecordsAll(TorchFunctionMode):
         if function in (Tensor.detach, torch.detach) and args[0].grad_fn is not None:
             return args[0].view_as(args[0])
         return function(*args, **(kwargs or {}))
-
-
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """All that are in containers, also in those that the pytree does not know."""
-    found = []
-    for leaf in pytree.tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += _tensors(dict(leaf))
-        elif hasattr(leaf, "__dataclass_fields__"):
-            found += _tensors(vars(leaf))
-    return found
 
 
 class _Graph:

@@ -69,7 +69,8 @@ class StraightThroughEach(Gradient):
 
 
 class ClippedStraightThrough(Gradient):
-    """dy/dx = 0 where the code was clamped, otherwise 1. Saves a bit for each element."""
+    """dy/dx = 0 where the operator's mask says so, otherwise 1. Saves the mask, a bit for each
+    element; nothing where the mask is empty, which stands for 1 everywhere."""
 
     @staticmethod
     def forward(
@@ -78,8 +79,10 @@ class ClippedStraightThrough(Gradient):
         ctx.others = len(others)
         y, clipped = below_autograd()
         ctx.strides = y.stride()
-        ctx.save_for_backward(clipped)
-        ctx.save_for_forward(clipped)
+        ctx.masks = clipped.numel() > 0 and not _is_known_to_be_zero(clipped)
+        if ctx.masks:
+            ctx.save_for_backward(clipped)
+            ctx.save_for_forward(clipped)
         ctx.mark_non_differentiable(clipped)
         return y, clipped
 
@@ -93,6 +96,8 @@ class ClippedStraightThrough(Gradient):
 
     @staticmethod
     def _masked(ctx: Any, derivative: Tensor) -> Tensor:
+        if not ctx.masks:
+            return derivative
         (clipped,) = ctx.saved_tensors
         return torch.ops.noisyq.zero_clipped(_laid_out(derivative, ctx.strides), clipped)
 
@@ -141,6 +146,44 @@ class Dequantize(Gradient):
     def jvp(ctx: Any, _: None, codes_tangent: None, tangent: Tensor, axis: None) -> Tensor:
         (codes,) = ctx.saved_tensors
         return torch.ops.noisyq.dequantize(codes, tangent, ctx.axis)
+
+
+class DequantizeOnGrid(Gradient):
+    """dy/dscale = codes - zero_point."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        below_autograd: Callable,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        axis: int | None,
+    ) -> Tensor:
+        ctx.axis = checks.front_axis(axis, codes)
+        ctx.save_for_backward(codes, zero_point)
+        ctx.save_for_forward(codes, zero_point)
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, zero_point = ctx.saved_tensors
+        others = [d for d in range(codes.dim()) if d != ctx.axis]
+        ones = grad.new_ones([] if ctx.axis is None else [codes.shape[ctx.axis]])
+        steps = torch.ops.noisyq.dequantize_on_grid(codes, ones.float(), zero_point, ctx.axis)
+        products = grad * steps
+        return None, None, products.sum(others) if others else products, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, codes: None, tangent: Tensor, *others: None) -> Tensor:
+        codes, zero_point = ctx.saved_tensors
+        return torch.ops.noisyq.dequantize_on_grid(codes, tangent, zero_point, ctx.axis)
+
+
+def _is_known_to_be_zero(mask: Tensor) -> bool:
+    """Whether no bit is set. Asked only of plain tensors on the CPU: of others the answer is not
+    there yet, or a device would have to be waited for."""
+    return checks.is_plain(mask) and mask.device.type == "cpu" and not mask.any()
 
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:

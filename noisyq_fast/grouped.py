@@ -161,6 +161,7 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
                 ranges=self.groups,
                 averaging_constant=activation.averaging_constant,
                 ste=activation.ste,
+                grid=activation.grid_kind,
             )
         super().set_quantizers_(weight, activation)
 

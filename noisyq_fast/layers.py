@@ -7,17 +7,20 @@ batch's absmax in training and its moving average otherwise (arXiv 2303.11803, s
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noisyq_fast import checks, gradients, usage
+from noisyq_fast.granularity import TOKEN, Groups, check_group_size
+from noisyq_fast.grid import SIGNED, check_kind
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
 DEFAULT_BITS = 4
+PER_TENSOR = "tensor"
 
 
 class QuantLayer(nn.Module):
@@ -30,9 +33,16 @@ class QuantLayer(nn.Module):
         activation_bits: width of the input, 2..8.
         averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
         ste: as for `MovingAbsMax`.
-        weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits)``; ``None``
-            leaves the weight as it is.
+        weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits, ...)``;
+            ``None`` leaves the weight as it is.
         activation: the same for the input, instead of ``MovingAbsMax(activation_bits, ...)``.
+        weight_grid, activation_grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or
+            ``"odd"``, as in `Grid`.
+        weight_group_size: one scale for each so many consecutive input channels, instead of one for
+            each output channel; must divide their number.
+        activation_granularity: ``"tensor"``: one range for the input. ``"token"``: one scale for
+            each index of all axes but the last, taken anew at every call, in evaluation too; not
+            for convolutions.
         device, dtype: of the parameters.
 
     Attributes:
@@ -41,6 +51,8 @@ class QuantLayer(nn.Module):
 
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    TAKES_TOKENS: ClassVar[bool] = True
+    """Whether the last axis of the input is that of the input features."""
 
     def __init__(
         self,
@@ -51,27 +63,54 @@ class QuantLayer(nn.Module):
         ste: str = "identity",
         weight: Quantizer | EllipsisType | None = ...,
         activation: Quantizer | EllipsisType | None = ...,
+        weight_grid: str = SIGNED,
+        weight_group_size: int | None = None,
+        activation_grid: str = SIGNED,
+        activation_granularity: str = PER_TENSOR,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, device=device, dtype=dtype, **kwargs)  # of the float layer
         self.set_quantizers_(
-            weight_quantizer(weight_bits, weight),
-            input_quantizer(activation_bits, averaging_constant, ste, activation),
+            weight_quantizer(weight_bits, weight, weight_grid, weight_group_size),
+            input_quantizer(
+                activation_bits,
+                averaging_constant,
+                ste,
+                activation,
+                activation_grid,
+                activation_granularity,
+            ),
         )
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         """Gives the layer copies of quantizers, which have seen nothing yet."""
+        self.check_granularity(weight, activation)
         device = next(self.parameters()).device
         self.weight_quantizer = None if weight is None else weight.like().to(device)
         self.input_quantizer = None if activation is None else activation.like().to(device)
         for quantizer in self.quantizers().values():
             quantizer.train(self.training)
 
+    def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        if weight is not None and weight.group_size is not None:
+            for w in self.weights():
+                Groups(self.by_channel(w.detach()), weight.axis, weight.group_size)
+        if activation is not None and activation.axis == TOKEN and not self.TAKES_TOKENS:
+            raise ValueError(
+                f"activation: got one scale for each token for a {type(self).__name__}, whose "
+                "input has its channels before its positions; takes one scale, "
+                "activation_granularity='tensor'"
+            )
+
     def quantizers(self) -> dict[str, Quantizer]:
         """Those of the layer by name."""
         return {k: m for k, m in self._modules.items() if isinstance(m, Quantizer)}
+
+    def weights(self) -> list[Tensor]:
+        """Those that the weight quantizer quantizes."""
+        return [self.weight]
 
     @property
     def weight_bits(self) -> int | None:
@@ -125,8 +164,10 @@ class QuantLayer(nn.Module):
         return f"{super().extra_repr()}, {self.widths()}"
 
     def widths(self) -> str:
-        """Such as W4/A4; F stands for a float."""
-        return f"W{self.weight_bits or 'F'}/A{self.activation_bits or 'F'}"
+        """Such as W4/A4 or W4 group 32/A8 affine token; F stands for a float."""
+        both = self.weight_quantizer, self.input_quantizer
+        weight, activation = ("F" if q is None else q.width() for q in both)
+        return f"W{weight}/A{activation}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"  # in one line: without the quantizers
@@ -145,14 +186,23 @@ class QuantLayer(nn.Module):
         state_dict[f"{new}running_absmax"] = torch.where(seen, value.float(), 0.0)
         state_dict[f"{new}observed"] = seen.float()
         for name, quantizer in self.quantizers().items():
-            state_dict[f"{prefix}{name}._extra_state"] = quantizer.get_extra_state()
+            state_dict[f"{prefix}{name}._extra_state"] = quantizer.state_on_signed_grid()
 
 
-def weight_quantizer(bits: int, chosen: Quantizer | EllipsisType | None = ...) -> Quantizer | None:
+def weight_quantizer(
+    bits: int,
+    chosen: Quantizer | EllipsisType | None = ...,
+    grid: str = SIGNED,
+    group_size: int | None = None,
+) -> Quantizer | None:
     """The quantizer for weights that the options of a layer stand for."""
     checks.integers(weight_bits=bits)
     checks.width(weight_bits=bits)
-    return AbsMax(bits) if chosen is ... else _quantizer("weight", chosen)
+    check_kind(grid, "weight_grid")
+    check_group_size(group_size, "weight_group_size")
+    if chosen is ...:
+        return AbsMax(bits, grid=grid, group_size=group_size)
+    return _quantizer("weight", chosen, weight_grid=grid, weight_group_size=group_size)
 
 
 def input_quantizer(
@@ -160,15 +210,31 @@ def input_quantizer(
     averaging_constant: float,
     ste: str,
     chosen: Quantizer | EllipsisType | None = ...,
+    grid: str = SIGNED,
+    granularity: str = PER_TENSOR,
 ) -> Quantizer | None:
     """The quantizer for inputs that the options of a layer stand for."""
     checks.integers(activation_bits=bits)
     checks.width(activation_bits=bits)
-    default = MovingAbsMax(bits, averaging_constant=averaging_constant, ste=ste)
-    return default if chosen is ... else _quantizer("activation", chosen)
+    check_kind(grid, "activation_grid")
+    if granularity not in (PER_TENSOR, TOKEN):
+        takes = f"takes {PER_TENSOR!r} or {TOKEN!r}"
+        raise ValueError(f"activation_granularity: got {granularity!r}, {takes}")
+    default = MovingAbsMax(bits, averaging_constant=averaging_constant, ste=ste, grid=grid)
+    if chosen is not ...:
+        options = {"activation_grid": grid, "activation_granularity": granularity}
+        return _quantizer("activation", chosen, **options)
+    return AbsMax(bits, TOKEN, grid) if granularity == TOKEN else default
 
 
-def _quantizer(name: str, value: object) -> Quantizer | None:
+def _quantizer(name: str, value: object, **options: object) -> Quantizer | None:
+    """``value``, beside which ``options`` must be as they are by default."""
+    for option, given in options.items():
+        if isinstance(value, Quantizer) and given not in (SIGNED, PER_TENSOR, None):
+            raise ValueError(
+                f"{option}: got {given!r} beside {name}={value}, which has a grid and a "
+                "granularity of its own; takes one of the two"
+            )
     if value is not None and not isinstance(value, Quantizer):
         got = value.__name__ if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{name}: expected a quantizer such as AbsMax(4), or None, got {got}")
@@ -189,6 +255,8 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class _QuantConv(QuantLayer):
+    TAKES_TOKENS: ClassVar[bool] = False
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
@@ -214,6 +282,8 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 class _QuantConvTranspose(QuantLayer):
     """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
+
+    TAKES_TOKENS: ClassVar[bool] = False
 
     def by_channel(self, weight: Tensor) -> Tensor:
         if self.groups == 1:

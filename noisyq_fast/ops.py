@@ -1,6 +1,6 @@
 """Every operator, declared once: schema, argument checks, shapes, gradient.
 
-For ``bits`` in 2..8, with one group per tensor or one per index of ``axis``::
+For ``bits`` in 2..8, with one group per tensor, one per index of ``axis``, or as `Groups` says::
 
     qmax   = 2^(bits-1) - 1
     lambda = max |x|                            over the group
@@ -10,7 +10,9 @@ For ``bits`` in 2..8, with one group per tensor or one per index of ``axis``::
 
 (arXiv 2303.11803, section 3.1.) Everything is computed in float32 with IEEE arithmetic; float16 and
 bfloat16 results are rounded once. A NaN or an infinity makes the whole output of its group NaN. The
-scale of a group without elements is the smallest normal float32.
+scale of a group without elements is the smallest normal float32. This is the *signed* grid; for the
+others see `noisyq_fast.grid`. They have operators of their own, ``*_on_grid``, which a backend may
+leave out.
 
 The operators are ``torch.ops.noisyq.*``, so that ``torch.compile`` keeps one graph; a backend
 (`noisyq_fast.backends`) does the arithmetic. The public functions add the checks that the
@@ -30,7 +32,10 @@ from torch.overrides import (
 )
 
 from noisyq_fast import batching, checks, gradients
-from noisyq_fast.backends import select
+from noisyq_fast.backends import reference, select
+from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
+from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group
+from noisyq_fast.grid import AFFINE, ODD, SIGNED, UNSIGNED, Grid, check_kind
 
 _library = torch.library.Library("noisyq", "DEF")
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
@@ -70,6 +75,8 @@ def _declare(
         if check_values is not None:
             check_values(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        if any(isinstance(argument, Grid) and argument.kind == ODD for argument in arguments):
+            return reference.backend.functions[name](*arguments)
         return select(name, first.device.type)(*arguments)
 
     def fake(*arguments: Any) -> Any:
@@ -96,6 +103,15 @@ def _declare(
 
 def _like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
+
+
+def _like_with_mask(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    size = 0 if others[-1] == NOTHING else checks.packed_size(x)
+    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
+
+
+def _for_each_group(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty([] if axis is None else [x.shape[axis]], dtype=dtype)
 
 
 _fake_quantize = _declare(
@@ -146,7 +162,7 @@ _quantize = _declare(
     prepare=checks.dynamic,
     shape=lambda x, qmax, axis: (
         torch.empty_like(x, dtype=torch.int8),
-        x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.float32),
+        _for_each_group(x, axis, torch.float32),
     ),
     gradient=None,
 )
@@ -156,25 +172,89 @@ _dequantize = _declare(
     shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
     gradient=gradients.Dequantize,
 )
+_fake_quantize_on_grid = _declare(
+    "fake_quantize_on_grid(Tensor x, int bits, int? axis, str grid, str masked) "
+    "-> (Tensor, Tensor)",
+    prepare=checks.dynamic_on_grid,
+    shape=_like_with_mask,
+    gradient=gradients.ClippedStraightThrough,
+)
+_fake_quantize_ema_on_grid = _declare(
+    "fake_quantize_ema_on_grid(Tensor x, Tensor(a!) running_absmax, Tensor(b!)? observed, "
+    "int bits, int? axis, float averaging_constant, str grid, str masked) -> (Tensor, Tensor)",
+    prepare=checks.ema_on_grid,
+    shape=_like_with_mask,
+    gradient=gradients.ClippedStraightThrough,
+)
+_fake_quantize_fixed_range_on_grid = _declare(
+    "fake_quantize_fixed_range_on_grid(Tensor x, Tensor running_absmax, int bits, int? axis, "
+    "str grid, str masked) -> (Tensor, Tensor)",
+    prepare=checks.given_range_on_grid,
+    check_values=checks.range_seen,
+    shape=_like_with_mask,
+    gradient=gradients.ClippedStraightThrough,
+)
+_quantize_on_grid = _declare(
+    "quantize_on_grid(Tensor x, int bits, int? axis, str grid) -> (Tensor, Tensor, Tensor)",
+    prepare=checks.quantized_on_grid,
+    shape=lambda x, grid, axis: (
+        torch.empty_like(x, dtype=grid.code_dtype),
+        _for_each_group(x, axis, torch.float32),
+        _for_each_group(x, axis, torch.uint8),
+    ),
+    gradient=None,
+)
+_dequantize_on_grid = _declare(
+    "dequantize_on_grid(Tensor codes, Tensor scale, Tensor? zero_point, int? axis) -> Tensor",
+    prepare=checks.codes_on_grid,
+    shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
+    gradient=gradients.DequantizeOnGrid,
+)
 
 
-def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
-    """Quantizes and dequantizes ``x`` with the absmax of each group (dynamic absmax).
+def _masked(grid: str, ste: str) -> str:
+    """The elements whose gradient is 0; none where no gradient will be asked for."""
+    if not gradients.wanted():
+        return NOTHING
+    if ste == "clipped":
+        return CLIPPED
+    return NEGATIVE if grid == UNSIGNED else NOTHING
+
+
+def fake_quantize(
+    x: Tensor,
+    bits: int,
+    axis: Axis = None,
+    *,
+    grid: str = SIGNED,
+    group_size: int | None = None,
+    ste: str = "identity",
+) -> Tensor:
+    """Quantizes and dequantizes ``x`` with the range of each group itself (dynamic).
 
     Args:
         x: float32, bfloat16 or float16 tensor of any shape and strides.
         bits: width of the codes, 2..8.
-        axis: the per-channel axis, one scale for each of its indices; ``None``: one scale.
+        axis: the per-channel axis, one scale for each of its indices; ``None``: one scale;
+            ``"token"``: one for each index of all axes but the last.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
+        group_size: one scale for each so many consecutive indices of axis 1 (input channels), with
+            all that follow, of each index of axis 0. Must divide the size of axis 1.
+        ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a code was
+            clamped, which full grids do by half a step and affine ones by up to that.
 
     Returns:
         A tensor with the shape, dtype and memory format of ``x``.
 
-    The gradient is the identity (the straight-through estimator): nothing clips, because the scale
-    is the absmax, so nothing is computed and nothing is saved for backward.
+    On the signed grid the gradient is the identity (the straight-through estimator): nothing clips,
+    because the scale is the absmax, so nothing is computed and nothing is saved for backward. On an
+    unsigned grid values below 0 become 0 and have no gradient, whatever ``ste``; for that a bit for
+    each element is saved, unless (on the CPU, where asking costs nothing) there are none.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
-        ValueError: ``bits`` or ``axis`` out of range, or an ``x`` that is not strided.
+        ValueError: an argument out of range, an ``x`` that is not strided, or a ``group_size`` that
+            leaves a remainder.
 
     Example:
         >>> import torch, noisyq_fast
@@ -182,24 +262,42 @@ def fake_quantize(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
         >>> noisyq_fast.fake_quantize(weight, bits=4, axis=0)
         tensor([[  0.1000,  -0.7000,   0.3000],
                 [ 10.0000,  10.0000, -70.0000]])
+        >>> noisyq_fast.fake_quantize(torch.tensor([0.0, 0.7, 2.0, 3.0]), bits=2, grid="unsigned")
+        tensor([0., 1., 2., 3.])
+        >>> noisyq_fast.fake_quantize(torch.tensor([-1.0, 0.7, 2.0]), bits=2, grid="affine")
+        tensor([-1.,  1.,  2.])
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(fake_quantize, (x,), x, bits, axis)
+        return handle_torch_function(
+            fake_quantize, (x,), x, bits, axis, grid=grid, group_size=group_size, ste=ste
+        )
     checks.tensor("x", x)
     checks.integer("bits", bits)
+    if by_group(axis, group_size):
+        groups = Groups(x, axis, group_size)
+        return groups.restored(fake_quantize(groups.x, bits, 0, grid=grid, ste=ste))
     checks.axis_type(axis)
-    return _fake_quantize(x, bits, axis)
+    checks.ste(ste)
+    if grid == SIGNED:
+        return _fake_quantize(x, bits, axis)
+    check_kind(grid)
+    return _fake_quantize_on_grid(x, bits, axis, grid, _masked(grid, ste))[0]
 
 
 def fake_quantize_many(
-    tensors: Sequence[Tensor], bits: int | Sequence[int], axis: int | None = None
+    tensors: Sequence[Tensor],
+    bits: int | Sequence[int],
+    axis: Axis = None,
+    *,
+    grid: str = SIGNED,
+    group_size: int | None = None,
 ) -> list[Tensor]:
     """`fake_quantize` of many tensors (all weights of a model) in one call.
 
     Args:
         tensors: one or more tensors as for `fake_quantize`, on one device.
         bits: width of the codes, 2..8, of all tensors or of each.
-        axis: the per-channel axis of each tensor; ``None``: one scale for each tensor.
+        axis, grid, group_size: as for `fake_quantize`, of each tensor.
 
     Returns:
         A list of tensors like ``tensors``. Gradients are those of `fake_quantize`.
@@ -218,14 +316,22 @@ def fake_quantize_many(
     """
     tensors = list(tensors)
     if has_torch_function(tensors):
-        return handle_torch_function(fake_quantize_many, tensors, tensors, bits, axis)
+        return handle_torch_function(
+            fake_quantize_many, tensors, tensors, bits, axis, grid=grid, group_size=group_size
+        )
     bits = [bits] * len(tensors) if isinstance(bits, int) else list(bits)
     for i, x in enumerate(tensors):
         checks.tensor(f"tensors[{i}]", x)
     for i, b in enumerate(bits):
         checks.integer(f"bits[{i}]", b)
-    checks.axis_type(axis)
-    return _fake_quantize_many(tensors, bits, axis)
+    if grid == SIGNED and not by_group(axis, group_size):
+        checks.axis_type(axis)
+        return _fake_quantize_many(tensors, bits, axis)
+    checks.many(tensors, bits, None)
+    return [
+        fake_quantize(x, b, axis, grid=grid, group_size=group_size)
+        for x, b in zip(tensors, bits, strict=True)
+    ]
 
 
 def fake_quantize_ema(
@@ -237,8 +343,10 @@ def fake_quantize_ema(
     training: bool = True,
     ste: str = "identity",
     observed: Tensor | None = None,
+    *,
+    grid: str = SIGNED,
 ) -> Tensor:
-    """Quantizes and dequantizes activations, and keeps a moving average of their absmax.
+    """Quantizes and dequantizes activations, and keeps a moving average of their range.
 
     In training the scale comes from the batch's own absmax, and the same call updates, in place,
     ``running_absmax += averaging_constant * (absmax - running_absmax)``. Otherwise the scale comes
@@ -252,16 +360,19 @@ def fake_quantize_ema(
         x: float32, bfloat16 or float16 tensor of any shape and strides.
         running_absmax: float32; 0-d, or ``[x.shape[axis]]``. NaN means "nothing seen yet": the
             first batch sets it. A batch whose absmax is not finite, or without elements, leaves
-            it (and ``observed``) unchanged.
+            it (and ``observed``) unchanged. Of an unsigned grid the average of max(x, 0); of an
+            affine one two averages, ``[2]`` or ``[2, x.shape[axis]]``: of min(x, 0) and max(x, 0).
         bits: width of the codes, 2..8.
         axis: the per-channel axis, one range for each of its indices; ``None``: one range.
         averaging_constant: weight of the batch in the average, 0..1.
         training: whether to use and record the batch's absmax.
         ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a value
             was clipped, at the cost of a saved bit for each element. With the batch's own absmax
-            nothing clips, and both are the same.
-        observed: float32, of the shape and device of ``running_absmax``: its weight, 0 where
-            nothing was seen yet (then the sum is 0 too, and their quotient NaN). ``None``: 1.
+            nothing clips, and both are the same (on the signed grid: see `fake_quantize`).
+        observed: float32, of the shape and device of ``running_absmax`` (of an affine grid, of one
+            of its ends): its weight, 0 where nothing was seen yet (then the sum is 0 too, and their
+            quotient NaN). ``None``: 1.
+        grid: as for `fake_quantize`.
 
     Returns:
         A tensor with the shape, dtype and memory format of ``x``. Where a range is NaN outside
@@ -297,16 +408,29 @@ def fake_quantize_ema(
             training,
             ste,
             observed,
+            grid=grid,
         )
     checks.tensor("x", x)
     checks.tensor("running_absmax", running_absmax)
     checks.integer("bits", bits)
+    if axis == TOKEN:
+        raise ValueError("axis: got 'token', which keeps no range: use fake_quantize")
     checks.axis_type(axis)
     checks.averaging_constant(averaging_constant)
     checks.boolean("training", training)
     checks.ste(ste)
     if observed is not None:
         checks.tensor("observed", observed)
+    if grid != SIGNED:
+        check_kind(grid)
+        masked = _masked(grid, ste)
+        if training:
+            return _fake_quantize_ema_on_grid(
+                x, running_absmax, observed, bits, axis, averaging_constant, grid, masked
+            )[0]
+        if observed is not None:
+            running_absmax = checks.known_range(running_absmax, observed, ends=grid == AFFINE)
+        return _fake_quantize_fixed_range_on_grid(x, running_absmax, bits, axis, grid, masked)[0]
     if training:
         return _fake_quantize_ema(x, running_absmax, observed, bits, axis, averaging_constant)
     if observed is not None:
@@ -316,18 +440,20 @@ def fake_quantize_ema(
     return _fake_quantize_fixed_range_clipped(x, running_absmax, bits, axis)[0]
 
 
-def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """Quantizes ``x`` to integer codes and their scale (dynamic absmax). Not differentiable.
+def quantize(
+    x: Tensor, bits: int, axis: Axis = None, *, grid: str = SIGNED, group_size: int | None = None
+) -> tuple[Tensor, ...]:
+    """Quantizes ``x`` to integer codes and their scale (dynamic). Not differentiable.
 
     Args:
-        x: float32, bfloat16 or float16 tensor of any shape and strides.
-        bits: width of the codes, 2..8.
-        axis: the per-channel axis, one scale for each of its indices; ``None``: one scale.
+        x, bits, axis, grid, group_size: as for `fake_quantize`.
 
     Returns:
-        ``codes``, int8 in -qmax..qmax, with the shape and memory format of ``x``; and ``scale``,
-        float32, 0-d or ``[x.shape[axis]]``. A group that holds a NaN or an infinity has codes 0
-        and a scale that is not finite.
+        ``codes``, with the shape and memory format of ``x``, int8, or uint8 on unsigned and affine
+        grids; ``scale``, float32, 0-d or ``[x.shape[axis]]`` (of tokens ``x.shape[:-1]``, of groups
+        ``[x.shape[0], x.shape[1] / group_size]``); and, on an affine grid, ``zero_point``, uint8,
+        in the shape of ``scale``. A group that holds a NaN or an infinity has codes 0 and a scale
+        that is not finite.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -337,22 +463,42 @@ def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Ten
         >>> import torch, noisyq_fast
         >>> noisyq_fast.quantize(torch.tensor([0.1, -0.7, 0.26]), bits=4)
         (tensor([ 1, -7,  3], dtype=torch.int8), tensor(0.1000))
+        >>> noisyq_fast.quantize(torch.tensor([-1.0, 0.7, 2.0]), bits=2, grid="affine")
+        (tensor([0, 2, 3], dtype=torch.uint8), tensor(1.), tensor(1, dtype=torch.uint8))
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(quantize, (x,), x, bits, axis)
+        return handle_torch_function(
+            quantize, (x,), x, bits, axis, grid=grid, group_size=group_size
+        )
     checks.tensor("x", x)
     checks.integer("bits", bits)
+    if by_group(axis, group_size):
+        groups = Groups(x, axis, group_size)
+        codes, *others = quantize(groups.x, bits, 0, grid=grid)
+        return groups.restored(codes), *(value.reshape(groups.shape) for value in others)
     checks.axis_type(axis)
-    return _quantize(x, bits, axis)
+    if grid == SIGNED:
+        return _quantize(x, bits, axis)
+    check_kind(grid)
+    codes, scale, zero_point = _quantize_on_grid(x, bits, axis, grid)
+    return (codes, scale, zero_point) if grid == AFFINE else (codes, scale)
 
 
-def dequantize(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
-    """``codes * scale``, in float32: what `fake_quantize` gives for a float32 tensor.
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    axis: Axis = None,
+    *,
+    zero_point: Tensor | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """``(codes - zero_point) * scale``, in float32: what `fake_quantize` gives for float32.
 
     Args:
-        codes: int8 tensor of any shape and strides.
-        scale: float32; 0-d, or ``[codes.shape[axis]]``. Differentiable.
-        axis: the per-channel axis; ``None``: one scale.
+        codes: int8 or uint8 tensor of any shape and strides.
+        scale: float32, of the shape that `quantize` gives. Differentiable.
+        axis, group_size: as for `quantize`.
+        zero_point: uint8, of the shape of ``scale``, for the codes of an affine grid; ``None``: 0.
 
     Returns:
         A float32 tensor with the shape and memory format of ``codes``.
@@ -368,8 +514,24 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
         tensor([ 0.1000, -0.7000,  0.3000])
     """
     if has_torch_function_variadic(codes, scale):
-        return handle_torch_function(dequantize, (codes, scale), codes, scale, axis)
+        return handle_torch_function(
+            dequantize,
+            (codes, scale),
+            codes,
+            scale,
+            axis,
+            zero_point=zero_point,
+            group_size=group_size,
+        )
     checks.tensor("codes", codes)
     checks.tensor("scale", scale)
+    if zero_point is not None:
+        checks.tensor("zero_point", zero_point)
+    if by_group(axis, group_size):
+        groups = Groups(codes, axis, group_size)
+        flat = [groups.flat("scale", scale), groups.flat("zero_point", zero_point)]
+        return groups.restored(dequantize(groups.x, flat[0], 0, zero_point=flat[1]))
     checks.axis_type(axis)
-    return _dequantize(codes, scale, axis)
+    if zero_point is None and codes.dtype != torch.uint8:
+        return _dequantize(codes, scale, axis)
+    return _dequantize_on_grid(codes, scale, zero_point, axis)

@@ -33,6 +33,42 @@ def along_axis(per_channel, x, axis):
     return per_channel.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
 
 
+def on_grid(x, bits, kind, axis):
+    """Codes (0 for NaN), scale, zero point and values of ``x`` on a grid of its own range."""
+    steps = np.float32(2**bits - 1)
+    low_code, high_code = {
+        "signed": (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1),
+        "full": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1),
+        "odd": (1 - 2**bits, 2**bits - 1),
+    }.get(kind, (0, 2**bits - 1))
+    others = tuple(d for d in range(x.ndim) if d != axis)
+    low, high = x.min(axis=others, initial=0), x.max(axis=others, initial=0)
+    largest = np.maximum(-low, high)
+    high = np.where(np.isfinite(low), high, np.float32(np.nan))
+    with np.errstate(all="ignore"):
+        range_, divisor = {
+            "signed": (largest, np.float32(high_code)),
+            "full": (largest, steps / np.float32(2)),
+            "odd": (largest, steps),
+            "unsigned": (high, steps),
+            "affine": (high - low, steps),
+        }[kind]
+        s = np.asarray(range_ / divisor, np.float32)
+        s = np.where(s < FLT_MIN, FLT_MIN, s).astype(np.float32)
+        z = np.rint(-low / s) if kind == "affine" else np.zeros_like(s)
+        z = np.where(np.isnan(z), np.float32(0), z)
+        shift = along_axis(z, x, axis)
+        if kind == "odd":
+            s = np.where(np.isinf(s), np.float32(np.nan), s)
+            halves = (x / along_axis(s, x, axis) + steps) / np.float32(2)
+            codes = np.clip(np.float32(2) * np.rint(halves) - steps, low_code, high_code)
+        else:
+            rounded = np.rint(x / along_axis(s, x, axis))
+            codes = np.clip(rounded, low_code - shift, high_code - shift)
+        values = codes * along_axis(s, x, axis)
+    return np.nan_to_num(codes + shift, nan=0.0), s, z, values
+
+
 def averaged(running, observed, absmax, averaging_constant):
     """The moving average running / observed after a batch, as a sum and a weight."""
     with np.errstate(all="ignore"):

@@ -118,7 +118,6 @@ def test_what_a_backend_leaves_out_is_computed_by_the_next(partial_backend, name
         assert noisyq_fast.dequantize(codes, scale).tolist() == [42, 42]
         assert noisyq_fast.current_backend("cpu", "dequantize") == "partial"
         assert noisyq_fast.current_backend("cpu", "quantize") == "cpu"
-        assert noisyq_fast.current_backend("cpu", "zero_clipped") == "reference"
         info = noisyq_fast.info()
         assert info.operators["dequantize"]["cpu"] == "partial"
         assert info.operators["quantize"]["cpu"] == "cpu"
@@ -157,7 +156,7 @@ def test_command_line_report():
     assert "  reference " in report
     table = dict(line.split() for line in report.split("operators")[1].splitlines()[1:])
     assert table["quantize"] == "cpu"
-    assert table["zero_clipped"] == "reference"
+    assert table["quantize_on_grid"] == "cpu"
     assert set(table) == set(BACKENDS["reference"].functions)
 
 

@@ -24,6 +24,32 @@ OPERATORS = {
     "zero_clipped": lambda: (X.clone().requires_grad_(), torch.tensor([3, 5], dtype=torch.uint8)),
     "quantize": lambda: (X.clone(), 4, None),
     "dequantize": lambda: (torch.ones(3, 4, dtype=torch.int8), torch.ones(4).requires_grad_(), 1),
+    "fake_quantize_on_grid": lambda: (X.clone().requires_grad_(), 4, 0, "unsigned", "negative"),
+    "fake_quantize_ema_on_grid": lambda: (
+        X.clone().requires_grad_(),
+        torch.tensor([[-1.0] * 4, [1.0] * 4]),
+        torch.ones(4),
+        4,
+        1,
+        0.01,
+        "affine",
+        "nothing",
+    ),
+    "fake_quantize_fixed_range_on_grid": lambda: (
+        X.clone().requires_grad_(),
+        torch.tensor([-1.0, 1.0]),
+        4,
+        None,
+        "affine",
+        "clipped",
+    ),
+    "quantize_on_grid": lambda: (X.clone(), 4, 1, "affine"),
+    "dequantize_on_grid": lambda: (
+        torch.ones(3, 4, dtype=torch.uint8),
+        torch.ones(4).requires_grad_(),
+        torch.ones(4, dtype=torch.uint8),
+        1,
+    ),
 }
 
 

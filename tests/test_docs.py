@@ -1,5 +1,5 @@
-"""Examples in docstrings and in the README run and print what they say; links, files and commands
-that the documentation names exist."""
+"""Examples in docstrings, in the README and in the guide run and print what they say; links, files
+and commands that the documentation names exist."""
 
 import doctest
 import importlib
@@ -16,7 +16,12 @@ import noisyq_fast
 from experiments import run, sweep
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
+PAGES = [
+    path
+    for name in ("*.md", "docs/*.md", "*/README.md", "results/*/README.md")
+    for path in ROOT.glob(name)
+]
+OPTIONAL = ("torchvision", "timm", "transformers")
 
 MODULES = [
     module.name
@@ -43,10 +48,29 @@ def page(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_readme_examples():
-    examples = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
-    assert len(examples) >= 2
-    exec("\n".join(examples), {})
+def examples(name, package=None):
+    """The code of a page that needs that package, or none of the optional ones."""
+    blocks = re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
+    needed = [next((p for p in OPTIONAL if f"import {p}\n" in block), None) for block in blocks]
+    return [block for block, need in zip(blocks, needed, strict=True) if need == package]
+
+
+@pytest.mark.parametrize(("name", "count"), [("README.md", 2), ("docs/guide.md", 8)])
+def test_examples_of_pages(name, count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
+    blocks = examples(name)
+    assert len(blocks) >= count
+    values = {}
+    exec("\n".join(blocks), values)
+    if name == "docs/guide.md":
+        assert min(values["float_accuracy"], values["quantized_accuracy"]) > 0.8
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_examples_with_packages(package):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    (block,) = examples("docs/guide.md", package)
+    exec(block, {})
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

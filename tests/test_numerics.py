@@ -240,10 +240,3 @@ def test_more_than_2_to_the_31_elements():
     assert scale == 1
     assert codes[-3:].tolist() == [0, 2, 7]
     assert codes[0] == 0
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)

@@ -163,7 +163,7 @@ def test_activation_checkpointing_records_once(reentrant, sync):
     if sync:  # as if there were other ranks, with the same batch
         for module in other.modules():
             if isinstance(module, MovingAbsMax):
-                module.absmax_of_ranks = lambda x, axis: x.detach().abs().max()
+                module.range_of_ranks = lambda x, axis: x.detach().abs().max()
     for factor in (1, 5):
         x = factor * torch.randn(6, 4)
         inputs = x.clone().requires_grad_(), x.clone().requires_grad_()

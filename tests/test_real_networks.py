@@ -1,4 +1,5 @@
-"""Networks of packages that people use, built small: converted, trained, evaluated, and back.
+"""Networks of packages that people use, built small: converted, trained, evaluated, and back;
+summarized and calibrated.
 
 They run where the packages are installed, which the test extra does not do.
 """
@@ -9,9 +10,19 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from noisyq_fast import QuantLayer, dequantize_model_, quantize_model_
-from noisyq_fast.first_last import _tensors
+from noisyq_fast import (
+    QuantLayer,
+    calibrate,
+    dequantize_model_,
+    disabled,
+    quantize_model_,
+    summary,
+)
+from noisyq_fast.calibration import METHODS
+from noisyq_fast.running import tensors_in
 
 IMAGES = torch.randn(2, 3, 32, 32)
 TOKENS = torch.randint(0, 90, (2, 12))
@@ -99,7 +110,7 @@ NETWORKS = {
 
 def outputs(model, example):
     y = model(**example) if isinstance(example, dict) else model(example)
-    return [x for x in _tensors(y) if x.is_floating_point()]
+    return [x for x in tensors_in(y) if x.is_floating_point()]
 
 
 @pytest.mark.parametrize(("make", "ends", "uncalled"), NETWORKS.values(), ids=NETWORKS)
@@ -130,6 +141,33 @@ def test_networks_train_and_evaluate_quantized(make, ends, uncalled):
         torch.testing.assert_close(a.detach(), b)
     dequantize_model_(model)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("make", [make for make, *_ in NETWORKS.values()], ids=NETWORKS)
+def test_networks_are_summarized_and_calibrated(make):
+    model, example = make()
+    found = [summary(model, example)]
+    expected = outputs(model.eval(), example)
+    # With gradients, as PyTorch counts nothing in its fast path of attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        outputs(model, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_model_(model.train(), example=example)
+        found.append(summary(model, example))
+        for method in METHODS:
+            calibrate(model, [example, example], method)
+    for actual in found:
+        assert actual.macs == counter.get_total_flops() // 2
+        assert actual.parameters == sum(p.numel() for p in model.parameters())
+    assert found[0].quantized_macs == 0
+    assert 0.5 < found[1].quantized_macs / found[1].macs <= 1
+    assert found[1].float_size_in_bits == found[0].size_in_bits
+    assert model.training
+    assert all(y.isfinite().all() for y in outputs(model.eval(), example))
+    with disabled(model):
+        for a, b in zip(outputs(model, example), expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_offloaded_weights():

@@ -132,7 +132,9 @@ template <class Op, class Out, class T, int N>
 __device__ __forceinline__ Pack<Out, N> map_pack(const Pack<T, N>& pack, float scale, float qmax) {
   Pack<Out, N> mapped;
 #pragma unroll
-  for (int i = 0; i < N; ++i) mapped.values[i] = Op::apply(pack.values[i], scale, qmax);
+  for (int i = 0; i < N; ++i) {
+    mapped.values[i] = Op::apply(pack.values[i], symmetric(scale, qmax));
+  }
   return mapped;
 }
 

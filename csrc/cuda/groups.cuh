@@ -108,8 +108,8 @@ __device__ __forceinline__ uint8_t quantize_group(Group<T, kWide>& group,
   for (int i = 0; i < kGroup; ++i) {
     if (i > 0 && at.advance(layout)) scale = scale_of(range_of(at.channel), qmax);
     const float rounded = rounded_of(to_float(group.values[i]), scale);
-    bits |= static_cast<uint32_t>(is_clipped(rounded, qmax)) << i;
-    group.values[i] = from_float<T>(clamp_to(rounded, qmax) * scale);
+    bits |= static_cast<uint32_t>(is_clipped(rounded, -qmax, qmax)) << i;
+    group.values[i] = from_float<T>(clamp_to(rounded, -qmax, qmax) * scale);
   }
   return static_cast<uint8_t>(bits);
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -56,6 +56,12 @@ class Method:
     def changed(self) -> list[str]:
         """The options that differ from their defaults."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+    def without_legacy(self) -> dict[str, Any]:
+        """The options by name, but for those at their legacy value."""
+        return {
+            k: v for k, v in asdict(self).items() if k not in self.LEGACY or v != self.LEGACY[k]
+        }
 
     @property
     def label(self) -> str:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from experiments import cost
 from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
 from noisyq_fast import GroupedLinear, QuantGroupedLinear, Quantizer
@@ -118,7 +117,8 @@ class Prune(Method):
     def finish(self, model: nn.Module, state: dict[str, Any]) -> str | None:
         steps = state.get("removed", [])
         removed = sum(len(indices) for step in steps for indices in step.values())
-        return f"{removed} filters removed, {cost.parameters(model):,} parameters left"
+        left = sum(parameter.numel() for parameter in model.parameters())
+        return f"{removed} filters removed, {left:,} parameters left"
 
     def shape(self, state: dict[str, Any]) -> dict[str, Any]:
         return state

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 import noisyq_fast
-from experiments.checks import require, require_whole
+from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
+from noisyq_fast.grid import KINDS, SIGNED
 from noisyq_fast.grouped import PER_GROUP
 
 
@@ -17,6 +18,7 @@ class Quant(Method):
     """Quantizes weights and activations in every layer; the first and the last keep 8 bits."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_bits": 4, "activation_bits": 4}
+    LEGACY: ClassVar[Mapping[str, Any]] = {"weight_grid": SIGNED, "activation_grid": SIGNED}
 
     weight_bits: int | None = None
     """quant: bits of the weights, 2 to 8 (4); always 8 in the first and the last layer."""
@@ -27,18 +29,33 @@ class Quant(Method):
     averaging_constant: float = 0.01
     """quant: weight of a batch in the moving average of each input's range."""
 
+    weight_grid: Literal[KINDS] = SIGNED
+    """quant: which levels weights have. signed: the paper's, as many below 0 as above. full: one
+    more below. unsigned: from 0. affine: from the least to the largest value."""
+
+    activation_grid: Literal[KINDS] = SIGNED
+    """quant: the same for inputs. After a ReLU unsigned has twice the levels of signed: its b bits
+    are b + 1 signed ones. The first layer stays signed where the others are unsigned."""
+
     def __post_init__(self) -> None:
         for name in self.DEFAULTS:
             require_whole(name, getattr(self, name), 2, 8)
+        for name in self.LEGACY:
+            require_choice(name, getattr(self, name), KINDS)
         constant = self.averaging_constant
         require("averaging_constant", constant, 0 < constant <= 1, "a number above 0, up to 1")
 
     @property
     def label(self) -> str:
-        return f"quant-w{self.weight_bits}a{self.activation_bits}"
+        label = f"quant-w{self.weight_bits}a{self.activation_bits}"
+        if self.activation_grid != SIGNED:
+            label += f"-{self.activation_grid}"
+        return label if self.weight_grid == SIGNED else f"{label}-{self.weight_grid}-weights"
 
     def evaluation_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.DEFAULTS}
+        options = self.without_legacy()
+        del options["averaging_constant"]
+        return options
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         return noisyq_fast.quantize_model_(
@@ -46,6 +63,8 @@ class Quant(Method):
             weight_bits=self.weight_bits,
             activation_bits=self.activation_bits,
             averaging_constant=self.averaging_constant,
+            weight_grid=self.weight_grid,
+            activation_grid=self.activation_grid,
             example=example,
             input_ranges=getattr(model, "input_ranges", PER_GROUP),
         )

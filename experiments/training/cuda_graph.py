@@ -1,5 +1,6 @@
 """A training step that is recorded once and replayed."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,10 @@ class GraphedStep:
     """
 
     def __init__(self, step: Callable[..., Any]) -> None:
+        # What a forward before has recorded may live on in a reference cycle (torch-pruning leaves
+        # some), and with it the nodes that accumulate gradients: they would run on the stream of
+        # that forward, which a recording forbids.
+        gc.collect()
         self.step = step
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] | None = None

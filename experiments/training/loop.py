@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import cost
+import noisyq_fast
 from experiments.config import RunConfig
 from experiments.reporting.reading import POSITIVE
 from experiments.seeds import STEPS, mixed
@@ -255,14 +255,15 @@ class Trainer:
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
         require_finite_scores(scores, _AT_THE_END)
+        summary = noisyq_fast.summary(self.model, self.parts.example())
         asked = self.procedure.predicting
         return scores | {
             "epochs_trained": len(self.history),
             "forward_passes": self.passes.forward,
             "backward_passes": self.passes.backward,
-            "parameters": asked * cost.parameters(self.model),
-            "size_in_bits": asked * cost.size_in_bits(self.model),
-            "macs": asked * cost.macs(self.model, self.parts.example()),
+            "parameters": asked * summary.parameters,
+            "size_in_bits": asked * summary.size_in_bits,
+            "macs": asked * summary.macs,
         }
 
     def _line(self, metrics: EpochMetrics) -> str:

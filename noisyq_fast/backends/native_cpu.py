@@ -5,6 +5,7 @@ import os
 import torch
 from torch import Tensor
 
+from noisyq_fast import checks
 from noisyq_fast.backends.backend import Backend
 from noisyq_fast.backends.kernel_arguments import (
     DTYPE_CODES,
@@ -17,7 +18,12 @@ from noisyq_fast.backends.kernel_arguments import (
     missing,
     write_back,
 )
-from noisyq_fast.backends.reference import pack
+from noisyq_fast.backends.reference import CLIPPED, MASKED, NOTHING
+from noisyq_fast.grid import KINDS, SIGNED, Grid
+
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
+MASK_CODES = {masked: code for code, masked in enumerate(MASKED)}
+NO_AVERAGE = NULL, NULL, 0.0
 
 backend = Backend("cpu", device_types=("cpu",), unavailable=lambda: missing)
 
@@ -44,9 +50,12 @@ def compiler() -> str | None:
     return f"{core.compiler}, {'OpenMP' if core.openmp else 'without OpenMP: one thread'}"
 
 
+# On the signed grid.
+
+
 @backend.register
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize(x, qmax, axis, NULL, NULL, 0.0)
+    return _fake_quantize(x, SIGNED, qmax, axis)
 
 
 @backend.register
@@ -65,30 +74,193 @@ def fake_quantize_ema(
     axis: int | None,
     averaging_constant: float,
 ) -> Tensor:
-    running, weight = running_absmax.contiguous(), contiguous(observed)
-    y = _fake_quantize(x, qmax, axis, running.data_ptr(), address(weight), averaging_constant)
-    write_back(running, running_absmax)
-    write_back(weight, observed)
-    return y
+    return _fake_quantize_ema(x, running_absmax, observed, SIGNED, qmax, axis, averaging_constant)
 
 
 @backend.register
 def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize_fixed_range(x, absmax, NULL, qmax, axis)
+    return _fake_quantize_fixed_range(x, absmax, SIGNED, qmax, axis)
 
 
 @backend.register
 def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    clipped = torch.empty_like(x, dtype=torch.bool)
-    y = _fake_quantize_fixed_range(x, absmax, clipped.data_ptr(), qmax, axis)
-    return y, pack(clipped)
+    mask = _mask(x, CLIPPED)
+    return _fake_quantize_fixed_range(x, absmax, SIGNED, qmax, axis, CLIPPED, mask), mask
+
+
+@backend.register
+def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
+    grad, out = dense(grad)
+    clipped = clipped.contiguous()
+    core.zero_clipped(
+        DTYPE_CODES[grad.dtype],
+        grad.data_ptr(),
+        out.data_ptr(),
+        clipped.data_ptr(),
+        grad.numel(),
+        _threads(),
+    )
+    return out
 
 
 @backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    x, codes = dense(x, torch.int8)
+    return _quantize(x, SIGNED, qmax, axis, torch.int8)
+
+
+@backend.register
+def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    return dequantize_on_grid(codes, scale, None, axis)
+
+
+# On any grid.
+
+
+@backend.register
+def fake_quantize_on_grid(
+    x: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    mask = _mask(x, masked)
+    return _fake_quantize(x, grid.kind, grid.qmax, axis, NO_AVERAGE, masked, mask), mask
+
+
+@backend.register
+def fake_quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    mask = _mask(x, masked)
+    y = _fake_quantize_ema(
+        x, running_range, observed, grid.kind, grid.qmax, axis, averaging_constant, masked, mask
+    )
+    return y, mask
+
+
+@backend.register
+def fake_quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    mask = _mask(x, masked)
+    y = _fake_quantize_fixed_range(x, range_, grid.kind, grid.qmax, axis, masked, mask)
+    return y, mask
+
+
+@backend.register
+def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    zero_point = torch.empty([] if axis is None else [x.shape[axis]], dtype=torch.uint8)
+    codes, scale = _quantize(x, grid.kind, grid.qmax, axis, grid.code_dtype, zero_point)
+    return codes, scale, zero_point
+
+
+@backend.register
+def dequantize_on_grid(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> Tensor:
+    codes, y = dense(codes, torch.float32)
+    scale, zero_point = scale.contiguous(), contiguous(zero_point)
+    core.dequantize(
+        codes.data_ptr(),
+        codes.dtype == torch.int8,
+        scale.data_ptr(),
+        address(zero_point),
+        y.data_ptr(),
+        *channel_layout(y, axis),
+        _threads(),
+    )
+    return y
+
+
+# Calls of the kernels. `mask` receives the bits.
+
+
+def _fake_quantize(
+    x: Tensor,
+    kind: str,
+    qmax: int,
+    axis: int | None,
+    average: tuple[int, int, float] = NO_AVERAGE,
+    masked: str = NOTHING,
+    mask: Tensor | None = None,
+) -> Tensor:
+    x, y = dense(x)
+    if x is y and masked != NOTHING:
+        y = torch.empty_like(x)  # the mask is of what x was
+    core.fake_quantize(
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        y.data_ptr(),
+        MASK_CODES[masked],
+        address(mask),
+        *channel_layout(y, axis),
+        KIND_CODES[kind],
+        qmax,
+        *average,
+        _threads(),
+    )
+    return y
+
+
+def _fake_quantize_ema(
+    x: Tensor,
+    running: Tensor,
+    observed: Tensor | None,
+    kind: str,
+    qmax: int,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str = NOTHING,
+    mask: Tensor | None = None,
+) -> Tensor:
+    written, weight = running.contiguous(), contiguous(observed)
+    average = written.data_ptr(), address(weight), averaging_constant
+    y = _fake_quantize(x, kind, qmax, axis, average, masked, mask)
+    write_back(written, running)
+    write_back(weight, observed)
+    return y
+
+
+def _fake_quantize_fixed_range(
+    x: Tensor,
+    range_: Tensor,
+    kind: str,
+    qmax: int,
+    axis: int | None,
+    masked: str = NOTHING,
+    mask: Tensor | None = None,
+) -> Tensor:
+    x, y = dense(x)
+    range_ = range_.contiguous()
+    core.fake_quantize_fixed_range(
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        range_.data_ptr(),
+        y.data_ptr(),
+        MASK_CODES[masked],
+        address(mask),
+        *channel_layout(y, axis),
+        KIND_CODES[kind],
+        qmax,
+        _threads(),
+    )
+    return y
+
+
+def _quantize(
+    x: Tensor,
+    kind: str,
+    qmax: int,
+    axis: int | None,
+    dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    x, codes = dense(x, dtype)
     outer, channels, inner = channel_layout(codes, axis)
     scale = torch.empty([] if axis is None else [channels], dtype=torch.float32)
     core.quantize(
@@ -96,61 +268,17 @@ def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
         x.data_ptr(),
         codes.data_ptr(),
         scale.data_ptr(),
+        address(zero_point),
         outer,
         channels,
         inner,
+        KIND_CODES[kind],
         qmax,
         _threads(),
     )
     return codes, scale
 
 
-@backend.register
-def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    codes, y = dense(codes, torch.float32)
-    scale = scale.contiguous()
-    core.dequantize(
-        codes.data_ptr(), scale.data_ptr(), y.data_ptr(), *channel_layout(y, axis), _threads()
-    )
-    return y
-
-
-def _fake_quantize(
-    x: Tensor,
-    qmax: int,
-    axis: int | None,
-    running_absmax: int,
-    observed: int,
-    averaging_constant: float,
-) -> Tensor:
-    x, y = dense(x)
-    core.fake_quantize(
-        DTYPE_CODES[x.dtype],
-        x.data_ptr(),
-        y.data_ptr(),
-        *channel_layout(y, axis),
-        qmax,
-        running_absmax,
-        observed,
-        averaging_constant,
-        _threads(),
-    )
-    return y
-
-
-def _fake_quantize_fixed_range(
-    x: Tensor, absmax: Tensor, clipped: int, qmax: int, axis: int | None
-) -> Tensor:
-    x, y = dense(x)
-    absmax = absmax.contiguous()
-    core.fake_quantize_fixed_range(
-        DTYPE_CODES[x.dtype],
-        x.data_ptr(),
-        absmax.data_ptr(),
-        y.data_ptr(),
-        clipped,
-        *channel_layout(y, axis),
-        qmax,
-        _threads(),
-    )
-    return y
+def _mask(x: Tensor, masked: str) -> Tensor:
+    size = 0 if masked == NOTHING else checks.packed_size(x)
+    return torch.empty(size, dtype=torch.uint8)

@@ -3,11 +3,19 @@
 Other backends equal it to the last bit, so a change here changes what the project computes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from noisyq_fast.backends.backend import Backend
+from noisyq_fast.grid import ODD, UNSIGNED, Grid
+from noisyq_fast.grid import grid as grid_of
+
+NOTHING, NEGATIVE, CLIPPED = MASKED = ("nothing", "negative", "clipped")
+"""Which elements have no gradient: none, those below 0, or those that are clipped (on an unsigned
+grid those below 0 too)."""
 
 FLT_MIN = torch.finfo(torch.float32).tiny
 
@@ -15,9 +23,12 @@ FLT_MIN = torch.finfo(torch.float32).tiny
 backend = Backend("reference", device_types=None, unavailable=lambda: None)
 
 
+# On the signed grid.
+
+
 @backend.register
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize(x, absmax_of(x, axis), qmax, axis)
+    return _fake_quantize(x, absmax_of(x, axis), _signed(qmax), axis)
 
 
 @backend.register
@@ -39,21 +50,20 @@ def fake_quantize_ema(
     absmax = absmax_of(x, axis)
     if x.numel() > 0:
         average_(running_absmax, observed, absmax, averaging_constant)
-    return _fake_quantize(x, absmax, qmax, axis)
+    return _fake_quantize(x, absmax, _signed(qmax), axis)
 
 
 @backend.register
 def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    return _fake_quantize(x, absmax, qmax, axis)
+    return _fake_quantize(x, absmax, _signed(qmax), axis)
 
 
 @backend.register
 def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    rounded = _rounded(x, _scale(absmax, qmax), axis)
-    clipped = torch.empty_like(x, dtype=torch.bool).copy_(rounded.abs() > qmax)
-    return _fake_quantize(x, absmax, qmax, axis), pack(clipped)
+    grid = _signed(qmax)
+    return _fake_quantize(x, absmax, grid, axis), _mask(x, absmax, grid, axis, CLIPPED)
 
 
 @backend.register
@@ -63,55 +73,171 @@ def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
 
 @backend.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    scale = _scale(absmax_of(x, axis), qmax)
-    codes = _rounded(x, scale, axis).clamp(-qmax, qmax).nan_to_num(nan=0.0)
-    return torch.empty_like(x, dtype=torch.int8).copy_(codes), scale
+    codes, scale, _ = quantize_on_grid(x, _signed(qmax), axis)
+    return codes, scale
 
 
 @backend.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    values = codes.float() * _along_axis(scale, codes, axis)
+    return dequantize_on_grid(codes, scale, None, axis)
+
+
+# On any grid. `masked` names the elements without a gradient; the second output marks them, a bit
+# for each element (`pack`).
+
+
+@backend.register
+def fake_quantize_on_grid(
+    x: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    return fake_quantize_fixed_range_on_grid(x, range_of(x, grid, axis), grid, axis, masked)
+
+
+@backend.register
+def fake_quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    batch = range_of(x, grid, axis)
+    if x.numel() > 0:
+        average_(running_range, observed, batch, averaging_constant, grid.is_affine)
+    return fake_quantize_fixed_range_on_grid(x, batch, grid, axis, masked)
+
+
+@backend.register
+def fake_quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor]:
+    return _fake_quantize(x, range_, grid, axis), _mask(x, range_, grid, axis, masked)
+
+
+@backend.register
+def quantize_on_grid(
+    x: Tensor, grid: Grid, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    levels = _Levels(range_of(x, grid, axis), grid)
+    clamped = levels.clamped(x, axis) + _along_axis(levels.zero, x, axis)
+    codes = torch.empty_like(x, dtype=grid.code_dtype).copy_(clamped.nan_to_num(nan=0.0))
+    return codes, levels.scale, levels.zero.to(torch.uint8)
+
+
+@backend.register
+def dequantize_on_grid(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> Tensor:
+    steps = codes.float()
+    if zero_point is not None:
+        steps = steps - _along_axis(zero_point, codes, axis)
+    values = steps * _along_axis(scale, codes, axis)
     return torch.empty_like(codes, dtype=torch.float32).copy_(values)
 
 
 def absmax_of(x: Tensor, axis: int | None) -> Tensor:
     """lambda: the largest magnitude of each group, in float32; 0 for a group without elements."""
-    shape = [] if axis is None else [x.shape[axis]]
-    if x.numel() == 0:
-        return torch.zeros(shape, dtype=torch.float32, device=x.device)
-    others = [d for d in range(x.dim()) if d != axis]
-    magnitudes = x.abs()
-    return (magnitudes.amax(others) if others else magnitudes).float().reshape(shape)
+    return _reduced(lambda x, axes: x.abs().amax(axes), x, axis)
+
+
+def range_of(x: Tensor, grid: Grid, axis: int | None) -> Tensor:
+    """The range of each group, in float32: the absmax or, of an unsigned grid, max(x, 0); of an
+    affine grid min(x, 0) and max(x, 0), stacked. max(x, 0) is NaN where min(x, 0) is not finite."""
+    if not grid.is_unsigned:
+        return absmax_of(x, axis)
+    low = _reduced(Tensor.amin, x, axis).clamp(max=0)
+    high = _reduced(Tensor.amax, x, axis).clamp(min=0).masked_fill(~low.isfinite(), torch.nan)
+    return torch.stack([low, high]) if grid.is_affine else high
 
 
 def average_(
-    running_absmax: Tensor, observed: Tensor | None, absmax: Tensor, averaging_constant: float
+    running_range: Tensor,
+    observed: Tensor | None,
+    batch: Tensor,
+    averaging_constant: float,
+    is_affine: bool = False,
 ) -> None:
-    """Moves the average, ``running_absmax / observed``, towards the batch's absmax. One that is NaN
-    begins with it; an absmax that is not finite changes nothing."""
-    known = running_absmax if observed is None else running_absmax / observed
-    averaged = torch.where(known.isnan(), absmax, known + averaging_constant * (absmax - known))
-    is_observation = absmax.isfinite()
-    running_absmax.copy_(torch.where(is_observation, averaged, running_absmax))
+    """Moves the average, ``running_range / observed``, towards the batch's range. One that is NaN
+    begins with it; a range that is not finite changes nothing."""
+    known = running_range if observed is None else running_range / observed
+    averaged = torch.where(known.isnan(), batch, known + averaging_constant * (batch - known))
+    is_observation = (batch[1] - batch[0] if is_affine else batch).isfinite()
+    running_range.copy_(torch.where(is_observation, averaged, running_range))
     if observed is not None:
         observed.masked_fill_(is_observation, 1.0)
 
 
-def _scale(absmax: Tensor, qmax: int) -> Tensor:
+def _signed(qmax: int) -> Grid:
+    return grid_of(qmax.bit_length() + 1)
+
+
+class _Levels:
+    """How the values of each group are rounded: y = clamp(rounded(x), low, high) * scale, and the
+    code is clamp(...) + zero."""
+
+    def __init__(self, range_: Tensor, grid: Grid) -> None:
+        if grid.is_affine:
+            low, high = range_[0].clamp(max=0), range_[1].clamp(min=0)  # so that it holds 0
+            self.scale = _scale(high - low, grid.divisor)
+            self.zero = (-low / self.scale).round().nan_to_num(nan=0.0)
+        else:
+            self.scale = _scale(range_, grid.divisor)
+            self.zero = torch.zeros_like(self.scale)
+        self.grid = grid
+        if grid.kind == ODD:  # elsewhere an infinite scale times the code 0 is NaN
+            self.scale = self.scale.masked_fill(self.scale.isinf(), torch.nan)
+        self.low, self.high = grid.code_min - self.zero, grid.code_max - self.zero
+
+    def rounded(self, x: Tensor, axis: int | None) -> Tensor:
+        quotient = x.float() / _along_axis(self.scale, x, axis)
+        if self.grid.kind != ODD:
+            return quotient.round()
+        return 2 * ((quotient + self.grid.code_max) / 2).round() - self.grid.code_max
+
+    def clamped(self, x: Tensor, axis: int | None) -> Tensor:
+        low, high = (_along_axis(end, x, axis) for end in (self.low, self.high))
+        return self.rounded(x, axis).clamp(low, high)
+
+    def is_clipped(self, x: Tensor, axis: int | None) -> Tensor:
+        rounded = self.rounded(x, axis)
+        low, high = (_along_axis(end, x, axis) for end in (self.low, self.high))
+        return (rounded < low) | (rounded > high)
+
+
+def _scale(width: Tensor, divisor: float) -> Tensor:
     # Divided by a tensor: on CUDA, PyTorch turns division by a number into multiplication by its
     # reciprocal. And maximum() keeps a NaN.
-    scale = absmax / torch.full_like(absmax, qmax)
+    scale = width / torch.full_like(width, divisor)
     return scale.maximum(torch.full_like(scale, FLT_MIN))
 
 
-def _rounded(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    return (x.float() / _along_axis(scale, x, axis)).round()
-
-
-def _fake_quantize(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
-    scale = _scale(absmax, qmax)
-    values = _rounded(x, scale, axis).clamp(-qmax, qmax) * _along_axis(scale, x, axis)
+def _fake_quantize(x: Tensor, range_: Tensor, grid: Grid, axis: int | None) -> Tensor:
+    levels = _Levels(range_, grid)
+    values = levels.clamped(x, axis) * _along_axis(levels.scale, x, axis)
     return torch.empty_like(x).copy_(values)
+
+
+def _mask(x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str) -> Tensor:
+    if masked == NOTHING:
+        return x.new_empty(0, dtype=torch.uint8)
+    if masked == NEGATIVE:
+        mask = x < 0
+    else:
+        mask = _Levels(range_, grid).is_clipped(x, axis)
+        if grid.kind == UNSIGNED:
+            mask |= x < 0
+    return pack(torch.empty_like(x, dtype=torch.bool).copy_(mask))
+
+
+def _reduced(reduce: Callable, x: Tensor, axis: int | None) -> Tensor:
+    """A value of each group, in float32; 0 for one without elements."""
+    shape = [] if axis is None else [x.shape[axis]]
+    if x.numel() == 0:
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    others = [d for d in range(x.dim()) if d != axis]
+    return (reduce(x, others) if others else reduce(x.unsqueeze(0), 0)).float().reshape(shape)
 
 
 def _along_axis(per_channel: Tensor, x: Tensor, axis: int | None) -> Tensor:

@@ -1,9 +1,11 @@
-"""The scale is the largest magnitude, taken anew at every call."""
+"""The scale comes from the largest magnitude, or range, taken anew at every call."""
 
 from typing import ClassVar
 
 from torch import Tensor
 
+from noisyq_fast.granularity import Axis
+from noisyq_fast.grid import SIGNED
 from noisyq_fast.ops import fake_quantize, quantize
 from noisyq_fast.quantizers.quantizer import Quantizer
 
@@ -14,7 +16,11 @@ class AbsMax(Quantizer):
     Args:
         bits: width of the codes, 2..8.
         axis: one scale for each index of this axis: 0 stands for the output channels of a weight
-            (a layer hands its weight over with these first). ``None``: one scale.
+            (a layer hands its weight over with these first). ``None``: one scale; ``"token"``: one
+            for each index of all axes but the last (of activations; in evaluation too).
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
+        group_size: one scale for each so many consecutive input channels (with all kernel
+            positions) of each output channel, as for `fake_quantize`.
 
     Example:
         >>> import torch, noisyq_fast
@@ -22,16 +28,29 @@ class AbsMax(Quantizer):
         >>> quantizer(torch.tensor([[0.1, -0.7, 0.26], [10.0, 5.2, -70.0]]))
         tensor([[  0.1000,  -0.7000,   0.3000],
                 [ 10.0000,  10.0000, -70.0000]])
+        >>> noisyq_fast.AbsMax(bits=4, group_size=32)
+        AbsMax(bits=4, group_size=32)
+        >>> noisyq_fast.AbsMax(bits=8, axis="token", grid="affine")
+        AbsMax(bits=8, axis='token', grid='affine')
     """
 
     KIND: ClassVar[int] = 1
 
-    def __init__(self, bits: int = 4, axis: int | None = 0) -> None:
-        super().__init__(bits, axis)
+    def __init__(
+        self,
+        bits: int = 4,
+        axis: Axis = 0,
+        grid: str = SIGNED,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__(bits, axis, grid, group_size)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.bits, self.axis)
+        return fake_quantize(
+            x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size
+        )
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes, int8, and the scales, float32, of ``x``, as from `quantize`."""
-        return quantize(x, self.bits, self.axis)
+    def codes(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The codes and the scales of ``x`` (and zero points of an affine grid), as from
+        `quantize`."""
+        return quantize(x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size)

@@ -1,4 +1,4 @@
-"""The scale of a batch is its own absmax in training, and a moving average of these otherwise."""
+"""The scale comes from a batch's own range in training, and from a moving average otherwise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from noisyq_fast import checks
 from noisyq_fast.backends.reference import average_
+from noisyq_fast.granularity import TOKEN
+from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.ops import fake_quantize, fake_quantize_ema
 from noisyq_fast.quantizers.quantizer import Quantizer
 
@@ -20,8 +22,9 @@ class MovingAbsMax(Quantizer):
     """`fake_quantize_ema` as a module: the quantizer of activations in arXiv 2303.11803.
 
     In training (`nn.Module.train`) the scale comes from the batch's own absmax, which also moves
-    the average. In evaluation it comes from the average, which stays. A forward that is run again
-    inside a backward (activation checkpointing) gives the same values and does not move it twice.
+    the average. In evaluation, and in training while it is ``frozen``, it comes from the average,
+    which stays. A forward that is run again inside a backward (activation checkpointing) gives the
+    same values and does not move it twice.
 
     Args:
         bits: width of the codes, 2..8.
@@ -29,13 +32,18 @@ class MovingAbsMax(Quantizer):
         ranges: how many there are: the size of that axis. Only with an ``axis``.
         averaging_constant: weight of a batch in the moving average, 0..1.
         ste: in evaluation, ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it
-            where a value is beyond the range.
+            where a value is beyond the range. In training nothing is, but see `fake_quantize` on
+            full and affine grids.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`. The
+            range is the absmax, of an unsigned grid max(x, 0), and of an affine one the pair of
+            min(x, 0) and max(x, 0).
 
     Attributes:
         running_absmax, observed: float32 buffers, ``[]`` or ``[ranges]``. The range is
             ``running_absmax / observed``: ``observed`` is 1 once a batch was seen and 0 before.
             Both are sums, so that an average of state dicts (of an EMA of models, say), some of
-            which have seen nothing yet, has the average range of the others.
+            which have seen nothing yet, has the average range of the others. Of an affine grid the
+            first is called ``running_range``, ``[2]`` or ``[2, ranges]``.
 
     Example:
         >>> import torch, noisyq_fast
@@ -50,8 +58,8 @@ class MovingAbsMax(Quantizer):
     """
 
     KIND: ClassVar[int] = 2
+    keeps_range: ClassVar[bool] = True
 
-    running_absmax: Tensor
     observed: Tensor
 
     def __init__(
@@ -62,67 +70,120 @@ class MovingAbsMax(Quantizer):
         averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
         ste: str = "identity",
         device: torch.device | str | None = None,
+        grid: str = SIGNED,
     ) -> None:
-        super().__init__(bits, axis)
+        if axis == TOKEN:
+            raise ValueError(
+                f"axis: got 'token', which keeps no range; use AbsMax({bits}, 'token')"
+            )
+        super().__init__(bits, axis, grid)
         checks.averaging_constant(averaging_constant)
         checks.ste(ste)
         if (axis is None) != (ranges is None):
             raise ValueError(f"ranges: got {ranges} with axis {axis}, takes both or none")
         self.averaging_constant = averaging_constant
         self.ste = ste
-        self.absmax_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
+        self.range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
         shape = [] if ranges is None else [ranges]
-        for name in ("running_absmax", "observed"):
+        running = "running_range" if self.grid.is_affine else "running_absmax"
+        shapes = {running: [2, *shape] if self.grid.is_affine else shape, "observed": shape}
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
 
     @property
+    def running(self) -> Tensor:
+        """The buffer with the moving average, times ``observed``."""
+        return self.running_range if self.grid_kind == AFFINE else self.running_absmax
+
+    @property
     def range(self) -> Tensor:
-        """The largest magnitude that is not clipped; NaN where no batch was seen in training."""
-        return self.running_absmax / self.observed
+        """The largest magnitude that is not clipped (on an affine grid the least and the largest
+        value, stacked); NaN where no batch was seen in training."""
+        return self.running / self.observed
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        if self.running_absmax.is_meta and not x.is_meta:  # like the weight at the conversion
+        if self.observed.is_meta and not x.is_meta:  # like the weight at the conversion
             self.to_empty(device=x.device)
-        if not self.training:
+        if self.frozen or not self.training:
             return fake_quantize_ema(
                 x,
-                self.running_absmax,
+                self.running,
                 self.bits,
                 self.axis,
                 training=False,
                 ste=self.ste,
                 observed=self.observed,
+                grid=self.grid_kind,
             )
+        # With its own range nothing is clipped on a signed grid.
+        ste = "identity" if self.grid_kind == SIGNED else self.ste
+        options = {"grid": self.grid_kind, "ste": ste}
         again = in_backward()
-        absmax = self.absmax_of_ranks and self.absmax_of_ranks(x, self.axis)
-        if absmax is not None:
+        batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
+        if batch is not None:
             if not again:
-                average_(self.running_absmax, self.observed, absmax, self.averaging_constant)
-            return fake_quantize_ema(x, absmax, self.bits, self.axis, training=False)
+                average_(
+                    self.running,
+                    self.observed,
+                    batch,
+                    self.averaging_constant,
+                    self.grid.is_affine,
+                )
+            return fake_quantize_ema(x, batch, self.bits, self.axis, training=False, **options)
         if again:
-            return fake_quantize(x, self.bits, self.axis)
+            return fake_quantize(x, self.bits, self.axis, **options)
         return fake_quantize_ema(
             x,
-            self.running_absmax,
+            self.running,
             self.bits,
             self.axis,
             self.averaging_constant,
             observed=self.observed,
+            **options,
         )
 
     @torch.no_grad()
-    def set_range(self, absmax: Tensor | float) -> None:
-        """Sets the range, as if a batch with this absmax had been the only one."""
-        self.running_absmax.copy_(torch.as_tensor(absmax))
+    def set_range(self, *ends: Tensor | float) -> None:
+        """Sets the range, as if a batch with this one had been the only one: an absmax or, on an
+        affine grid, the least and the largest value."""
+        ends = tuple(torch.as_tensor(end) for end in ends)
+        if len(ends) != (2 if self.grid_kind == AFFINE else 1):
+            takes = "low and high" if self.grid_kind == AFFINE else "one"
+            raise ValueError(
+                f"set_range: got {len(ends)} values on the {self.grid_kind} grid, takes {takes}"
+            )
+        of_ends = self.running if self.grid_kind == AFFINE else [self.running]
+        for running, end in zip(of_ends, ends, strict=True):
+            running.copy_(end)
         self.observed.fill_(1)
 
     @torch.no_grad()
     def reset(self) -> None:
-        self.running_absmax.zero_()
+        self.running.zero_()
         self.observed.zero_()
 
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.grid.is_unsigned:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            if self.grid_kind == UNSIGNED:
+                if (low < 0).any():
+                    self.warn_of_negatives()
+                low = torch.zeros_like(low)
+            return low, high
+        absmax = torch.maximum(-low, high)
+        return -absmax, absmax
+
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        ends = (low, high) if self.grid.is_affine else (high,)
+        self.set_range(*(end.reshape(self.observed.shape) for end in ends))
+
+    def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        range_ = torch.stack([low, high]) if self.grid.is_affine else high
+        return fake_quantize_ema(x, range_, self.bits, axis=0, training=False, grid=self.grid_kind)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}"
+        frozen = ", frozen" if self.frozen else ""
+        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}{frozen}"
 
 
 def in_backward() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -10,11 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks
+from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
+from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_kind
 
 _STATE_FORMAT = 1
 # Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts
 # that are rounded down to bytes.
 _STATE_STEP = 4
+# A byte holds such numbers below 64. Larger ones, the sizes of groups, are written in digits.
+_STATE_BASE = 64
+_STATE_DIGITS = 3
+_BATCHES_LOOKED_AT = 2
 
 
 class _OfFloatModel(str):
@@ -37,38 +45,70 @@ def _keep_off_fast_paths(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
 class Quantizer(nn.Module):
     """Fake-quantizes a tensor: rounds it to the values that ``bits`` bits can tell apart.
 
-    A subclass defines `fake_quantize`, and `reset` if it keeps a state.
+    A subclass defines `fake_quantize`, and `reset` if it keeps a state. One that keeps a range sets
+    ``keeps_range``, holds the range still where it is ``frozen``, and defines what calibration asks
+    for: `bounds`, `set_bounds` and `fake_quantize_within`.
 
     Args:
         bits: width of the codes, 2..8.
-        axis: one scale for each index of this axis; ``None``: one scale.
+        axis: one scale for each index of this axis; ``None``: one scale; ``"token"``: one for each
+            index of all axes but the last.
+        grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
+        group_size: one scale for each so many input channels, as for `fake_quantize`.
 
     Attributes:
+        grid: the `Grid`.
         enabled: ``False`` passes tensors on as they are.
+        frozen: whether the range stays as it is in training too, and gives the scale there.
         name: where the quantizer is in a model, for error messages; `quantize_model_` sets it.
     """
 
     KIND: ClassVar[int] = 0
     """A number that tells the subclass in a state dict; 0 for those outside this package."""
+    keeps_range: ClassVar[bool] = False
+    """Whether it has a range that is calibrated, frozen and reset."""
+    frozen: bool = False  # not in the state dict, like the training mode
 
-    def __init__(self, bits: int = 4, axis: int | None = None) -> None:
+    grid_kind: str = SIGNED
+    group_size: int | None = None
+    _left_to_look_at: int = 0
+
+    def __init__(
+        self,
+        bits: int = 4,
+        axis: Axis = None,
+        grid: str = SIGNED,
+        group_size: int | None = None,
+    ) -> None:
         super().__init__()
         checks.integers(bits=bits)
         checks.width(bits=bits)
-        checks.axis_type(axis)
+        if axis != TOKEN:
+            checks.axis_type(axis)
+        check_kind(grid)
+        check_group_size(group_size)
         self.bits = bits
         self.axis = axis
+        self.grid_kind = grid
+        self.group_size = group_size
+        self._left_to_look_at = _BATCHES_LOOKED_AT if grid == UNSIGNED else 0
         self.enabled = True
         self.name = ""
         # Under a number of its own: those that PyTorch gives, from 0, start anew in a process that
         # loads a pickled model.
         self._forward_pre_hooks[-1] = _keep_off_fast_paths
 
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.grid_kind)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
         try:
             checks.padded(x)
+            if self._left_to_look_at and self.training:
+                self._look_for_negatives(x)
             return self.fake_quantize(x)
         except (TypeError, ValueError) as error:
             if not self.name:
@@ -78,6 +118,27 @@ class Quantizer(nn.Module):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``x`` quantized, in its shape, dtype and memory format; differentiable."""
         raise NotImplementedError
+
+    def _look_for_negatives(self, x: Tensor) -> None:
+        """Warns of values that an unsigned grid makes 0: in the first batches in training only, as
+        to ask reads ``x`` once more and waits for a GPU."""
+        if torch.compiler.is_compiling() or not checks.is_plain(x):
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._left_to_look_at -= 1
+        if (x < 0).any():
+            self.warn_of_negatives()
+
+    def warn_of_negatives(self) -> None:
+        """Once, that the unsigned grid loses what it gets."""
+        self._left_to_look_at = 0
+        warnings.warn(
+            f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid "
+            "makes 0, without a gradient; use the signed or the affine grid here, such as with "
+            "overrides={...: {'activation_grid': 'affine'}}",
+            stacklevel=2,
+        )
 
     def reset(self) -> None:
         """Forgets what the quantizer has seen or learned."""
@@ -92,12 +153,55 @@ class Quantizer(nn.Module):
         checks.integers(**bits)
         checks.width(**bits)
         quantizer = copy.deepcopy(self)
-        vars(quantizer).update(changes)
+        vars(quantizer).update({"frozen": False} | changes)
+        quantizer._left_to_look_at = _BATCHES_LOOKED_AT if self.grid_kind == UNSIGNED else 0
         quantizer.reset()
         return quantizer
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, axis={self.axis}"
+        axis = f"group_size={self.group_size}" if self.group_size else f"axis={self.axis!r}"
+        grid = "" if self.grid_kind == SIGNED else f", grid={self.grid_kind!r}"
+        return f"bits={self.bits}, {axis}{grid}"
+
+    def width(self) -> str:
+        """Bits, and what is special about grid and groups: such as "4 affine group 32"."""
+        parts = [str(self.bits), *([] if self.grid_kind == SIGNED else [self.grid_kind])]
+        if by_group(self.axis, self.group_size):
+            parts.append(f"group {self.group_size}" if self.group_size else TOKEN)
+        return " ".join(parts)
+
+    # What a summary tells, and what calibration asks for.
+
+    @property
+    def form(self) -> str:
+        """Such as "signed channel": its grid, and what has a scale of its own."""
+        grid = self.grid_kind if self.KIND else type(self).__name__
+        if self.group_size:
+            return f"{grid} group {self.group_size}"
+        named = {None: "tensor", TOKEN: TOKEN}
+        return f"{grid} {named.get(self.axis, 'channel')}"
+
+    def scales(self, x: Tensor) -> int:
+        """How many scales a tensor has."""
+        if by_group(self.axis, self.group_size):
+            return math.prod(Groups(x.detach(), self.axis, self.group_size).shape)
+        return 1 if self.axis is None else x.shape[self.axis]
+
+    def by_range(self, x: Tensor) -> Tensor:
+        """The values of a tensor as ``[ranges, values]``."""
+        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends, float32 ``[ranges]``, of the smallest range that holds ``low`` and ``high``."""
+        raise NotImplementedError
+
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        """Sets the range to ends that are as from `bounds`, or these made smaller by a factor."""
+        raise NotImplementedError
+
+    def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """``x``, float32 ``[ranges, values]``, quantized as with this range; nothing is kept."""
+        raise NotImplementedError
 
     # The state. Buffers are statistics: they stay float32 when the model's weights become bfloat16.
 
@@ -112,13 +216,21 @@ class Quantizer(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Format, kind and bits, so that a checkpoint is not read at other bits. A tensor, because
-        some tools take nothing else in a state dict."""
-        state = [_STATE_STEP * value + _STATE_STEP // 2 for value in self._state()]
-        return torch.tensor(state, dtype=torch.uint8, device="cpu")
+        """Format, kind, bits and grid, so that a checkpoint is not read at others. A tensor,
+        because some tools take nothing else in a state dict."""
+        return _encoded(self._state())
+
+    def state_on_signed_grid(self) -> Tensor:
+        """The extra state as it was when there was no other grid."""
+        return _encoded([_STATE_FORMAT, self.KIND, self.bits])
 
     def _state(self) -> list[int]:
-        return [_STATE_FORMAT, self.KIND, self.bits]
+        state = [_STATE_FORMAT, self.KIND, self.bits]
+        if self.grid_kind == SIGNED and not by_group(self.axis, self.group_size):
+            return state
+        size = self.group_size or 0
+        digits = [size // _STATE_BASE**i % _STATE_BASE for i in range(_STATE_DIGITS)]
+        return [*state, KINDS.index(self.grid_kind), int(self.axis == TOKEN), *digits]
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to set: `_load_from_state_dict` compares."""
@@ -157,17 +269,40 @@ class Quantizer(nn.Module):
         """What a saved extra state has that this quantizer has not; empty if it is the same."""
         own = self._state()
         there = saved
-        if isinstance(saved, Tensor) and saved.numel() == len(own):
+        if isinstance(saved, Tensor):
             there = [int(value // _STATE_STEP) for value in saved.flatten().tolist()]
         if there == own:
             return ""
-        if isinstance(there, list) and there[:2] == own[:2]:
-            return (
-                f"the checkpoint has {there[2]} bits, the model {self.bits}; convert the model "
-                "with the bits of the checkpoint"
-            )
+        if isinstance(there, list) and there[:2] == own[:2] and len(there) > 2:
+            if there[3:] == own[3:]:
+                return (
+                    f"the checkpoint has {there[2]} bits, the model {self.bits}; convert the model "
+                    "with the bits of the checkpoint"
+                )
+            had, has = _described(there), _described(own)
+            if had and has:
+                return (
+                    f"the checkpoint has {had}, the model {has}; convert the model with the bits "
+                    "and the grid of the checkpoint"
+                )
         return (
             f"the checkpoint has another kind of quantizer ({there}), the model a "
             f"{type(self).__name__} with {self.bits} bits ({own}); convert the model as it was "
             "when the checkpoint was written"
         )
+
+
+def _encoded(state: list[int]) -> Tensor:
+    values = [_STATE_STEP * value + _STATE_STEP // 2 for value in state]
+    return torch.tensor(values, dtype=torch.uint8, device="cpu")
+
+
+def _described(state: list[int]) -> str | None:
+    """Bits, grid and groups in words; None for a state that this version does not write."""
+    _, _, bits, *rest = state
+    kind, is_token, *digits = rest or [0, 0, *[0] * _STATE_DIGITS]
+    if len(digits) != _STATE_DIGITS or kind >= len(KINDS):
+        return None
+    size = sum(digit * _STATE_BASE**i for i, digit in enumerate(digits))
+    groups = f" for groups of {size}" if size else " for tokens" if is_token else ""
+    return f"{bits} bits on the {KINDS[kind]} grid{groups}"

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import cost
 from experiments.methods.quant import Quant
 from experiments.models import (
     AU_NORMS,
@@ -14,7 +13,7 @@ from experiments.models import (
     SharedHead,
     SmallEncoder,
 )
-from noisyq_fast import fake_quantize, fake_quantize_ema, quantize_model_
+from noisyq_fast import fake_quantize, fake_quantize_ema, quantize_model_, summary
 
 FEATURES, AUS, WIDTH = 10, 3, 64
 HEADS = ["shared head", *AU_NORMS]
@@ -47,6 +46,10 @@ def train(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, to
     return y.detach(), dict(zip(["x", *names], gradients, strict=True))
 
 
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -66,10 +69,10 @@ def test_small_encoder_is_eight_convolutions_and_a_maximum():
     assert [(m.in_channels, m.out_channels) for m in convolutions] == sizes
     # Nine weights a filter and channel, two numbers a channel for its norm.
     expected = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs in sizes)
-    assert cost.parameters(encoder) == expected
+    assert parameters(encoder) == expected
     pixels = [32**2] * 2 + [16**2] * 2 + [8**2] * 2 + [4**2] * 2
     expected = sum(9 * i * o * n for (i, o), n in zip(sizes, pixels, strict=True))
-    assert cost.macs(encoder, torch.zeros(1, 3, 64, 64)) == expected
+    assert summary(encoder, torch.zeros(1, 3, 64, 64)).macs == expected
     seen = []
     encoder.stage4.register_forward_hook(lambda _module, _args, out: seen.append(out))
     y = encoder(torch.randn(2, 3, 64, 64))
@@ -93,7 +96,7 @@ def test_shared_head_is_two_hidden_layers():
     assert [type(layer) for layer in model] == kinds
     # Two layers of 64 with bias and a norm each, and the logits.
     expected = FEATURES * 64 + 3 * 64 + 64 * 64 + 3 * 64 + 64 * AUS + AUS
-    assert cost.parameters(model) == expected
+    assert parameters(model) == expected
 
 
 class OneByOne(nn.Module):

@@ -7,6 +7,7 @@ from experiments import methods, run
 from experiments.losses import CrossEntropy, Loss
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.label_smoothing import LabelSmoothing
+from experiments.methods.quant import Quant
 from experiments.methods.weight_decay import WeightDecay
 from experiments.models import ResNet20
 from experiments.models.layers import decayed
@@ -32,6 +33,13 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "mixup": "mixup1",
         "co_teaching": "co-teaching",
         "sam": "sam0.05",
+        "swa": "swa0.84",
+        "snapshot": "snapshot5",
+        "train_longer": "train-longer128",
+        "mutual_learning": "mutual-learning",
+        "defensive": "defensive0.0003",
+        "noisy_student": "noisy-student3",
+        "qkd": "qkd",
     }
 
 
@@ -46,6 +54,37 @@ def test_quant_sets_the_widths_asked_for_and_8_bits_at_both_ends():
         if hasattr(layer, "weight_bits")
     ]
     assert widths == [(8, 8)] + [(3, 5)] * 18 + [(8, 8)]
+
+
+GRIDS = ["--activation-grid", "unsigned", "--activation-bits", "3", "--weight-grid", "full"]
+
+
+def test_quant_sets_the_grids_asked_for():
+    (quant,) = run.parse(["--method", "quant", *GRIDS]).methods.values()
+    model = quant.network(ResNet20())
+    layers = [layer for layer in model.modules() if hasattr(layer, "weight_bits")]
+    widths = [layer.widths() for layer in layers]
+    assert widths == ["W8 full/A8"] + ["W4 full/A3 unsigned"] * 18 + ["W8 full/A8 unsigned"]
+    options = {"weight_bits": 4, "activation_bits": 3}
+    grids = {"weight_grid": "full", "activation_grid": "unsigned"}
+    assert quant.evaluation_options() == options | grids
+
+
+def test_the_grids_of_before_are_in_no_name_and_in_no_file_of_weights():
+    config = run.parse(["--method", "quant"])
+    given = run.parse(["--method", "quant", "--activation-grid", "signed"])
+    assert config.identity() == given.identity()
+    assert not any("grid" in name for name in config.identity())
+    assert config.methods["quant"].evaluation_options() == {"weight_bits": 4, "activation_bits": 4}
+    other = run.parse(["--method", "quant", *GRIDS])
+    assert other.flat()["activation_grid"] == "unsigned"
+    assert other.label == "quant-w4a3-unsigned-full-weights"
+    assert run.parse(["--method", "quant", *GRIDS[:4]]).label == "quant-w4a3-unsigned"
+
+
+def test_an_unknown_grid_is_refused():
+    with pytest.raises(ValueError, match="--weight-grid: got odd, takes one of signed, full, unsi"):
+        Quant(weight_grid="odd")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])

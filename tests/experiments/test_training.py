@@ -18,6 +18,12 @@ EXCHANGED = [
     "--method mixup --weight-bits 4",
     "--method co_teaching --loss elr --prune 0.5 --patience 2",
     "--method sam --loss elr --weight-bits 4 --dropout 0.1",
+    "--method swa --swa-start 0.5 --weight-bits 4 --patience 2",
+    "--method snapshot --snapshots 2 --weight-bits 4",
+    "--method train_longer --ghost-batch 8 --weight-bits 4 --loss elr",
+    "--method mutual_learning --weight-bits 4 --prune 0.5",
+    "--method noisy_student --students 1 --weight-bits 4 --dropout 0.1 --loss elr",
+    "--method qkd --weight-bits 4",
 ]
 
 
@@ -283,6 +289,12 @@ def test_compiled_run_is_close_to_the_plain_one():
         ("--loss gce --gce-threshold 0.5", (7, 4)),  # chooses what it keeps before 3 epochs
         ("--method co_teaching", (8, 8)),
         ("--method sam", (8, 8)),
+        ("--method swa --swa-start 0.5", (7, 4)),  # measures statistics after 3 epochs
+        ("--method snapshot", (4, 4)),
+        ("--method train_longer --ghost-batch 8", (16, 16)),
+        ("--method mutual_learning", (8, 8)),
+        ("--method noisy_student", (7, 4)),  # three teachers
+        ("--method qkd", (8, 7)),  # in the last epoch the teacher learns no more
     ],
 )
 def test_passes_of_a_sample_are_counted(arguments, passes):
