@@ -90,7 +90,7 @@ class Students(Procedure):
         self.starts = phases(epochs, [1] * min(options.students + 1, epochs))
         self.targets: Tensor | None = None
 
-    def rate(self, epoch: int, step: int) -> float:
+    def schedule(self, epoch: int, step: int) -> float:
         config = self.parts.config
         number = bisect_right(self.starts, epoch) - 1
         start, end = [*self.starts, config.epochs][number : number + 2]

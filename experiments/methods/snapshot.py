@@ -68,7 +68,7 @@ class SnapshotEnsemble(Procedure):
         self.used = used
         self.snapshots: list[dict[str, Tensor]] = []
 
-    def rate(self, epoch: int, step: int) -> float:
+    def schedule(self, epoch: int, step: int) -> float:
         steps = len(self.parts.sizes)
         starts = [start * steps for start in self.starts]
         return cyclic_cosine(epoch * steps + step, starts, self.parts.config.epochs * steps)

@@ -59,7 +59,7 @@ class Averaging(Procedure):
         self.lr = lr
         self.other: dict[str, Tensor] | None = None
 
-    def rate(self, epoch: int, step: int) -> float:
+    def schedule(self, epoch: int, step: int) -> float:
         return swa_rate(epoch, self.start, self.lr)
 
     def begin_epoch(self, epoch: int) -> Passes:

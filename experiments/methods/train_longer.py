@@ -66,8 +66,8 @@ class LargeBatches(Procedure):
         self.ghost_size = ghost_size
         self.clip_norm = clip_norm
 
-    def rate(self, epoch: int, step: int) -> float:
-        return self.factor * super().rate(epoch, step)
+    def schedule(self, epoch: int, step: int) -> float:
+        return self.factor * super().schedule(epoch, step)
 
     def step(self, batch: Batch) -> StepResult:
         self.optimizers[0].zero_grad()

@@ -139,7 +139,7 @@ class Trainer:
         if any(replaced):
             self.procedure.prepare()
         before = self.procedure.begin_epoch(epoch)
-        factor = self.procedure.rate(epoch, step=0)
+        factor = self.procedure.schedule(epoch, step=0)
         self._set_rate(factor)
         self._set_decay(factor)
         if any(replaced) or self.decay or self.procedure.CHANGES:
@@ -177,11 +177,11 @@ class Trainer:
         sizes = self.parts.sizes * rounds
         losses = torch.zeros(len(sizes), device=self.device)
         self.procedure.networks.train()
-        factor = self.procedure.rate(epoch, step=0)
+        factor = self.procedure.schedule(epoch, step=0)
         for step, (size, samples, batch) in enumerate(self.parts.batches(epoch, rounds)):
             if step % (len(sizes) // rounds) == 0:
                 predicted = None  # the last round counts
-            if (now := self.procedure.rate(epoch, step)) != factor:
+            if (now := self.procedure.schedule(epoch, step)) != factor:
                 factor = now
                 self._set_rate(factor)
             share = len(samples) / size
@@ -225,7 +225,7 @@ class Trainer:
         require_finite(numbers.items(), where)
 
     def _where(self, epoch: int, step: int | None = None) -> str:
-        rate = self.config.lr * self.procedure.rate(epoch - 1, (step or 1) - 1)
+        rate = self.config.lr * self.procedure.schedule(epoch - 1, (step or 1) - 1)
         saved = f"epoch {epoch - 1}" if epoch > 1 else "none yet"
         where = f"in epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
         return f"{where}, at learning rate {rate:g}; last checkpoint: {saved}"

@@ -188,7 +188,7 @@ class Procedure:
             count += loss.begin_epoch(epoch, self.parts.config.epochs, trained)
         return Passes(count, 0)
 
-    def rate(self, epoch: int, step: int) -> float:
+    def schedule(self, epoch: int, step: int) -> float:
         """The factor of the first learning rate in a step of `epoch`, both counted from 0."""
         return SCHEDULES[self.parts.config.schedule](epoch, self.parts.config.epochs)
 
