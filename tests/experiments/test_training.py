@@ -152,6 +152,31 @@ def test_held_out_samples_are_as_noisy_as_the_others():
     assert wrong[run.task.held_out].mean() == pytest.approx(0.36, abs=0.05)
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "instance"])
+def test_noise_over_all_gives_subsets_that_hold_each_other_the_same_wrong_labels(kind):
+    small, large, whole = (
+        trainer(f"--noise-over all --noise-kind {kind}", train_size=size).task
+        for size in (50, 100, None)
+    )
+    for part, more in ((small, large), (large, whole)):
+        there = {index: n for n, index in enumerate(more.dataset.train_indices.tolist())}
+        among = [there[index] for index in part.dataset.train_indices.tolist()]
+        assert torch.equal(part.train_images, more.train_images[among])
+        for name in ("true", "given", "flipped"):
+            assert torch.equal(getattr(part.noisy, name), getattr(more.noisy, name)[among]), name
+        assert part.noisy.flipped.any()
+        redrawn = set(more.noisy.redrawn.tolist())
+        assert part.noisy.redrawn.tolist() == [n for n, i in enumerate(among) if i in redrawn]
+
+
+def test_noise_over_the_subset_is_that_of_before():
+    before = trainer(noise=0.4, train_size=100)
+    assert before.task.noisy.redrawn.numel() == 40
+    assert "noise_over" not in before.config.identity()
+    config = trainer("--noise-over all", train_size=100).config
+    assert config.identity()["noise_over"] == "all"
+
+
 def test_share_that_holds_out_nothing_or_everything_is_refused():
     for share in (0.001, 0.999):
         with pytest.raises(ValueError, match=r"--validation: got 0\.\d+, which holds out (0|256)"):
