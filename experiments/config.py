@@ -207,6 +207,10 @@ class RunConfig:
         self._check_baseline(on)
         self._check_loss(on)
         methods.check_together(on, self.task.LABELS, self.dataset)
+        for name, method in on.items():
+            if self.epochs and self.epochs < method.LEAST_EPOCHS:
+                takes = f"at least {method.LEAST_EPOCHS} with {name}, one for each of its phases"
+                raise ValueError(f"--epochs: got {self.epochs}, takes {takes}")
         if self.epochs == 0 and self.weights is None:
             raise ValueError("--epochs: got 0 without --weights, which it would evaluate")
         stops = self.task_options.SELECTS_EPOCH or "early_stopping" in on
@@ -262,7 +266,13 @@ class RunConfig:
     @property
     def recipe(self) -> tasks.Recipe:
         """What suits the data set and the network."""
-        return self.task_options.recipe(self)
+        return self._recipe(self.task_options)
+
+    def _recipe(self, options: tasks.TaskOptions) -> tasks.Recipe:
+        recipe = options.recipe(self)
+        for method in self.methods.values():
+            recipe = method.recipe(recipe)
+        return recipe
 
     @property
     def methods(self) -> dict[str, methods.Method]:
@@ -284,7 +294,7 @@ class RunConfig:
             raise ValueError("--cuda-graph: got a machine without a GPU, takes one with")
         on = self.methods
         options = self.task_options.resolved(self, gpu=device == "cuda")
-        suits = options.recipe(self)
+        suits = self._recipe(options)
         epochs = suits.epochs if self.epochs is None else self.epochs
         if options.SELECTS_EPOCH:
             # Trains to the end, unless told otherwise, and goes back to the best epoch.

@@ -33,6 +33,13 @@ class Loss(nn.Module):
         return 0
 
 
+def imitation(logits: Tensor, others: Tensor, temperature: float = 1.0) -> Tensor:
+    """`T^2 KL(softmax(others / T) || softmax(logits / T))`, the mean over the batch. No gradient
+    goes to the logits of the other network."""
+    own, other = ((z / temperature).log_softmax(1) for z in (logits, others.detach()))
+    return temperature**2 * F.kl_div(own, other, log_target=True, reduction="batchmean")
+
+
 class CrossEntropy(Loss):
     """Of classes, or of probabilities of them."""
 

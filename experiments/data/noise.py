@@ -3,6 +3,8 @@
 For one seed, each kind's noise at a higher rate adds to its noise at a lower one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +28,14 @@ class NoisyLabels:
     def flipped(self) -> Tensor:
         """Where the given label is wrong; a re-drawn label can be right by chance."""
         return self.given != self.true
+
+    def of(self, samples: Tensor) -> NoisyLabels:
+        """The labels of these samples only, in their order."""
+        is_redrawn = torch.zeros_like(self.true, dtype=torch.bool)
+        is_redrawn[self.redrawn] = True
+        return NoisyLabels(
+            self.true[samples], self.given[samples], is_redrawn[samples].nonzero().flatten()
+        )
 
 
 NoiseKind = Callable[[Dataset, float, int], NoisyLabels]

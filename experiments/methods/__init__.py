@@ -8,6 +8,7 @@ import tyro
 
 from experiments.checks import flag
 from experiments.methods.co_teaching import CoTeaching
+from experiments.methods.defensive import Defensive
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.elr import ELR
@@ -15,10 +16,16 @@ from experiments.methods.gce import GCE
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
+from experiments.methods.mutual_learning import MutualLearning
+from experiments.methods.noisy_student import NoisyStudent
 from experiments.methods.prune import Prune
+from experiments.methods.qkd import QKD
 from experiments.methods.quant import Quant
 from experiments.methods.sam import SAM
 from experiments.methods.sce import SCE
+from experiments.methods.snapshot import Snapshot
+from experiments.methods.swa import SWA
+from experiments.methods.train_longer import TrainLonger
 from experiments.methods.weight_decay import WeightDecay
 
 __all__ = [
@@ -50,6 +57,13 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "co_teaching": CoTeaching,
     "sam": SAM,
+    "swa": SWA,
+    "snapshot": Snapshot,
+    "train_longer": TrainLonger,
+    "mutual_learning": MutualLearning,
+    "defensive": Defensive,
+    "noisy_student": NoisyStudent,
+    "qkd": QKD,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""

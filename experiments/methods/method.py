@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from experiments.losses import Loss
 
 if TYPE_CHECKING:
-    from experiments.tasks import Task
+    from experiments.tasks import Recipe, Task
     from experiments.training.procedure import Parts, Procedure
 
 
@@ -40,6 +40,9 @@ class Method:
     LABELS: ClassVar[frozenset[str]] = frozenset({"classes", "answers"})
     """The kinds of labels that it can learn from: see `Task.LABELS`."""
 
+    LEAST_EPOCHS: ClassVar[int] = 1
+    """One for each phase of the training."""
+
     @property
     def on(self) -> bool:
         """Whether an option that turns the method on was given."""
@@ -64,6 +67,10 @@ class Method:
     def label(self) -> str:
         """The method and its main options, short, for names of runs."""
         raise NotImplementedError
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """Changes the defaults of a run."""
+        return recipe
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         """Changes the freshly initialised network. `example` is an input batch of one image."""

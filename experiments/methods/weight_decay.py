@@ -1,7 +1,7 @@
 """Weight decay, decoupled (Loshchilov & Hutter 2017, arXiv 1711.05101) or in the loss."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class WeightDecay(Method):
     def label(self) -> str:
         in_loss = "-in-loss" if self.weight_decay_form == "loss" else ""
         return f"weight-decay{self.weight_decay:g}{in_loss}"
+
+    def recipe(self, recipe: Any) -> Any:
+        return replace(recipe, weight_decay=0.0)
 
     def optimizer_options(self) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay} if self.weight_decay_form == "decoupled" else {}

@@ -190,6 +190,10 @@ def _read(name: str, data_dir: Path | None, download: bool, train_size: int | No
 def noisy_labels(config: RunConfig, dataset: Dataset) -> NoisyLabels:
     """The training labels of the run."""
     if config.noise_kind in NOISE_KINDS:
-        return NOISE_KINDS[config.noise_kind](dataset, config.noise, config.noise_seed)
+        over = dataset
+        if config.task_options.noise_over == "all":
+            over = _read(config.dataset, config.data_dir, config.download, None)
+        noisy = NOISE_KINDS[config.noise_kind](over, config.noise, config.noise_seed)
+        return noisy if over is dataset else noisy.of(dataset.train_indices)
     path = cifar10n.find(config.data_dir, config.download)
     return cifar10n.human(config.noise_kind, path, dataset)

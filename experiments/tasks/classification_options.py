@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from tyro.extras import literal_type_from_choices
 
@@ -19,6 +19,7 @@ from experiments.tasks.options import Recipe, TaskOptions
 if TYPE_CHECKING:
     from experiments.config import RunConfig
 
+NoiseOver = Literal["subset", "all"]
 _RECIPE = Recipe(
     epochs=200, batch_size=128, lr=1e-3, schedule="steps", noise=0.4, noise_kind="symmetric"
 )
@@ -30,14 +31,20 @@ class ClassificationOptions(TaskOptions):
 
     DATASETS: ClassVar[tuple[str, ...]] = tuple(DATASETS)
     NOISE_KINDS: ClassVar[tuple[str, ...]] = (*NOISE_KINDS, *HUMAN_LABELS)
-    LEGACY: ClassVar[Mapping[str, Any]] = {"model": "resnet20"}
+    LEGACY: ClassVar[Mapping[str, Any]] = {"model": "resnet20", "noise_over": "subset"}
 
     model: literal_type_from_choices(MODELS) | None = None
     """Images with a class: the network. resnet20: 0.27 million parameters. resnet18_cifar: 11
     million, which fit wrong labels in fewer epochs, at 14 times the computation. If not given:
     resnet20."""
 
+    noise_over: NoiseOver = "subset"
+    """Images with a class: what noise is drawn over. subset: the images of --train-size. all: all
+    training images, so that a larger --train-size holds a smaller one with the same wrong labels,
+    as human labels always do; the share of noise in a subset is then that of all but for chance."""
+
     def __post_init__(self) -> None:
+        require_choice("noise_over", self.noise_over, get_args(NoiseOver))
         if self.model is not None:
             require_choice("model", self.model, tuple(MODELS))
 

@@ -13,14 +13,13 @@ from tqdm import tqdm
 import noisyq_fast
 from experiments.config import RunConfig
 from experiments.reporting.reading import POSITIVE
-from experiments.seeds import ORDER, STEPS, mixed
+from experiments.seeds import STEPS, mixed
 from experiments.tasks import Part, Task
 from experiments.training import data_parallel
 from experiments.training.cuda_graph import GraphedStep
 from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
 from experiments.training.history import EpochMetrics, read_history
 from experiments.training.procedure import Batch, Parts, Passes, Procedure
-from experiments.training.schedules import SCHEDULES
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
 _AT_THE_END = "at the end of the training"
@@ -42,22 +41,20 @@ class Trainer:
         self.passes = Passes(0, 0)
         self.stopped = False
 
-        count = task.count("trained")
-        smallest = batch_sizes(count, config.batch_size)[-1]
+        self.parts = Parts(config, task, device, self.methods)
+        smallest = self.parts.sizes[-1]
         if smallest < data_parallel.size():
             raise ValueError(
                 f"--batch-size: got {config.batch_size}, which leaves {smallest} of "
-                f"{count} images to the last batch of an epoch; takes a size that "
+                f"{task.count('trained')} images to the last batch of an epoch; takes a size that "
                 f"leaves one for each of {data_parallel.size()} processes"
             )
-        self.parts = Parts(config, task, device, self.methods)
         exchanged = [method.procedure(self.parts) for method in self.methods.values()]
         self.procedure = next(filter(None, exchanged), None) or Procedure(self.parts)
         self.states: list[dict[str, dict[str, Any]]] = [
             {name: {} for name in self.methods} for _ in self.procedure.networks
         ]
-        # The recipe's falls with the rate.
-        self.decay = 0.0 if "weight_decay" in self.methods else config.recipe.weight_decay
+        self.decay = config.recipe.weight_decay  # falls with the rate
         self._record_step()
 
     @property
@@ -91,6 +88,9 @@ class Trainer:
                     parameters["lr"].fill_(self.config.lr * factor)
                 else:
                     parameters["lr"] = self.config.lr * factor
+
+    def _set_decay(self, factor: float) -> None:
+        for optimizer in self.procedure.optimizers:
             if self.decay:
                 optimizer.param_groups[0]["weight_decay"] = self.decay * factor
 
@@ -105,7 +105,7 @@ class Trainer:
     def epochs(self) -> Iterator[EpochMetrics]:
         """Trains on, and gives the metrics of each epoch as soon as it is over."""
         epochs = self.config.epochs
-        images = self.task.count("trained")
+        images = self.task.count("trained") * self.procedure.rounds
         with tqdm(
             total=epochs * images,
             initial=len(self.history) * images,
@@ -139,13 +139,15 @@ class Trainer:
         if any(replaced):
             self.procedure.prepare()
         before = self.procedure.begin_epoch(epoch)
-        factor = self._factor(epoch)
+        factor = self.procedure.schedule(epoch, step=0)
         self._set_rate(factor)
+        self._set_decay(factor)
         if any(replaced) or self.decay or self.procedure.CHANGES:
             self._record_step()  # which has the old numbers in it
         loss, predicted = self._train(epoch, progress)
-        self.procedure.end_epoch(epoch)
-        taken = zip(self.passes, before, self.procedure.PASSES, strict=True)
+        after = self.procedure.end_epoch(epoch)
+        rounds = [self.procedure.PASSES] * self.procedure.rounds
+        taken = zip(self.passes, before, *rounds, after, strict=True)
         self.passes = Passes(*map(sum, taken))
         self.require_finite(self._where(epoch + 1))
         if predicted is None:
@@ -171,29 +173,32 @@ class Trainer:
     def _train(self, epoch: int, progress: tqdm) -> tuple[float, Tensor | None]:
         """The mean loss, and what was predicted of each sample that is trained on."""
         count = self.task.count("trained")
-        generator = torch.Generator().manual_seed(mixed(self.config.seed, ORDER, epoch))
-        order = torch.randperm(count, generator=generator)
-        views = self.task.draw(count, generator)
-        sizes = batch_sizes(count, self.config.batch_size)
+        rounds = self.procedure.rounds
+        sizes = self.parts.sizes * rounds
         losses = torch.zeros(len(sizes), device=self.device)
-        predicted = None
         self.procedure.networks.train()
-        for step, (samples, batch) in enumerate(self.task.batches(order, views, sizes)):
-            share = len(samples) / sizes[step]
+        factor = self.procedure.schedule(epoch, step=0)
+        for step, (size, samples, batch) in enumerate(self.parts.batches(epoch, rounds)):
+            if step % (len(sizes) // rounds) == 0:
+                predicted = None  # the last round counts
+            if (now := self.procedure.schedule(epoch, step)) != factor:
+                factor = now
+                self._set_rate(factor)
+            share = len(samples) / size
             loss, answers = self.step(samples, *batch, share=share)
             losses[step] = loss * share
             if answers is not None:
                 if predicted is None:
                     predicted = answers.new_zeros(count, *answers.shape[1:])
                 predicted[samples] = answers
-            progress.update(sizes[step])
+            progress.update(size)
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == len(losses):
                 first = step // _CHECK_EVERY * _CHECK_EVERY
                 checked = losses[first : step + 1]
                 data_parallel.sum_(checked)
                 self._check(checked.tolist(), epoch, first)
                 progress.set_postfix_str(f"loss {checked[-1]:.3f}", refresh=False)
-        mean = (losses @ losses.new_tensor(sizes)).item() / count
+        mean = (losses @ losses.new_tensor(sizes)).item() / (count * rounds)
         # Each is one process's.
         return mean, None if predicted is None else data_parallel.sum_(predicted)
 
@@ -220,13 +225,10 @@ class Trainer:
         require_finite(numbers.items(), where)
 
     def _where(self, epoch: int, step: int | None = None) -> str:
-        rate = self.config.lr * self._factor(epoch - 1)
+        rate = self.config.lr * self.procedure.schedule(epoch - 1, (step or 1) - 1)
         saved = f"epoch {epoch - 1}" if epoch > 1 else "none yet"
         where = f"in epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
         return f"{where}, at learning rate {rate:g}; last checkpoint: {saved}"
-
-    def _factor(self, epoch: int) -> float:
-        return SCHEDULES[self.config.schedule](epoch, self.config.epochs)
 
     def _seed(self, epoch: int) -> None:
         torch.manual_seed(mixed(self.config.seed, STEPS, epoch, data_parallel.rank()))
@@ -254,13 +256,14 @@ class Trainer:
         )
         require_finite_scores(scores, _AT_THE_END)
         summary = noisyq_fast.summary(self.model, self.parts.example())
+        asked = self.procedure.predicting
         return scores | {
             "epochs_trained": len(self.history),
             "forward_passes": self.passes.forward,
             "backward_passes": self.passes.backward,
-            "parameters": summary.parameters,
-            "size_in_bits": summary.size_in_bits,
-            "macs": summary.macs,
+            "parameters": asked * summary.parameters,
+            "size_in_bits": asked * summary.size_in_bits,
+            "macs": asked * summary.macs,
         }
 
     def _line(self, metrics: EpochMetrics) -> str:
@@ -349,12 +352,3 @@ def _load_optimizer(
         for key in ("exp_avg", "exp_avg_sq"):
             # The fused step takes them to lie in memory as the parameter does.
             moments[key] = torch.empty_like(parameter, requires_grad=False).copy_(moments[key])
-
-
-def batch_sizes(count: int, size: int) -> list[int]:
-    """The sizes of an epoch's batches: `size`, and what is left in a last one. A single sample that
-    is left joins the batch before, as batch norm needs two."""
-    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
-    if sizes[-1] == 1 < size and len(sizes) > 1:
-        sizes[-2:] = [size + 1]
-    return sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from experiments.losses import Loss
 from experiments.models.layers import decayed
-from experiments.seeds import NETWORK, mixed
+from experiments.seeds import NETWORK, ORDER, mixed
 from experiments.training import data_parallel
 from experiments.training.evaluation import predict
+from experiments.training.finite import require_finite
+from experiments.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
@@ -97,6 +99,25 @@ class Parts:
             capturable=self.config.cuda_graph,
         )
 
+    def batches(
+        self, epoch: int, rounds: int = 1
+    ) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+        """Those of `epoch`, which goes over all samples so often: the size of each whole batch,
+        this process's samples of it, and what `Task.pair` takes."""
+        count = self.task.count("trained")
+        generator = torch.Generator().manual_seed(mixed(self.config.seed, ORDER, epoch))
+        for _ in range(rounds):
+            order = torch.randperm(count, generator=generator)
+            views = self.task.draw(count, generator)
+            batches = self.task.batches(order, views, self.sizes)
+            for size, (samples, batch) in zip(self.sizes, batches, strict=True):
+                yield size, samples, batch
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those of the batches in which all samples are trained on once."""
+        return batch_sizes(self.task.count("trained"), self.config.batch_size)
+
     def example(self) -> Tensor:
         """An input batch of one sample that is trained on."""
         return self.task.inputs("trained", torch.tensor([0]))
@@ -126,6 +147,8 @@ class Procedure:
         networks: the first one is what the run leaves.
         losses: one for each network.
         optimizers: one for each network.
+        rounds: how often an epoch goes over all samples.
+        predicting: how many networks `predict` asks.
     """
 
     NETWORKS: ClassVar[int] = 1
@@ -134,11 +157,18 @@ class Procedure:
     CHANGES: ClassVar[bool] = False
     """Whether a step has numbers in it that `begin_epoch` changes, other than in tensors."""
 
+    rounds: int = 1
+    predicting: int = 1
+
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.networks = nn.ModuleList(parts.network(number) for number in range(self.NETWORKS))
+        self.networks = nn.ModuleList(self.network(number) for number in range(self.NETWORKS))
         self.losses = nn.ModuleList(map(parts.loss, self.networks))
         self.prepare()
+
+    def network(self, number: int) -> nn.Module:
+        """One of the networks, freshly initialised."""
+        return self.parts.network(number)
 
     def prepare(self) -> None:
         """Makes what refers to the networks' parameters; anew when those were replaced."""
@@ -157,6 +187,10 @@ class Procedure:
 
             count += loss.begin_epoch(epoch, self.parts.config.epochs, trained)
         return Passes(count, 0)
+
+    def schedule(self, epoch: int, step: int) -> float:
+        """The factor of the first learning rate in a step of `epoch`, both counted from 0."""
+        return SCHEDULES[self.parts.config.schedule](epoch, self.parts.config.epochs)
 
     def step(self, batch: Batch) -> StepResult:
         """Trains on a batch. Can be recorded in a CUDA graph."""
@@ -181,8 +215,9 @@ class Procedure:
         """The logits by which the run is judged, in evaluation mode."""
         return self.networks[0](inputs)
 
-    def end_epoch(self, epoch: int) -> None:
-        """After `epoch`, before it is evaluated."""
+    def end_epoch(self, epoch: int) -> Passes:
+        """After `epoch`, before it is evaluated; gives the passes that it took."""
+        return Passes(0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What the epochs to come depend on, beside networks, losses and optimizers."""
@@ -192,3 +227,27 @@ class Procedure:
         """Takes what `state_dict` gave; raises an error where it is something else."""
         if state:
             raise ValueError(f"procedure: got {list(state)}, takes nothing")
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers of a network, as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers that were read from a checkpoint, on the device of `model`. Raises an
+    error where they are not those of such a network."""
+    own = model.state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
+        raise ValueError("weights: got other names or shapes than those of the network")
+    require_finite(weights.items(), "in the checkpoint")
+    return {name: weights[name].to(own[name]) for name in own}
+
+
+def batch_sizes(count: int, size: int) -> list[int]:
+    """The sizes of an epoch's batches: `size`, and what is left in a last one. A single sample that
+    is left joins the batch before, as batch norm needs two."""
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if sizes[-1] == 1 < size and len(sizes) > 1:
+        sizes[-2:] = [size + 1]
+    return sizes

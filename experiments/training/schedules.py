@@ -1,7 +1,7 @@
 """The learning rate over a run, by the name that `--schedule` takes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # The recipe of Keras's CIFAR-10 ResNet: after this many percent of the epochs, this factor.
 _STEPS = ((90, 0.0005), (80, 0.001), (60, 0.01), (40, 0.1))
@@ -37,3 +37,20 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "constant": constant,
 }
 """The factor of the first learning rate in `epoch`, counted from 0, out of `epochs`."""
+
+
+def phases(epochs: int, shares: Sequence[float]) -> list[int]:
+    """The first epoch of each phase of a run; each has its share of the epochs, and at least one.
+
+    Example:
+        >>> phases(200, [30, 100, 70])
+        [0, 30, 130]
+        >>> phases(4, [30, 100, 70])
+        [0, 1, 3]
+    """
+    starts = []
+    for number in range(len(shares)):
+        start = round(epochs * sum(shares[:number]) / sum(shares))
+        first = starts[-1] + 1 if starts else 0
+        starts.append(min(max(start, first), epochs - len(shares) + number))
+    return starts

@@ -12,7 +12,8 @@ from experiments.methods import METHODS
 from experiments.tasks.action_units import ActionUnits, split
 from experiments.tasks.au_loss import au_loss
 from experiments.tasks.f1 import best_thresholds, f1
-from experiments.training.loop import Trainer, batch_sizes
+from experiments.training.loop import Trainer
+from experiments.training.procedure import batch_sizes
 
 CPU = torch.device("cpu")
 TINY = "--dataset synthetic-au --frames-per-subject 32 --image-size 32 --threads 1 --epochs 2"

@@ -33,6 +33,13 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "mixup": "mixup1",
         "co_teaching": "co-teaching",
         "sam": "sam0.05",
+        "swa": "swa0.84",
+        "snapshot": "snapshot5",
+        "train_longer": "train-longer128",
+        "mutual_learning": "mutual-learning",
+        "defensive": "defensive0.0003",
+        "noisy_student": "noisy-student3",
+        "qkd": "qkd",
     }
 
 

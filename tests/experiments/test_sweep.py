@@ -215,7 +215,7 @@ def test_missing_file_names_what_there_is(main):
         2,
         "",
         "error: figure4: no such file; those that come along are "
-        "au_norm, figure2, figure3, table1\n",
+        "au_norm, data_size, figure2, figure3, table1\n",
     )
 
 
@@ -257,6 +257,16 @@ def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
         both = names["figure2", scale] & names["figure3", scale]
         methods = sorted(name.split("-")[1] for name in both if "noise0.4" in name)
         assert methods == ["baseline", "dropout0.1", "prune0.75", "quant"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "count"), [("smoke", 3 * 2 * 2), ("small", 4 * 2 * 2 * 3), ("full", 5 * 5 * 2 * 5)]
+)
+def test_shipped_grid_of_data_sizes(scale, count):
+    runs = list(Grid.read(sweep.SHIPPED / "data_size.toml", scale).runs())
+    assert len(runs) == count
+    assert {options["noise-over"] for options in runs} == {"all"}
+    assert not any("validation" in options for options in runs)
 
 
 @pytest.mark.parametrize("extra", [[], ["--threads", "1", "--device=cpu"], ["--no-augment"]])

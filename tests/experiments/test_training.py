@@ -18,6 +18,12 @@ EXCHANGED = [
     "--method mixup --weight-bits 4",
     "--method co_teaching --loss elr --prune 0.5 --patience 2",
     "--method sam --loss elr --weight-bits 4 --dropout 0.1",
+    "--method swa --swa-start 0.5 --weight-bits 4 --patience 2",
+    "--method snapshot --snapshots 2 --weight-bits 4",
+    "--method train_longer --ghost-batch 8 --weight-bits 4 --loss elr",
+    "--method mutual_learning --weight-bits 4 --prune 0.5",
+    "--method noisy_student --students 1 --weight-bits 4 --dropout 0.1 --loss elr",
+    "--method qkd --weight-bits 4",
 ]
 
 
@@ -144,6 +150,31 @@ def test_held_out_samples_are_as_noisy_as_the_others():
     run = trainer(validation=0.5, train_size=None, noise=0.4)
     wrong = (run.task.given != run.task.true).double()
     assert wrong[run.task.held_out].mean() == pytest.approx(0.36, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "instance"])
+def test_noise_over_all_gives_subsets_that_hold_each_other_the_same_wrong_labels(kind):
+    small, large, whole = (
+        trainer(f"--noise-over all --noise-kind {kind}", train_size=size).task
+        for size in (50, 100, None)
+    )
+    for part, more in ((small, large), (large, whole)):
+        there = {index: n for n, index in enumerate(more.dataset.train_indices.tolist())}
+        among = [there[index] for index in part.dataset.train_indices.tolist()]
+        assert torch.equal(part.train_images, more.train_images[among])
+        for name in ("true", "given", "flipped"):
+            assert torch.equal(getattr(part.noisy, name), getattr(more.noisy, name)[among]), name
+        assert part.noisy.flipped.any()
+        redrawn = set(more.noisy.redrawn.tolist())
+        assert part.noisy.redrawn.tolist() == [n for n, i in enumerate(among) if i in redrawn]
+
+
+def test_noise_over_the_subset_is_that_of_before():
+    before = trainer(noise=0.4, train_size=100)
+    assert before.task.noisy.redrawn.numel() == 40
+    assert "noise_over" not in before.config.identity()
+    config = trainer("--noise-over all", train_size=100).config
+    assert config.identity()["noise_over"] == "all"
 
 
 def test_share_that_holds_out_nothing_or_everything_is_refused():
@@ -283,6 +314,12 @@ def test_compiled_run_is_close_to_the_plain_one():
         ("--loss gce --gce-threshold 0.5", (7, 4)),  # chooses what it keeps before 3 epochs
         ("--method co_teaching", (8, 8)),
         ("--method sam", (8, 8)),
+        ("--method swa --swa-start 0.5", (7, 4)),  # measures statistics after 3 epochs
+        ("--method snapshot", (4, 4)),
+        ("--method train_longer --ghost-batch 8", (16, 16)),
+        ("--method mutual_learning", (8, 8)),
+        ("--method noisy_student", (7, 4)),  # three teachers
+        ("--method qkd", (8, 7)),  # in the last epoch the teacher learns no more
     ],
 )
 def test_passes_of_a_sample_are_counted(arguments, passes):
