@@ -89,7 +89,7 @@ def grid(
 
 def _budget(rows: pl.DataFrame) -> str:
     names = ("forward_passes_mean", "backward_passes_mean")
-    return " + ".join(cell(rows[name].mean(), "g") for name in names)
+    return " + ".join(cell(rows[name].mean(), ".4g") for name in names)
 
 
 def costs(
