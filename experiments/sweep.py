@@ -37,8 +37,8 @@ class SweepConfig:
 
     figure2 is all methods over the share of wrong labels, figure3 is settings of quantization,
     dropout and pruning, table1 is all methods on action units of the face, au_norm is where batch
-    norm stands there, data_size is float and quantized over the number of training images. To see
-    what would run, and then run it:
+    norm stands there, data_size is float and quantized over the number of training images, league
+    is every method in float and quantized at 40 % noise. To see what would run, and then run it:
 
         python experiments/sweep.py figure2 --dry-run
         python experiments/sweep.py figure2
@@ -58,7 +58,7 @@ class SweepConfig:
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """figure2, figure3, table1, au_norm, data_size, or a TOML file written like those, which are in
+    """figure2, figure3, table1, au_norm, data_size, league, or a TOML file like those, which are in
     experiments/sweeps."""
 
     scale: str | None = None

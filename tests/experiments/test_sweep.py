@@ -16,6 +16,7 @@ import torch
 
 from experiments import data, run, sweep
 from experiments.data import digits
+from experiments.methods import METHODS
 from experiments.output import RunFolder
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import Grid
@@ -215,7 +216,7 @@ def test_missing_file_names_what_there_is(main):
         2,
         "",
         "error: figure4: no such file; those that come along are "
-        "au_norm, data_size, figure2, figure3, table1\n",
+        "au_norm, data_size, figure2, figure3, league, table1\n",
     )
 
 
@@ -230,6 +231,10 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
+        # 18 methods in float and quantized, but for qkd, which always is; plain float and quant.
+        ("league", "smoke", 37, 37),
+        ("league", "small", 37 * 3, 37),
+        ("league", "full", 37 * 5, 37),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
@@ -246,7 +251,7 @@ def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
     small_cifar10 = dataclasses.replace(digits.load(), name="cifar10")
     monkeypatch.setitem(data.DATASETS, "cifar10", lambda data_dir, download: small_cifar10)
     names = {}
-    for file in ("figure2", "figure3"):
+    for file in ("figure2", "figure3", "league"):
         for scale in ("smoke", "small"):
             arguments = (file, "--scale", scale, "--only", "seed=0", "--dry-run", "--")
             status, output, errors = main(*arguments, "--train-size", 64, "--epochs", 4)
@@ -257,6 +262,13 @@ def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
         both = names["figure2", scale] & names["figure3", scale]
         methods = sorted(name.split("-")[1] for name in both if "noise0.4" in name)
         assert methods == ["baseline", "dropout0.1", "prune0.75", "quant"]
+
+
+def test_the_league_has_every_method_in_float_and_quantized():
+    runs = list(Grid.read(sweep.SHIPPED / "league.toml", "smoke").runs())
+    assert {run["method"] for run in runs} == {"baseline", *METHODS}
+    quantized = {run["method"] for run in runs if run.get("weight-bits") == 4}
+    assert quantized == METHODS.keys() - {"quant", "qkd"}
 
 
 @pytest.mark.parametrize(
