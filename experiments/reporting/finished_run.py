@@ -71,7 +71,7 @@ class FinishedRun:
     """The numbers of the result that are compared."""
 
     BY_EPOCH: ClassVar[dict[str, Number]] = {
-        "loss": POSITIVE,
+        "loss": FINITE,
         "test_loss": POSITIVE.or_null,
         "train_accuracy_flipped": SHARE.or_null,
         "test_accuracy": SHARE.or_null,
@@ -142,7 +142,8 @@ class FinishedRun:
         setup = {name: value for name, value in config.content.items() if name not in ignored}
         for name in setup:
             require_type(config, name)
-        return dict(tasks.TASKS[cls.TASK].OPTIONS.LEGACY) | setup
+        legacy = tasks.TASKS[cls.TASK].OPTIONS.LEGACY
+        return setup | {name: value for name, value in legacy.items() if name not in setup}
 
     @classmethod
     def _epochs(cls, folder: Path, config: Fields, result: Fields) -> list[dict[str, float | None]]:

@@ -154,3 +154,11 @@ def test_figures_that_runs_are_not_enough_for_are_left_out(tmp_path):
 def test_directory_without_runs_is_told(tmp_path):
     with pytest.raises(ValueError, match="no finished run on classification in it"):
         report.COMMANDS["figures"](tmp_path)
+
+
+def test_a_training_loss_can_be_negative(tmp_path):
+    """As that of elr is, which rewards agreement without a lower limit of 0."""
+    metrics = write_run(tmp_path) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": 1.0', '"loss": -1.0', 1))
+    (run,) = find(tmp_path).finished
+    assert run.epochs[0]["loss"] == -1.0

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from experiments.data.au import SYNTHETIC
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.options import require_type
-from experiments.reporting.reading import COUNT, POSITIVE, SHARE, Fields, Number, shown
+from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields, Number, shown
 from experiments.reporting.runs import Study, name_seeds
 
 SCORES = ("test_f1", "test_f1_chosen", "test_f1_truth", "test_f1_truth_chosen")
@@ -46,7 +46,7 @@ class ActionUnitRun(FinishedRun):
         "size_in_bits": COUNT,
         "macs": COUNT,
     }
-    BY_EPOCH: ClassVar[dict[str, Number]] = {"loss": POSITIVE}
+    BY_EPOCH: ClassVar[dict[str, Number]] = {"loss": FINITE}
     VARIED: ClassVar[set[str]] = FinishedRun.VARIED | {"fold", "au_norm"}
 
     TASK: ClassVar[str] = "action_units"
