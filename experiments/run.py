@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from experiments import tasks
 from experiments.checks import require_once
 from experiments.config import RunConfig
 from experiments.identity import RunIdentity
-from experiments.methods import BASELINE
+from experiments.methods import BASELINE, described
 from experiments.output import Busy, RunFolder
 from experiments.training import data_parallel
 from experiments.training.allocator import keep_freed_memory
@@ -188,7 +189,12 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
         check_once(sys.argv[1:])
     # A partial, because tyro would put a class's own errors into a box.
     parser = functools.partial(RunConfig)
-    return tyro.cli(parser, args=arguments, config=(tyro.conf.DisallowNone,))
+    return tyro.cli(
+        parser,
+        args=arguments,
+        description=f"{inspect.cleandoc(RunConfig.__doc__)}\n\nMethods:\n\n{described()}",
+        config=(tyro.conf.DisallowNone,),
+    )
 
 
 def check_once(arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Training methods, by the name that `--method` takes."""
 
 import dataclasses
+import inspect
 from collections.abc import Collection
 from typing import Annotated
 
@@ -37,6 +38,7 @@ __all__ = [
     "Options",
     "check_together",
     "chosen",
+    "described",
     "label",
 ]
 
@@ -107,6 +109,11 @@ def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
         found = [name for name, method in on.items() if what == method.REPLACES]
         if len(found) > 1:
             raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {what}")
+
+
+def described() -> str:
+    """What each method does, for --help."""
+    return "\n\n".join(f"{name}: {inspect.cleandoc(m.__doc__)}" for name, m in METHODS.items())
 
 
 def label(methods: dict[str, Method]) -> str:

@@ -55,7 +55,7 @@ class Snapshot(Method):
         return SnapshotEnsemble(parts, self.snapshots, self.snapshots_used or self.snapshots)
 
     def finish(self, model: nn.Module, state: dict[str, Any]) -> str:
-        return "tested is the ensemble; model.safetensors holds the last of its networks"
+        return "scores are of all snapshots together; model.safetensors holds the last network"
 
 
 class SnapshotEnsemble(Procedure):

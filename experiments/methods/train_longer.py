@@ -24,8 +24,8 @@ class TrainLonger(Method):
     Batch norm, and the ranges of activations, see a ghost batch at a time: each goes through the
     network alone, and their gradients are averaged. --batch-size is B, 4 G unless given. Nothing
     changes where no batch is larger than G. A single image that is left over joins the ghost batch
-    before. Other than in the paper, the optimizer is Adam, for which the norm of a gradient matters
-    little.
+    before; of several processes each has a part of every ghost batch. Other than in the paper, the
+    optimizer is Adam, for which the norm of a gradient matters little.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"ghost_batch": 128}

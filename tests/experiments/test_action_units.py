@@ -223,7 +223,9 @@ def test_empty_part_is_told():
 # The whole path.
 
 
-@pytest.mark.parametrize("method", ["baseline", *METHODS])
+@pytest.mark.parametrize(
+    "method", ["baseline", *(name for name, m in METHODS.items() if "answers" in m.LABELS)]
+)
 def test_every_method_learns(method):
     work = trainer(f"--method {method} --batch-size 32 --epochs 3")
     losses = [metrics.loss for metrics in work.epochs()]

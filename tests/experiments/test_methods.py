@@ -93,6 +93,16 @@ def test_an_odd_grid_has_fewer_bits():
         Quant(activation_bits=8, activation_grid="odd")
 
 
+def test_help_says_what_every_method_does_and_where_it_departs_from_its_paper(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, method in methods.METHODS.items():
+        first = " ".join(method.__doc__.split())[:60]
+        assert f"{name}: {first}" in said
+    assert "Other than in the paper, the optimizer is Adam" in said
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
 def test_label_smoothing_is_its_formula(share):
     targets = (1 - share) * F.one_hot(LABELS, 10) + share / 10
