@@ -128,15 +128,18 @@ def test_terminal_that_lacks_a_character_is_no_error(tmp_path):
 
 
 def test_colours_are_those_of_the_committed_figures():
-    assert drawing.COLORS.items() >= {
-        "baseline": "C7",
-        "quant": "C0",
-        "dropout": "C1",
-        "prune": "C2",
-        "weight_decay": "C3",
-        "label_smoothing": "C4",
-        "early_stopping": "C5",
-    }.items()
+    assert (
+        drawing.COLORS.items()
+        >= {
+            "baseline": "C7",
+            "quant": "C0",
+            "dropout": "C1",
+            "prune": "C2",
+            "weight_decay": "C3",
+            "label_smoothing": "C4",
+            "early_stopping": "C5",
+        }.items()
+    )
 
 
 def test_every_method_and_every_study_has_its_own_mark():
