@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from experiments.data.cifar10 import BATCH_MD5, FOLDER
+from noisyq_fast import backends, use_backend
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +14,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_backend_afterwards():
+    """A run chooses one for its whole process."""
+    requested = backends.requested()
+    yield
+    use_backend(requested)
 
 
 @pytest.fixture(scope="session")
