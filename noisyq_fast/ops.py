@@ -60,6 +60,7 @@ def _declare(
     """
     name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(torch.ops.noisyq, name).default
+    has_grid = any(argument.name == "grid" for argument in operator._schema.arguments)
     named = [
         (i, argument.name)
         for i, argument in enumerate(operator._schema.arguments)
@@ -75,7 +76,7 @@ def _declare(
         if check_values is not None:
             check_values(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-        if any(isinstance(argument, Grid) and argument.kind == ODD for argument in arguments):
+        if has_grid and any(isinstance(a, Grid) and a.kind == ODD for a in arguments):
             return reference.backend.functions[name](*arguments)
         return select(name, first.device.type)(*arguments)
 
