@@ -19,7 +19,7 @@ The operators are ``torch.ops.noisyq.*``, so that ``torch.compile`` keeps one gr
 dispatcher would make with an error that does not name the argument.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,75 +31,11 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from noisyq_fast import batching, checks, gradients
-from noisyq_fast.backends import reference, select
+from noisyq_fast import checks, gradients
+from noisyq_fast._declare import declare
 from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group
-from noisyq_fast.grid import AFFINE, ODD, SIGNED, UNSIGNED, Grid, check_kind
-
-_library = torch.library.Library("noisyq", "DEF")
-_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-
-
-def _declare(
-    schema: str,
-    *,
-    prepare: Callable,
-    shape: Callable,
-    gradient: type[gradients.Gradient] | None,
-    check_values: Callable | None = None,
-) -> torch._ops.OpOverload:
-    """Declares an operator, which backends compute with a function of the same name.
-
-    Args:
-        schema: the operator's signature.
-        prepare: raises for bad arguments; returns those that ``shape`` and the backends take.
-        shape: the outputs without their values.
-        gradient: differentiates the operator; ``None`` where it is not differentiable.
-        check_values: raises for bad values; not called where there are no values yet (tracing).
-    """
-    name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    operator = getattr(torch.ops.noisyq, name).default
-    has_grid = any(argument.name == "grid" for argument in operator._schema.arguments)
-    named = [
-        (i, argument.name)
-        for i, argument in enumerate(operator._schema.arguments)
-        if "Tensor" in str(argument.type)
-    ]
-
-    def compute(*arguments: Any) -> Any:
-        arguments = prepare(*arguments)
-        for i, argument in named:
-            value = arguments[i]
-            if value is not None and (type(value) is list or value.data_ptr() == 0):
-                checks.has_memory(argument, value)
-        if check_values is not None:
-            check_values(*arguments)
-        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-        if has_grid and any(isinstance(a, Grid) and a.kind == ODD for a in arguments):
-            return reference.backend.functions[name](*arguments)
-        return select(name, first.device.type)(*arguments)
-
-    def fake(*arguments: Any) -> Any:
-        return shape(*prepare(*arguments))
-
-    def differentiate(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        keys &= _AFTER_AUTOGRAD
-        if not gradients.wanted():
-            return operator.redispatch(keys, *arguments)
-
-        def below_autograd() -> Any:
-            return operator.redispatch(keys, *arguments)
-
-        if gradient is None:
-            return gradients.unrecorded(below_autograd)
-        return gradient.apply(below_autograd, *arguments)
-
-    _library.impl(name, compute, "CompositeExplicitAutograd")
-    _library.impl(name, differentiate, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"noisyq::{name}", fake, lib=_library)
-    torch.library.register_vmap(f"noisyq::{name}", batching.RULES[name], lib=_library)
-    return operator
+from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED, check_kind
 
 
 def _like(x: Tensor, *_: object) -> Tensor:
@@ -115,33 +51,33 @@ def _for_each_group(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     return x.new_empty([] if axis is None else [x.shape[axis]], dtype=dtype)
 
 
-_fake_quantize = _declare(
+_fake_quantize = declare(
     "fake_quantize(Tensor x, int bits, int? axis) -> Tensor",
     prepare=checks.dynamic,
     shape=_like,
     gradient=gradients.StraightThrough,
 )
-_fake_quantize_many = _declare(
+_fake_quantize_many = declare(
     "fake_quantize_many(Tensor[] tensors, int[] bits, int? axis) -> Tensor[]",
     prepare=checks.many,
     shape=lambda tensors, *_: [torch.empty_like(x) for x in tensors],
     gradient=gradients.StraightThroughEach,
 )
-_fake_quantize_ema = _declare(
+_fake_quantize_ema = declare(
     "fake_quantize_ema(Tensor x, Tensor(a!) running_absmax, Tensor(b!)? observed, int bits, "
     "int? axis, float averaging_constant) -> Tensor",
     prepare=checks.ema,
     shape=_like,
     gradient=gradients.StraightThrough,
 )
-_fake_quantize_fixed_range = _declare(
+_fake_quantize_fixed_range = declare(
     "fake_quantize_fixed_range(Tensor x, Tensor running_absmax, int bits, int? axis) -> Tensor",
     prepare=checks.given_range,
     check_values=checks.range_seen,
     shape=_like,
     gradient=gradients.StraightThrough,
 )
-_fake_quantize_fixed_range_clipped = _declare(
+_fake_quantize_fixed_range_clipped = declare(
     "fake_quantize_fixed_range_clipped(Tensor x, Tensor running_absmax, int bits, int? axis) "
     "-> (Tensor, Tensor)",
     prepare=checks.given_range,
@@ -152,13 +88,13 @@ _fake_quantize_fixed_range_clipped = _declare(
     ),
     gradient=gradients.ClippedStraightThrough,
 )
-_zero_clipped = _declare(
+_zero_clipped = declare(
     "zero_clipped(Tensor grad, Tensor clipped) -> Tensor",
     prepare=checks.grad_and_clipped,
     shape=lambda grad, _: torch.empty_like(grad),
     gradient=gradients.ZeroClipped,
 )
-_quantize = _declare(
+_quantize = declare(
     "quantize(Tensor x, int bits, int? axis) -> (Tensor, Tensor)",
     prepare=checks.dynamic,
     shape=lambda x, qmax, axis: (
@@ -167,27 +103,27 @@ _quantize = _declare(
     ),
     gradient=None,
 )
-_dequantize = _declare(
+_dequantize = declare(
     "dequantize(Tensor codes, Tensor scale, int? axis) -> Tensor",
     prepare=checks.codes_and_scale,
     shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
     gradient=gradients.Dequantize,
 )
-_fake_quantize_on_grid = _declare(
+_fake_quantize_on_grid = declare(
     "fake_quantize_on_grid(Tensor x, int bits, int? axis, str grid, str masked) "
     "-> (Tensor, Tensor)",
     prepare=checks.dynamic_on_grid,
     shape=_like_with_mask,
     gradient=gradients.ClippedStraightThrough,
 )
-_fake_quantize_ema_on_grid = _declare(
+_fake_quantize_ema_on_grid = declare(
     "fake_quantize_ema_on_grid(Tensor x, Tensor(a!) running_absmax, Tensor(b!)? observed, "
     "int bits, int? axis, float averaging_constant, str grid, str masked) -> (Tensor, Tensor)",
     prepare=checks.ema_on_grid,
     shape=_like_with_mask,
     gradient=gradients.ClippedStraightThrough,
 )
-_fake_quantize_fixed_range_on_grid = _declare(
+_fake_quantize_fixed_range_on_grid = declare(
     "fake_quantize_fixed_range_on_grid(Tensor x, Tensor running_absmax, int bits, int? axis, "
     "str grid, str masked) -> (Tensor, Tensor)",
     prepare=checks.given_range_on_grid,
@@ -195,7 +131,7 @@ _fake_quantize_fixed_range_on_grid = _declare(
     shape=_like_with_mask,
     gradient=gradients.ClippedStraightThrough,
 )
-_quantize_on_grid = _declare(
+_quantize_on_grid = declare(
     "quantize_on_grid(Tensor x, int bits, int? axis, str grid) -> (Tensor, Tensor, Tensor)",
     prepare=checks.quantized_on_grid,
     shape=lambda x, grid, axis: (
@@ -205,7 +141,7 @@ _quantize_on_grid = _declare(
     ),
     gradient=None,
 )
-_dequantize_on_grid = _declare(
+_dequantize_on_grid = declare(
     "dequantize_on_grid(Tensor codes, Tensor scale, Tensor? zero_point, int? axis) -> Tensor",
     prepare=checks.codes_on_grid,
     shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
