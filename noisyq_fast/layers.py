@@ -6,6 +6,7 @@ batch's absmax in training and its moving average otherwise (arXiv 2303.11803, s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import EllipsisType
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch.nn.modules.conv import _ConvNd
 from noisyq_fast import gradients, usage
 from noisyq_fast.granularity import TOKEN, Groups, check_group_size
 from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
+from noisyq_fast.integer import products
+from noisyq_fast.integer.codes import Codes
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
 DEFAULT_BITS = 4
+FLOAT = "float"
+INTEGER = "integer"
+ARITHMETICS = FLOAT, INTEGER
 PER_TENSOR = "tensor"
 
 
@@ -52,6 +58,8 @@ class QuantLayer(nn.Module):
 
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    arithmetic: str = FLOAT
+    defers: bool = False  # `fuse_` sets it: the layer returns a `Deferred`
 
     def __init__(
         self,
@@ -129,8 +137,35 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as by PyTorch
         usage.called(self)
+        if self.arithmetic == INTEGER and self.why_float() is None:
+            return self.compute_integers(input, *args, **kwargs)
         x, weight = self.quantized_input(input), self.quantized_weight()
         return self.compute(x, weight, self.bias, *args, **kwargs)
+
+    def compute_integers(self, x: Tensor, *args: Any) -> Tensor:
+        """The same on codes, with one scale: see `noisyq_fast.integer.products`."""
+        raise NotImplementedError
+
+    def why_float(self) -> str | None:
+        """Why a layer with ``arithmetic="integer"`` computes in float; ``None`` where it does not."""
+        if type(self).compute_integers is QuantLayer.compute_integers:
+            return "has no product of codes"
+        for name, quantizer in (("weight", self.weight_quantizer), ("input", self.input_quantizer)):
+            if quantizer is None or not quantizer.enabled:
+                return f"its {name} is not quantized"
+            if not quantizer.gives_codes:
+                return f"{type(quantizer).__name__} of its {name} gives no codes"
+            if quantizer.group_size is not None:
+                return f"its {name} has a scale for each group, which does not leave the sum"
+        return None
+
+    def weight_codes(self, weight: Tensor | None = None) -> Codes:
+        """The layer's weight as it is now, or another of its shape, as codes of its shape."""
+        weight = self.weight if weight is None else weight
+        if not gradients.wanted():
+            weight = weight.detach()
+        made = self.weight_quantizer.codes(self.by_channel(weight))
+        return replace(made, codes=self.from_channels(made.codes, weight), source=weight)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""
@@ -256,8 +291,36 @@ class QuantLinear(QuantLayer, nn.Linear):
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def compute_integers(self, x: Tensor) -> Tensor:
+        return products.linear(self.input_quantizer.codes(x), self.weight_codes(), self.bias)
+
 
 class _QuantConv(QuantLayer):
+    def compute_integers(self, x: Tensor) -> Tensor:
+        unbatched = x.dim() == len(self.kernel_size) + 1
+        if unbatched:
+            x = x.unsqueeze(0)
+        padding = list(self.padding)
+        # Before the codes: padding keeps the range, and the value 0 has a code.
+        pads = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, pads, mode=self.padding_mode), [0] * len(self.kernel_size)
+        elif isinstance(self.padding, str):
+            if pads[::2] != pads[1::2]:
+                x, pads = F.pad(x, pads), [0] * len(pads)
+            padding = pads[::-2]
+        geometry = products.Geometry(
+            *(list(self.stride), padding, list(self.dilation), False),
+            *([0] * len(padding), self.groups),
+        )
+        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
+        if self.defers:
+            return products.deferred_convolution(
+                codes, weight, self.bias, geometry, x, self.training
+            )
+        y = products.convolution(codes, weight, self.bias, geometry)
+        return y.squeeze(0) if unbatched else y
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
