@@ -10,6 +10,8 @@ from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
 from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.integer.fusing import fuse_
 from noisyq_fast.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -39,6 +41,7 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "AbsMax",
+    "Codes",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
@@ -66,6 +69,7 @@ __all__ = [
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
+    "fuse_",
     "info",
     "quantize",
     "quantize_model_",

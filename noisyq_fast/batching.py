@@ -245,5 +245,9 @@ RULES: dict[str, Callable] = {
         dequantize_on_grid,
     )
 } | dict.fromkeys(
-    ("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"), _no_products
+    (
+        *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
+        *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
+    ),
+    _no_products,
 )

@@ -2,6 +2,7 @@
 products of codes; and the native passes over their sums (``csrc/cpu/sums.cpp``)."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,11 @@ _SHIFT = 128
 
 
 @backend.register
-def convolve_codes(
+def convolve_codes(codes: Tensor, *others: Any) -> Tensor:
+    return reference.laid_out_like(codes, _convolve_codes(codes, *others))
+
+
+def _convolve_codes(
     codes: Tensor,
     zero_point: Tensor | None,
     weight: Tensor,
@@ -69,7 +74,7 @@ def convolve_sums(
         if w is not None:
             return _convolve(codes, zero_point, w, stride, padding, dilation, True, measures)
     how = stride, padding, dilation, False, [0] * len(stride), groups
-    sums = convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
+    sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     if not measures and not reference.is_narrow(bound):
         return sums, None
     kept, *of_channels = moments(sums, bound)
@@ -416,4 +421,5 @@ def _like(x: Tensor, sums: Tensor) -> Tensor:
     return torch.empty_like(sums, dtype=x.dtype).copy_(x)
 
 
-reference.register_products(backend, convolve_codes, multiply_codes, map_sums)
+reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)
+reference.register_norm(backend)
