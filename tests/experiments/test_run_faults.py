@@ -209,7 +209,9 @@ class KilledAt:
 def test_a_procedure_killed_at_random_points_ends_bit_identical(
     method, bits, tmp_path, monkeypatch
 ):
-    options = f"--method {method} {PROCEDURES[method]} {bits} --epochs 4 --train-size 24 --threads 1"
+    options = (
+        f"--method {method} {PROCEDURES[method]} {bits} --epochs 4 --train-size 24 --threads 1"
+    )
     options += "" if "--batch-size" in options else " --batch-size 8"
     with monkeypatch.context() as patched:
         counted = KilledAt(patched)
