@@ -58,13 +58,15 @@ def over_sizes(studies: Iterable[Study]) -> list[tuple[str, list[Line]]]:
             # The checksum is that of the subset.
             same = {k: v for k, v in study.setup.items() if k not in (_SIZE, "data")}
             groups[repr(sorted(same.items()))].append((same, study))
-    together = []
+    found = []
     for members in groups.values():
         sizes = {study.setup[_SIZE] for _, study in members}
         if len(sizes) == len(members):  # else there are several versions of the data
-            together.append(Study(members[0][0], [run for _, s in members for run in s.runs]))
-    found = zip(titles(together), map(_lines, together), strict=True)
-    return [(title, lines) for title, lines in found if lines]
+            together = Study(members[0][0], [run for _, study in members for run in study.runs])
+            if lines := _lines(together):
+                found.append((together, lines))
+    names = titles([study for study, _ in found])
+    return [(name, lines) for name, (_, lines) in zip(names, found, strict=True)]
 
 
 def _lines(study: Study) -> list[Line]:

@@ -76,7 +76,7 @@ def test_studies_that_differ_otherwise_too_have_lines_of_their_own(tmp_path):
     for size in (50, 400, 3000):
         write(tmp_path, size)
         write(tmp_path, size, augment=False, accuracy=0.5)
-    write(tmp_path, 6000, epochs=2)
+    write(tmp_path, 6000, batch_size=32)  # no line, and so nothing that titles would name
     found = lines(tmp_path)
     assert sorted(found) == ["digits, augment False", "digits, augment True"]
     assert found["digits, augment False"][0].b == pytest.approx(0)
