@@ -141,6 +141,8 @@ def growth(lines: Sequence[Line]) -> Figure:
         axis.set_xticks(sizes, map(str, sizes))
         axis.minorticks_off()
         axis.set(title=f"noise {noise:g}", xlabel="training images", ylabel="test accuracy, %")
+    for label in dict.fromkeys(line.label for line in lines):
+        axes[0].plot([], [], color=color(label), label=label)  # for the legend, if in any panel
     legend(figure, axes[0])
     return figure
 
@@ -148,6 +150,6 @@ def growth(lines: Sequence[Line]) -> Figure:
 def _draw(axis: Axes, line: Line) -> None:
     ends = np.array([min(line.sizes), max(line.sizes)])
     fitted = PERCENT * (line.a + line.b * np.log(ends))
-    name = color(line.label)
-    axis.scatter(line.sizes, PERCENT * np.array(line.accuracies), s=12, color=name)
-    axis.plot(ends, fitted, color=name, label=line.label)
+    drawn_in = color(line.label)
+    axis.scatter(line.sizes, PERCENT * np.array(line.accuracies), s=12, color=drawn_in)
+    axis.plot(ends, fitted, color=drawn_in)

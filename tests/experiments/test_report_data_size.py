@@ -110,10 +110,20 @@ def test_figure_shows_every_run_and_the_line(tmp_path):
         for label in LINES:
             write(tmp_path, size, label)
     figure = data_size.growth(lines(tmp_path)["digits"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(LINES)
     (axis,) = figure.axes
     assert [len(points.get_offsets()) for points in axis.collections] == [3, 3]
-    for drawn, (a, b) in zip(axis.lines, LINES.values(), strict=True):
+    for drawn, (a, b) in zip(axis.lines[:2], LINES.values(), strict=True):
         assert drawn.get_xdata() == pytest.approx([50, 3000])
         expected = [100 * (a + b * math.log(size)) for size in (50, 3000)]
         assert drawn.get_ydata() == pytest.approx(expected)
     assert [text.get_text() for text in axis.get_xticklabels()] == ["50", "400", "3000"]
+
+
+def test_legend_names_what_is_in_any_panel(tmp_path):
+    for size in (50, 400, 3000):
+        write(tmp_path, size, noise=0.0)
+        write(tmp_path, size, "quant-w4a4")
+    figure = data_size.growth(lines(tmp_path)["digits"])
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(LINES)
