@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from experiments import data, run, sweep
+from experiments.config import RunConfig
 from experiments.data import digits
-from experiments.methods import METHODS
+from experiments.methods import BASELINE, METHODS
 from experiments.output import RunFolder
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import Grid
@@ -231,10 +232,10 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # 18 methods in float and quantized, but for qkd, which always is; plain float and quant.
-        ("league", "smoke", 37, 37),
-        ("league", "small", 37 * 3, 37),
-        ("league", "full", 37 * 5, 37),
+        # In float and quantized: nothing, 18 methods, truncated gce, and nothing in large batches.
+        ("league", "smoke", 42, 42),
+        ("league", "small", 42 * 3, 42),
+        ("league", "full", 42 * 5, 42),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
@@ -268,7 +269,20 @@ def test_the_league_has_every_method_in_float_and_quantized():
     runs = list(Grid.read(sweep.SHIPPED / "league.toml", "smoke").runs())
     assert {run["method"] for run in runs} == {"baseline", *METHODS}
     quantized = {run["method"] for run in runs if run.get("weight-bits") == 4}
-    assert quantized == METHODS.keys() - {"quant", "qkd"}
+    assert quantized == METHODS.keys() - {"quant"}
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "full"])
+def test_every_method_of_the_league_is_compared_with_the_baseline_in_its_batches(scale):
+    usual = RunConfig().recipe
+    by_size = {}
+    for options in Grid.read(sweep.SHIPPED / "league.toml", scale).runs():
+        method = options["method"]
+        recipe = usual if method == BASELINE else METHODS[method]().with_defaults().recipe(usual)
+        size = options.get("batch-size", recipe.batch_size)
+        by_size.setdefault(size, set()).add(method)
+    assert len(by_size) == 2
+    assert all({BASELINE, "quant"} <= methods for methods in by_size.values())
 
 
 @pytest.mark.parametrize(
