@@ -20,7 +20,7 @@ from noisyq_fast.granularity import TOKEN, Groups, check_group_size
 from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.integer import products
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.integer.deferred import deferrable
+from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
@@ -333,12 +333,14 @@ class _QuantConv(QuantLayer):
             *([0] * len(padding), self.groups),
         )
         operands = self.input_quantizer.codes(x), self.weight_codes(), self.bias, geometry
-        if self.defers and deferrable(x):
+        if self.defers and deferrable(x) and deferrable(operands[1].codes):
             y = products.deferred_convolution(*operands, self, x)
         elif self.defers and self.norm:
             y = products.normalized_convolution(*operands, *self.norm)
         else:
             y = products.convolution(*operands)
+            if isinstance(x, Deferred):
+                y = y.contiguous(memory_format=memory_format(x))
         return y.squeeze(0) if unbatched else y
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
