@@ -187,7 +187,13 @@ class QuantLayer(nn.Module):
         if not gradients.wanted():
             weight = weight.detach()
         made = self.weight_quantizer.codes(self.by_channel(weight))
-        return replace(made, codes=self.from_channels(made.codes, weight), source=weight)
+        scale, zero_point = made.scale, made.zero_point
+        if scale.dim() == 0:  # one for all channels
+            channels = made.codes.shape[:1]
+            scale = scale.expand(channels)
+            zero_point = None if zero_point is None else zero_point.expand(channels)
+        codes = self.from_channels(made.codes, weight)
+        return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=weight)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""

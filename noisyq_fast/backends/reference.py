@@ -145,7 +145,13 @@ def quantize_fixed_range_on_grid(
     clamped = levels.clamped(x, axis) + _along_axis(levels.zero, x, axis)
     codes = torch.empty_like(x, dtype=grid.code_dtype).copy_(clamped.nan_to_num(nan=0.0))
     mask = _mask(x, range_, grid, axis, masked)
-    return codes, levels.scale, levels.zero.to(torch.uint8), mask
+    scale = scale_of_codes(x, levels.scale, axis)
+    return codes, scale, levels.zero.to(torch.uint8), mask
+
+
+def scale_of_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    """NaN where a group holds a NaN, for which there is no code."""
+    return scale.masked_fill(_reduced(Tensor.amax, x, axis).isnan(), torch.nan)
 
 
 @backend.register
