@@ -3,12 +3,13 @@ predicts many labels, such as the facial action units of arXiv 2303.11803, secti
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks, usage
+from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, UNSIGNED
 from noisyq_fast.integer import products
 from noisyq_fast.layers import QuantLayer
@@ -145,6 +146,8 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
     """
 
+    CODE_AXES: ClassVar = QuantLayer.CODE_AXES | {"input": (None, TOKEN, -2)}
+
     def __init__(
         self,
         *args: Any,
@@ -182,7 +185,10 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         by_group = x.reshape(-1, *x.shape[-2:])
         codes, weights = self.input_quantizer.codes(by_group), self.weight_codes(weight)
         turned = replace(
-            codes, codes=codes.codes.transpose(0, 1), source=codes.source.transpose(0, 1)
+            codes,
+            codes=codes.codes.transpose(0, 1),
+            scale=codes.scale.T if codes.scale.dim() == 2 else codes.scale,  # of tokens
+            source=codes.source.transpose(0, 1),
         )
         weights = replace(weights, scale=weights.scale.view(self.groups, -1))
         y = products.linear(turned, weights, bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import EllipsisType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,11 @@ class QuantLayer(nn.Module):
     recomputes: bool = False
     norm: tuple[nn.Module, ...] = ()
     followed_by: str = ""
+    CODE_AXES: ClassVar[dict[str, tuple[int | str | None, ...]]] = {
+        "weight": (None, 0),
+        "input": (None, TOKEN),
+    }
+    """The axes of scales that a product of codes has outside its sums."""
 
     def __init__(
         self,
@@ -171,6 +176,8 @@ class QuantLayer(nn.Module):
                 return f"{type(quantizer).__name__} of its {name} gives no codes"
             if quantizer.group_size is not None:
                 return f"its {name} has a scale for each group, which does not leave the sum"
+            if quantizer.axis not in self.CODE_AXES[name]:
+                return f"its {name} has a scale along axis {quantizer.axis}, not outside the sum"
         return None
 
     def normalizes(self, output: Tensor) -> bool:

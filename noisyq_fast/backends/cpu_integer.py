@@ -145,7 +145,7 @@ def multiply_codes(
     w = _as_int8(weight, weight_zero_point)
     rows = reference.as_rows(codes).contiguous()  # of others PyTorch computes wrong products
     terms = rows.shape[1]
-    fits = 1 < terms and terms * 255 * 128 < _EXACT_INT  # of one term PyTorch's products are wrong
+    fits = terms > 1 and terms * 255 * 128 < _EXACT_INT  # of one term PyTorch's products are wrong
     if w is None or not rows.numel() or not fits or not has_exact_products():
         return _multiply_floats(codes, zero_point, weight, weight_zero_point)
     # Of c - z = (c - 128) + (128 - z).
@@ -367,9 +367,7 @@ def grads_of_norm(
     sums, rows, channels = _rows(sums)
     grad = _like(grad, sums)
     weight = None if weight is None else weight.float().contiguous()
-    slope, shift, tilt, of_weight, of_bias = torch.empty(
-        5, channels, dtype=torch.float32
-    ).unbind()
+    slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels, dtype=torch.float32).unbind()
     core.grads_of_norm(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
         *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
