@@ -266,6 +266,20 @@ def has_exact_products() -> bool:
     return torch.equal(sums.double(), x.double() @ w.double().T)
 
 
+def routes() -> dict[str, str]:
+    """How products are computed on this machine."""
+    floats = "float32 or float64 products of codes"
+    ours = core is not None and core.has_dot_products()
+    works = _passes((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    onednn = "oneDNN, 8 bits" if works else floats
+    return {
+        "conv2d": "own kernel, 8 bits (AVX512-VNNI)" if ours else onednn,
+        "conv2d, groups": onednn,
+        "linear": "oneDNN, 8 bits" if has_exact_products() else floats,
+        "others": floats,
+    }
+
+
 # What follows.
 
 

@@ -499,7 +499,9 @@ _OF_THE_SHELL = {
     Tensor.is_floating_point,
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "device", "layout", "requires_grad", "is_cuda")
-        + ("is_sparse", "is_nested", "is_meta", "is_quantized", "grad_fn", "is_leaf")
+        for name in (
+            *("shape", "ndim", "device", "layout", "requires_grad", "is_cuda"),
+            *("is_sparse", "is_nested", "is_meta", "is_quantized", "grad_fn", "is_leaf"),
+        )
     ),
 }
