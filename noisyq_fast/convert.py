@@ -141,7 +141,8 @@ def quantize_model_(
         ste: as for `MovingAbsMax`.
         overrides: for layers by name, the options that differ (``weight_bits``,
             ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, the
-            four of grids and granularity, ``arithmetic``, and of a `GroupedLinear` ``input_ranges``); ``None``
+            four of grids and granularity, ``arithmetic``, and of a `GroupedLinear`
+            ``input_ranges``); ``None``
             keeps a layer in float.
         input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
         weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits, ...)``;

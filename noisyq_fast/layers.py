@@ -65,11 +65,11 @@ class QuantLayer(nn.Module):
     input_quantizer: Quantizer | None
     arithmetic: str = FLOAT
     can_defer: bool = False
-    # `fuse_` sets these: what follows the layer in its chain, whether the layer returns a `Deferred`, whether its sums are made again in
-    # the backward, and the batch norm that follows, in a tuple, so that it is no module of this one.
+    """Whether `fuse_` can make it return a `Deferred`."""
+    # `fuse_` sets these.
     defers: bool = False
-    recomputes: bool = False
-    norm: tuple[nn.Module, ...] = ()
+    recomputes: bool = False  # makes its sums again in the backward
+    norm: tuple[nn.Module, ...] = ()  # the batch norm that follows; a tuple: no module of this one
     followed_by: str = ""
 
     def __init__(
@@ -161,7 +161,7 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
     def why_float(self) -> str | None:
-        """Why a layer with ``arithmetic="integer"`` computes in float; ``None`` where it does not."""
+        """Why a layer with ``arithmetic="integer"`` computes in float; ``None``: it does not."""
         if type(self).compute_integers is QuantLayer.compute_integers:
             return "has no product of codes"
         for name, quantizer in (("weight", self.weight_quantizer), ("input", self.input_quantizer)):

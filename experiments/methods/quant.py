@@ -44,8 +44,8 @@ class Quant(Method):
     are b + 1 signed ones. The first layer stays signed where the others are unsigned."""
 
     arithmetic: Literal[ARITHMETICS] = FLOAT
-    """quant: how products are computed. float: of fake-quantized floats. integer: of codes, exactly,
-    with exact statistics of batch norms: the same bits on every machine, and faster."""
+    """quant: how products are computed. float: of fake-quantized floats. integer: of codes,
+    exactly, with exact statistics of batch norms: the same forward on every machine, and faster."""
 
     def __post_init__(self) -> None:
         require_choice("arithmetic", self.arithmetic, ARITHMETICS)

@@ -1,5 +1,6 @@
-"""Products of codes on the CPU, exact: by oneDNN's 8-bit kernels where that is proven, else by float
-products of codes; and the native passes over their sums (``csrc/cpu/sums.cpp``)."""
+"""Products of codes on the CPU, exact: by our own kernel (``csrc/cpu/convolve.cpp``) or oneDNN's,
+in 8 bits, where that is proven, else by float products of codes. And the native passes over their
+sums (``csrc/cpu/sums.cpp``)."""
 
 import functools
 from typing import Any
@@ -217,8 +218,8 @@ def is_exact_in_8_bits(
     dilation: list[int],
     groups: int,
 ) -> bool:
-    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32 bits,
-    and a test with codes at their extremes gives the exact sums."""
+    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32
+    bits, and a test with codes at their extremes gives the exact sums."""
     if terms * 255 * 128 >= _EXACT_INT:
         return False
     return _passes(tuple(weight), tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -149,7 +149,7 @@ def normalization(
 def line(
     mean: Tensor, inverse: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The batch norm with this mean, float64, and 1 / standard deviation, as a factor and a term."""
+    """The batch norm with this mean, float64, and 1 / standard deviation: a factor and a term."""
     slope = inverse.double() if weight is None else weight.double() * inverse.double()
     shift = mean * slope
     term = -shift if bias is None else bias.double() - shift

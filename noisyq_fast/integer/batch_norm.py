@@ -1,6 +1,6 @@
 """Batch norm of exact sums, with exact statistics.
 
-Over the N sums v of a channel, which are whole numbers, and the scale s they are to be multiplied by::
+Over the N sums v of a channel, which are whole numbers, and s, what they are to be multiplied by::
 
     S1  = sum v                  S2 = sum v^2            exact
     p   = rint(S1 / N)           d  = S1 - N p           exact
@@ -10,9 +10,9 @@ Over the N sums v of a channel, which are whole numbers, and the scale s they ar
     factor   = float32(weight inverse s)      term = float32(bias - mean weight inverse)
     y        = v factor + term
 
-where all that is not exact is rounded once for each operation, in float64 but for the last line, which
-is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the running
-mean includes it. Momentum, the unbiased running variance and evaluation are those of
+where all that is not exact is rounded once for each operation, in float64 but for the last line,
+which is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the
+running mean includes it. Momentum, the unbiased running variance and evaluation are those of
 `torch.nn.BatchNorm2d`.
 """
 
@@ -86,8 +86,8 @@ _grads_of_norm_of_sums = declare(
 
 
 class ExactBatchNorm:
-    """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it. Of
-    other tensors it is the batch norm that it was.
+    """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it.
+    Of other tensors it is the batch norm that it was.
 
     Attributes:
         follows: the layer before it, in a tuple, so that it is no module of this one.

@@ -1,7 +1,7 @@
 """The output of an integer layer before it is written as floats.
 
-After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how its
-values would be made,::
+After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how
+its values would be made,::
 
     y = relu(v * factor + term + residual)
 

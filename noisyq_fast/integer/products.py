@@ -1,19 +1,20 @@
 """Products of codes: exact sums of whole numbers, then one scale.
 
-For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are none)::
+For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are
+none)::
 
     acc = sum (c - z) (d - w)        exact
     v   = float32(acc)               one rounding
     y   = v * (s * t) + bias         one rounding each
 
-so that an output is the same to the bit on every backend and with every number of threads. Padding is
-the value 0, which is the code z. Gradients are those of the product of the dequantized values, and go
-straight through to the tensors that were quantized::
+so that an output is the same to the bit on every backend and with every number of threads. Padding
+is the value 0, which is the code z. Gradients are those of the product of the dequantized values,
+and go straight through to the tensors that were quantized::
 
     dx = product(dy, (d - w) t)      dw = product(dy, c - z) s      dbias = sum dy
 
-Under autocast the forward stays as it is, and these products are computed in the lower precision, in
-which codes are exact; the scales stay outside.
+Under autocast the forward stays as it is, and these products are computed in the lower precision,
+in which codes are exact; the scale of x stays outside.
 """
 
 from __future__ import annotations
