@@ -24,9 +24,11 @@ from experiments.methods.qkd import QKD
 from experiments.methods.quant import Quant
 from experiments.methods.sam import SAM
 from experiments.methods.sce import SCE
+from experiments.methods.slimmable import Slimmable
 from experiments.methods.snapshot import Snapshot
 from experiments.methods.swa import SWA
 from experiments.methods.train_longer import TrainLonger
+from experiments.methods.us_slimmable import UniversallySlimmable
 from experiments.methods.weight_decay import WeightDecay
 
 __all__ = [
@@ -47,6 +49,8 @@ BASELINE = "baseline"
 
 # In the order in which they change the network.
 METHODS: dict[str, type[Method]] = {
+    "slimmable": Slimmable,
+    "us_slimmable": UniversallySlimmable,
     "quant": Quant,
     "dropout": Dropout,
     "prune": Prune,
