@@ -14,6 +14,7 @@ from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
+from experiments.methods.hash_knn import HashKNN
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
@@ -49,6 +50,7 @@ BASELINE = "baseline"
 
 # In the order in which they change the network.
 METHODS: dict[str, type[Method]] = {
+    "hash_knn": HashKNN,
     "slimmable": Slimmable,
     "us_slimmable": UniversallySlimmable,
     "quant": Quant,
