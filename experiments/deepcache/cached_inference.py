@@ -112,8 +112,14 @@ class CachedInference:
         reuse = Reuse.whole(tuple(frame.shape[:2])) if same else self._matched(frame)
         if not same:
             self.age = 0 if reuse is None else self.age + 1
+        inputs = self.prepare(frame[None])
+        if inputs.shape[2:] != frame.shape[:2]:
+            raise ValueError(
+                f"prepare: got an input of {list(inputs.shape)} for a picture of "
+                f"{list(frame.shape)}; takes [1, C, H, W] of the same height and width"
+            )
         run = _Run(self.graph, self.cache, reuse)
-        output = run.run(self.prepare(frame[None]))
+        output = run.run(inputs)
         self.cache, self.last = run.values, run.work
         self.work = Work(self.work.done + run.work.done, self.work.total + run.work.total)
         self.previous = frame.clone()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from experiments.checks import require, require_whole
+from experiments.checks import flag, require, require_whole
 from experiments.methods.method import Method
 from experiments.methods.slimmable import NOT_WITH, WIDTHS, ManyWidths, require_widths
 from experiments.methods.swa import measure_anew_
@@ -88,11 +88,12 @@ class UniversallySlimmable(Method):
         }
 
     def procedure(self, parts: Parts) -> Procedure:
-        if parts.config.cuda_graph:
-            raise ValueError(
-                "--cuda-graph: got it with us_slimmable, whose widths differ from step to step; "
-                "leave one of them out"
-            )
+        for option in ("cuda_graph", "compile"):
+            if getattr(parts.config, option):
+                raise ValueError(
+                    f"{flag(option)}: got it with us_slimmable, whose widths differ from step to "
+                    "step; leave one of them out"
+                )
         return Sandwich(parts, self.us_evaluated, self.us_least_width, self.us_widths)
 
 

@@ -282,6 +282,9 @@ def test_what_cannot_be_reused_is_refused():
     cached = CachedInference(network("small"), scaled)
     with pytest.raises(ValueError, match=r"frame: got torch.float32 \[32, 32\], takes uint8"):
         cached(torch.zeros(32, 32))
+    halved = CachedInference(network("small"), lambda x: scaled(x)[..., ::2, ::2])
+    with pytest.raises(ValueError, match=r"prepare: got an input of \[1, 3, 16, 16\] for a pict"):
+        halved(pixels(32, 32, 3))
     with pytest.raises(ValueError, match="got 0, 4, 10; takes whole numbers from 1, 0 and 1"):
         CachedInference(network("small"), scaled, block=0)
 

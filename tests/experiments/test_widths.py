@@ -181,8 +181,9 @@ def test_what_does_not_go_together_is_refused(arguments, message):
         run.parse(arguments.split())
 
 
-def test_cuda_graphs_are_refused_where_widths_differ_from_step_to_step():
+@pytest.mark.parametrize("option", ["cuda_graph", "compile"])
+def test_recorded_steps_are_refused_where_widths_differ_from_step_to_step(option):
     ours = trainer("--method us_slimmable", **SMALL)
-    parts = replace(ours.parts, config=replace(ours.config, cuda_graph=True, device="cuda"))
-    with pytest.raises(ValueError, match="--cuda-graph: got it with us_slimmable"):
+    parts = replace(ours.parts, config=replace(ours.config, device="cuda", **{option: True}))
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')}: got it with us_slimmable"):
         ours.methods["us_slimmable"].procedure(parts)
