@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from experiments.models.resnet20 import BasicBlock
 from noisyq_fast import Quantizer, QuantLayer, register_layer, usage
 from noisyq_fast.first_last import by_execution
+from noisyq_fast.running import in_evaluation
 
 
 def divisible(count: float, divisor: int) -> int:
@@ -136,7 +137,6 @@ class SlimNorm(nn.Module):
     def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, widths: Widths) -> None:
         super().__init__()
         self.widths = widths
-
         count = norm.num_features
         self.of_widths = nn.ModuleList(
             _first(norm, widths.channels(count, width), widths.private) for width in widths.measured
@@ -256,16 +256,14 @@ def make_slimmable_(
 
 
 def _check_runs(model: nn.Module, width: float, example: Tensor) -> None:
-    training = model.training
-    set_width(model.eval(), width)
+    set_width(model, width)
     try:
-        with torch.no_grad():
+        with in_evaluation(model):
             model(example)
     except RuntimeError as error:
         raise ValueError(
             f"model: {type(model).__name__} does not run at width {width:g}: {error}"
         ) from error
-    model.train(training)
 
 
 def set_width(model: nn.Module, width: float) -> None:
@@ -296,7 +294,6 @@ def statistics(model: nn.Module) -> list[nn.Module]:
     return [m for module in found if hasattr(module, "statistics") for m in module.statistics()]
 
 
-@torch.no_grad()
 def parameters_used(model: nn.Module, example: Tensor) -> int:
     """How many parameters are used at the width which is set."""
     counts = []
@@ -305,11 +302,10 @@ def parameters_used(model: nn.Module, example: Tensor) -> int:
         counts.extend(part.numel() for part in module.used(args[0]) if part is not None)
 
     hooks = [module.register_forward_pre_hook(count) for module in slim_modules(model)]
-    training = model.training
     try:
-        model.eval()(example)
+        with in_evaluation(model):
+            model(example)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return sum(counts)
