@@ -14,6 +14,7 @@ from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
+from experiments.methods.hash_knn import HashKNN
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
@@ -24,9 +25,11 @@ from experiments.methods.qkd import QKD
 from experiments.methods.quant import Quant
 from experiments.methods.sam import SAM
 from experiments.methods.sce import SCE
+from experiments.methods.slimmable import Slimmable
 from experiments.methods.snapshot import Snapshot
 from experiments.methods.swa import SWA
 from experiments.methods.train_longer import TrainLonger
+from experiments.methods.us_slimmable import UniversallySlimmable
 from experiments.methods.weight_decay import WeightDecay
 
 __all__ = [
@@ -47,6 +50,9 @@ BASELINE = "baseline"
 
 # In the order in which they change the network.
 METHODS: dict[str, type[Method]] = {
+    "hash_knn": HashKNN,
+    "slimmable": Slimmable,
+    "us_slimmable": UniversallySlimmable,
     "quant": Quant,
     "dropout": Dropout,
     "prune": Prune,

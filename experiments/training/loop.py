@@ -243,10 +243,10 @@ class Trainer:
         return self.parts.logits(self.procedure.predict, part)
 
     def finish(self) -> list[str]:
-        """Lets the methods end their work; gives what they tell the user."""
+        """Lets the methods and the procedure end their work; gives what they tell the user."""
         states = self.states[0]
         lines = [method.finish(self.model, states[n]) for n, method in self.methods.items()]
-        return [line for line in lines if line]
+        return [line for line in lines if line] + self.procedure.finish()
 
     def result(self) -> dict[str, Any]:
         """The network as it is now, on the samples trained on, held out and of the test set."""
@@ -254,6 +254,7 @@ class Trainer:
         scores = self.task.result(
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
+        scores |= self.procedure.result()
         require_finite_scores(scores, _AT_THE_END)
         summary = noisyq_fast.summary(self.model, self.parts.example())
         asked = self.procedure.predicting

@@ -219,6 +219,15 @@ class Procedure:
         """After `epoch`, before it is evaluated; gives the passes that it took."""
         return Passes(0, 0)
 
+    def finish(self) -> list[str]:
+        """After training, before the network is evaluated for the last time; gives lines for the
+        user."""
+        return []
+
+    def result(self) -> dict[str, Any]:
+        """What `finish` found, for the run's result."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What the epochs to come depend on, beside networks, losses and optimizers."""
         return {}

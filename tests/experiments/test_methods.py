@@ -24,6 +24,9 @@ INDICES = torch.arange(6)
 def test_every_method_is_on_with_its_defaults_under_its_name():
     labels = {name: run.parse(["--method", name]).label for name in methods.METHODS}
     assert labels == {
+        "hash_knn": "hash-knn48",
+        "slimmable": "slimmable",
+        "us_slimmable": "us-slimmable",
         "quant": "quant-w4a4",
         "dropout": "dropout0.1",
         "prune": "prune0.75",

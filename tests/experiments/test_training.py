@@ -24,6 +24,9 @@ EXCHANGED = [
     "--method mutual_learning --weight-bits 4 --prune 0.5",
     "--method noisy_student --students 1 --weight-bits 4 --dropout 0.1 --loss elr",
     "--method qkd --weight-bits 4",
+    "--method hash_knn --hash-bits 12 --hash-agreement 0 --weight-bits 4 --prune 0.5 --loss elr",
+    "--method slimmable --weight-bits 4 --slim-widths 1 0.5 --slim-distillation",
+    "--method us_slimmable --weight-bits 4 --us-widths 3 --dropout 0.1 --loss elr",
 ]
 
 
@@ -319,6 +322,9 @@ def test_compiled_run_is_close_to_the_plain_one():
         ("--method train_longer --ghost-batch 8", (16, 16)),
         ("--method mutual_learning", (8, 8)),
         ("--method noisy_student", (7, 4)),  # three teachers
+        ("--method hash_knn", (5, 4)),  # the neighbours vote once
+        ("--method slimmable --slim-widths 0.5 1", (8, 8)),
+        ("--method us_slimmable --us-widths 3", (12, 12)),
         ("--method qkd", (8, 7)),  # in the last epoch the teacher learns no more
     ],
 )
