@@ -2,6 +2,10 @@
 // noisyq_fast/ops.py.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
+#include "dtypes.h"
+
 namespace py = pybind11;
 namespace cpu = noisyq::cpu;
 using noisyq::DType;
@@ -71,6 +75,38 @@ PYBIND11_MODULE(_core, m) {
         cpu::dequantize(pointer<const void>(codes), are_signed, pointer<const float>(scale),
                         pointer<const uint8_t>(zero), pointer<float>(y), {outer, channels, inner},
                         threads);
+      },
+      release);
+
+  // The 13 numbers of a shape, and the 4 of a border, in their order.
+  using Shape = std::array<int64_t, 13>;
+  using Border = std::array<int64_t, 4>;
+
+  m.def(
+      "adder_forward",
+      [](uintptr_t x, uintptr_t w, uintptr_t y, const Shape& shape, int threads) {
+        cpu::adder_forward(pointer<const float>(x), pointer<const float>(w), pointer<float>(y),
+                           noisyq::bit_cast<cpu::AdderShape>(shape), threads);
+      },
+      release);
+
+  m.def(
+      "adder_input_gradient",
+      [](uintptr_t x, uintptr_t w, uintptr_t g, uintptr_t dx, const Shape& shape,
+         const Border& border, int threads) {
+        cpu::adder_input_gradient(pointer<const float>(x), pointer<const float>(w),
+                                  pointer<const float>(g), pointer<float>(dx),
+                                  noisyq::bit_cast<cpu::AdderShape>(shape),
+                                  noisyq::bit_cast<cpu::AdderBorder>(border), threads);
+      },
+      release);
+
+  m.def(
+      "adder_weight_gradient",
+      [](uintptr_t x, uintptr_t w, uintptr_t g, uintptr_t dw, const Shape& shape, int threads) {
+        cpu::adder_weight_gradient(pointer<const float>(x), pointer<const float>(w),
+                                   pointer<const float>(g), pointer<float>(dw),
+                                   noisyq::bit_cast<cpu::AdderShape>(shape), threads);
       },
       release);
 

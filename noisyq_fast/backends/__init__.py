@@ -12,7 +12,13 @@ from collections.abc import Callable
 
 import torch
 
-from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
+from noisyq_fast.backends import (
+    native_cpu,
+    native_cpu_adder,  # noqa: F401  registers more operators
+    native_cuda,
+    on_triton,
+    reference,
+)
 from noisyq_fast.backends.backend import Backend
 
 # In order of preference. The reference computes every operator on every device.
