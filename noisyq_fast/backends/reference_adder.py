@@ -19,13 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noisyq_fast.backends.reference import backend
-
-Pair = tuple[int, int]
-
-
-def output_size(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> list[int]:
-    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
-    return [(side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides]
+from noisyq_fast.checks import Pair, output_size
 
 
 def channels_last(size: list[int], like: Tensor) -> Tensor:
