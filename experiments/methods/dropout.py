@@ -58,7 +58,7 @@ class Dropout(Method):
             if any(is_parametrized(layer, "weight") for layer in layers(model)):
                 raise ValueError(
                     "--dropout-where: got weights with a method that makes the weights from other "
-                    "parameters (hashed, lcnn), takes classifier or stages"
+                    "parameters (adder, hashed, lcnn), takes classifier or stages"
                 )
             # Ahead of the hook that quantizes the weights, if any: that one has to see the zeros.
             model.register_forward_pre_hook(self._replace_weights, prepend=True)
