@@ -21,6 +21,8 @@ def inner_layers(model: nn.Module, example: Tensor | None) -> dict[str, Layer]:
         for name, module in model.named_modules()
         if any(p.dim() > 1 for p in module.parameters(recurse=False))
     }
+    if not layers:
+        return {}
     found = by_registration(layers) if example is None else by_execution(model, layers, example)
     ends = found.first | found.last
     return {name: layer for name, layer in plain_layers(model).items() if name not in ends}
