@@ -26,6 +26,7 @@ from noisyq_fast._declare import declare
 from noisyq_fast.backends.reference_adder import Pair, channels_last
 from noisyq_fast.layers import QuantLayer
 
+
 def _like_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
     size = checks.output_size(x, weight, stride, padding)
     return channels_last([len(x), len(weight), *size], x)
@@ -103,8 +104,8 @@ class AdderConv2d(_AdderLayer, nn.Conv2d):
         >>> import torch, noisyq_fast
         >>> layer = noisyq_fast.AdderConv2d(1, 1, 2, bias=False)
         >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
-        >>> layer(torch.tensor([[[[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]]]))
-        tensor([[[[-1., -3.]]]], grad_fn=<NoisyqAdder>)
+        >>> layer(torch.tensor([[[[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]]])).detach()
+        tensor([[[[-1., -3.]]]])
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,14 +9,15 @@ from torch.nn.utils import parametrize
 
 from experiments.checks import require
 from experiments.methods.method import Method
-from experiments.models.replacing import inner_layers
-from noisyq_fast import AdderConv2d, AdderLinear
+from experiments.models.replacing import inner_convolutions
+from noisyq_fast import AdderConv2d
 
 
 @dataclass(frozen=True)
 class Adder(Method):
-    """Convolutions and linear layers but the first and the last sum absolute differences,
-    `-sum |W - x|`, in place of products.
+    """Convolutions but the first and the last layer sum absolute differences, `-sum |W - x|`, in
+    place of products. Linear layers stay: those between have no batch norm before their ReLU, which
+    would let nothing of such sums through.
 
     As in the authors' code: the gradients of W and x are `x - W` and `clip(W - x, -1, 1)`, that of a
     layer's W gets the length `sqrt(k) / 5` of its k numbers, W starts as normal numbers, and zeros
@@ -49,11 +50,11 @@ class Adder(Method):
         return {"adder_rate": self.adder_rate}
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
-        layers = inner_layers(model, example)
+        layers = inner_convolutions(model, example)
         if not layers:
             raise ValueError(
-                f"adder: {type(model).__name__} has no convolution or linear layer between the "
-                "first and the last"
+                f"adder: {type(model).__name__} has no convolution between the first and the last "
+                "layer"
             )
         for name, layer in layers.items():
             try:
@@ -65,7 +66,7 @@ class Adder(Method):
         return model
 
     def finish(self, model: nn.Module, state: dict[str, Any]) -> str:
-        layers = [m for m in model.modules() if isinstance(m, AdderConv2d | AdderLinear)]
+        layers = [m for m in model.modules() if isinstance(m, AdderConv2d)]
         numbers = sum(layer.weight.numel() for layer in layers)
         return f"{len(layers)} layers add, with {numbers:,} weights; their additions count as MACs"
 
@@ -84,10 +85,7 @@ class Scaled(nn.Module):
         return weight / self.factor
 
 
-def _adding(layer: nn.Conv2d | nn.Linear) -> nn.Module:
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return AdderLinear(layer.in_features, layer.out_features, bias)
+def _adding(layer: nn.Conv2d) -> AdderConv2d:
     AdderConv2d.check(layer)
     return AdderConv2d(
         layer.in_channels,
@@ -95,5 +93,5 @@ def _adding(layer: nn.Conv2d | nn.Linear) -> nn.Module:
         layer.kernel_size,
         layer.stride,
         layer.padding,
-        bias=bias,
+        bias=layer.bias is not None,
     )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from experiments.checks import require, require_whole
 from experiments.methods.method import Method
 from experiments.models.hashed import hash_weight_, layer_seed
-from experiments.models.replacing import plain_layers
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,11 @@ class Hashed(Method):
         return {"hash_seed": self.hash_seed}
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
-        layers = plain_layers(model)
+        layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if type(layer) in (nn.Conv2d, nn.Linear)
+        }
         if not layers:
             raise ValueError(f"hashed: {type(model).__name__} has no convolution or linear layer")
         for name, layer in layers.items():

@@ -10,12 +10,12 @@ from experiments.checks import require
 from experiments.losses import Changed, Loss
 from experiments.methods.method import Method
 from experiments.models.lookup import LookupConv2d
-from experiments.models.replacing import inner_layers
+from experiments.models.replacing import inner_convolutions
 
 
 @dataclass(frozen=True)
 class LCNN(Method):
-    """Convolutions but the first and the last combine the vectors of a dictionary, in few lookups:
+    """Convolutions but the first and the last layer combine the vectors of a dictionary, in few lookups:
     `W[o, i, y, x] = sum_d P[o, d, y, x] D[d, i]` with a sparse P.
 
     Entries of P with `|p| <= e`, the threshold, become 0 and stay it; what is left is drawn to 0 by
@@ -57,8 +57,7 @@ class LCNN(Method):
         return "-".join(parts)
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
-        inner = inner_layers(model, example)
-        layers = {name: layer for name, layer in inner.items() if isinstance(layer, nn.Conv2d)}
+        layers = inner_convolutions(model, example)
         if not layers:
             raise ValueError(
                 f"lcnn: {type(model).__name__} has no convolution between the first and the last "

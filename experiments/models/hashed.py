@@ -94,9 +94,7 @@ class HashedConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` with a hashed weight; ``compression`` and ``seed`` as for
     `hash_weight_`."""
 
-    def __init__(
-        self, *args: Any, compression: float = 8.0, seed: int = 0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, compression: float = 8.0, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         hash_weight_(self, compression, seed)
 
@@ -105,9 +103,7 @@ class HashedLinear(nn.Linear):
     """`torch.nn.Linear` with a hashed weight; ``compression`` and ``seed`` as for
     `hash_weight_`."""
 
-    def __init__(
-        self, *args: Any, compression: float = 8.0, seed: int = 0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, compression: float = 8.0, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         hash_weight_(self, compression, seed)
 

@@ -12,9 +12,7 @@ def decayed(model: nn.Module) -> list[nn.Parameter]:
     """The weights of convolutions and linear layers, or what they are made from: no biases and no
     norms."""
     return [
-        layer.parametrizations.weight.original
-        if is_parametrized(layer, "weight")
-        else layer.weight
+        layer.parametrizations.weight.original if is_parametrized(layer, "weight") else layer.weight
         for layer in model.modules()
         if isinstance(layer, LAYERS)
     ]

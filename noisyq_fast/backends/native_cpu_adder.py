@@ -49,9 +49,7 @@ def adder_conv2d_input_gradient(
     ]
     around = F.pad(grad.permute(0, 2, 3, 1), (0, 0, *border[2:], *border[:2])).contiguous()
     shape = _shape(blocks.shape, len(weight), weight, stride, padding, grad.shape[2:])
-    core.adder_input_gradient(
-        *_addresses(blocks, weights, around, sums), shape, border, threads()
-    )
+    core.adder_input_gradient(*_addresses(blocks, weights, around, sums), shape, border, threads())
     return channels_last(list(x.shape), x).copy_(_joined(sums, x.shape[1]).permute(0, 3, 1, 2))
 
 

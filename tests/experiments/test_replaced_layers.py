@@ -59,11 +59,12 @@ def test_every_network_of_the_study_trains(model, method):
 def test_an_encoder_of_faces_trains(method):
     head = PerAUHead(SmallEncoder.features, aus=3, norm="per-au")
     network = ActionUnitNetwork(SmallEncoder(), head)
-    network = method.with_defaults().network(network, torch.randn(1, 3, 64, 64))
     before = [type(module) for module in head.modules()]
+    network = method.with_defaults().network(network, torch.randn(1, 3, 64, 64))
     logits = network(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 3)
-    assert [type(module) for module in network.head.modules()] == before
+    if not isinstance(method, Hashed):
+        assert [type(module) for module in head.modules()] == before
     inner = network.encoder.stage1[3]
     assert type(inner) is not nn.Conv2d or isinstance(method, Hashed)
     logits.square().sum().backward()
@@ -92,7 +93,10 @@ def test_dropout_of_weights_is_refused(name):
     ("arguments", "message"),
     [
         ("--method adder --compression 8", "adder with hashed, of which a run has one kind of"),
-        ("--method lcnn --compression 8", "hashed with lcnn, of which a run has one kind of layers"),
+        (
+            "--method lcnn --compression 8",
+            "hashed with lcnn, of which a run has one kind of layers",
+        ),
         ("--method adder --prune 0.5", "got adder with prune, which knows the filters"),
         ("--method hashed --prune 0.5", "got hashed with prune, which removes filters"),
         ("--method lcnn --prune 0.5", "got lcnn with prune, which removes filters"),
@@ -113,7 +117,7 @@ def test_what_does_not_go_together_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("method", "takes"),
     [
-        (Adder(), "adder: Sequential has no convolution or linear layer between"),
+        (Adder(), "adder: Sequential has no convolution between"),
         (Hashed(), "hashed: Sequential has no convolution or linear layer"),
         (LCNN(), "lcnn: Sequential has no convolution between"),
     ],
