@@ -19,11 +19,11 @@ class Adder(Method):
     place of products. Linear layers stay: those between have no batch norm before their ReLU, which
     would let nothing of such sums through.
 
-    As in the authors' code: the gradients of W and x are `x - W` and `clip(W - x, -1, 1)`, that of a
-    layer's W gets the length `sqrt(k) / 5` of its k numbers, W starts as normal numbers, and zeros
-    around the picture count. Other than there, shortcuts stay as the network has them, and there is
-    no batch norm after the classifier. The optimizer is Adam, whose steps have one length whatever
-    that of the gradient, and the paper's steps are long, as these weights are: so W is
+    As in the authors' code: the gradients of W and x are `x - W` and `clip(W - x, -1, 1)`, that of
+    a layer's W gets the length `sqrt(k) / 5` of its k numbers, W starts as normal numbers, and
+    zeros around the picture count. Other than there, shortcuts stay as the network has them, and
+    there is no batch norm after the classifier. The optimizer is Adam, whose steps have one length
+    whatever that of the gradient, and the paper's steps are long, as these weights are: so W is
     `--adder-rate` times what is trained. Several processes normalise their own gradients before
     they are added.
     """

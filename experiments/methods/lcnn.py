@@ -15,8 +15,8 @@ from experiments.models.replacing import inner_convolutions
 
 @dataclass(frozen=True)
 class LCNN(Method):
-    """Convolutions but the first and the last layer combine the vectors of a dictionary, in few lookups:
-    `W[o, i, y, x] = sum_d P[o, d, y, x] D[d, i]` with a sparse P.
+    """Convolutions but the first and the last layer combine the vectors of a dictionary, in few
+    lookups: `W[o, i, y, x] = sum_d P[o, d, y, x] D[d, i]` with a sparse P.
 
     Entries of P with `|p| <= e`, the threshold, become 0 and stay it; what is left is drawn to 0 by
     `l e sum |p|` in the loss. As in the authors' code e is so high that `--lcnn-sparsity` of P

@@ -38,8 +38,8 @@ class LookupConv2d(nn.Sequential):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as for `torch.nn.Conv2d`.
         vectors: how many the dictionary has.
-        sparsity: the share of P that is zeroed at the start: ``threshold = sparsity / sqrt(fan_in)``
-            of P, whose entries are drawn evenly between ``1 / sqrt(fan_in)`` below and above 0.
+        sparsity: the share of P that is 0 at the start: ``threshold = sparsity / sqrt(fan_in)`` of
+            P, whose entries are drawn evenly between ``1 / sqrt(fan_in)`` below and above 0.
     """
 
     def __init__(

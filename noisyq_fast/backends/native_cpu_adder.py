@@ -1,5 +1,5 @@
-"""The kernels of AdderNet for the CPU (``csrc/cpu/adder.cpp``), of float32; other dtypes are left to
-the specification."""
+"""The kernels of AdderNet for the CPU (``csrc/cpu/adder.cpp``), of float32; other dtypes are left
+to the specification."""
 
 import math
 

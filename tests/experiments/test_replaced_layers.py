@@ -95,7 +95,7 @@ def test_dropout_of_weights_is_refused(name):
         ("--method adder --compression 8", "adder with hashed, of which a run has one kind of"),
         (
             "--method lcnn --compression 8",
-            "hashed with lcnn, of which a run has one kind of layers",
+            "hashed with lcnn, of which a run has one kind of",
         ),
         ("--method adder --prune 0.5", "got adder with prune, which knows the filters"),
         ("--method hashed --prune 0.5", "got hashed with prune, which removes filters"),
@@ -132,7 +132,7 @@ def test_a_layer_that_cannot_be_replaced_is_named(method):
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4 * 28 * 28, 2)
     )
-    with pytest.raises(ValueError, match="layer 1: .*(groups|got Conv2d)"):
+    with pytest.raises(ValueError, match=r"layer 1: .*(groups|got Conv2d)"):
         method.with_defaults().network(model, EXAMPLE)
 
 
