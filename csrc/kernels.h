@@ -141,6 +141,32 @@ void grads_of_sums(DType dtype, const void* grad, Sums v, int64_t rows, int64_t 
                    const float* slope, const float* shift, const float* tilt, void* out,
                    int threads);
 
+// A convolution without groups and dilation.
+struct AdderShape {
+  int64_t images, rows, columns, inputs;  // of x
+  int64_t outputs, kernel_rows, kernel_columns;
+  int64_t row_stride, column_stride, row_padding, column_padding;
+  int64_t out_rows, out_columns;
+};
+
+// Zeros around a gradient.
+struct AdderBorder {
+  int64_t top, bottom, left, right;
+};
+
+// y = -sum |w - x| of x [images, rows, columns, inputs], padded, and w [outputs / 16, kernel, inputs,
+// 16], [images, out_rows, out_columns, outputs].
+void adder_forward(const float* x, const float* w, float* y, AdderShape shape, int threads);
+
+// dx = sum clip(w - x, -1, 1) g, like x: [inputs / 16, images, rows, columns, 16], not padded. w is
+// [inputs / 16, kernel, outputs, 16], and g [images, out_rows, out_columns, outputs] in its border.
+void adder_input_gradient(const float* x, const float* w, const float* g, float* dx,
+                          AdderShape shape, AdderBorder border, int threads);
+
+// dw = sum (x - w) g, like w. All as for the input's gradient, but x is padded and g has no border.
+void adder_weight_gradient(const float* x, const float* w, const float* g, float* dw,
+                           AdderShape shape, int threads);
+
 }  // namespace cpu
 
 // On a device every function only launches; the caller has made its device the current one. A

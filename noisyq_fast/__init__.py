@@ -2,6 +2,7 @@
 
 from importlib import metadata as _metadata
 
+from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
 from noisyq_fast.calibration import calibrate
@@ -41,12 +42,16 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "AbsMax",
+    "AdderConv2d",
+    "AdderLinear",
     "Codes",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
     "MovingAbsMax",
     "OperatorSummary",
+    "QuantAdderConv2d",
+    "QuantAdderLinear",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",

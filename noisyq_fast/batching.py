@@ -225,29 +225,59 @@ def _whole_bytes(x: Tensor) -> Tensor:
     return F.pad(x.reshape(x.shape[0], size), (0, -size % 8))
 
 
-RULES: dict[str, Callable] = {
-    rule.__name__: rule
-    for rule in (
-        fake_quantize,
-        fake_quantize_many,
-        fake_quantize_ema,
-        fake_quantize_fixed_range,
-        fake_quantize_fixed_range_clipped,
-        zero_clipped,
-        quantize,
-        dequantize,
-        fake_quantize_on_grid,
-        fake_quantize_ema_on_grid,
-        fake_quantize_fixed_range_on_grid,
-        quantize_on_grid,
-        quantize_ema_on_grid,
-        quantize_fixed_range_on_grid,
-        dequantize_on_grid,
+def _one_by_one(name: str) -> Callable:
+    """The rule of an operator that is called for each sample."""
+
+    def rule(info: Any, dims: Dims, *arguments: Any) -> tuple:
+        operator = getattr(_operators, name)
+        samples = [
+            operator(
+                *(
+                    a.select(dim, i) if isinstance(dim, int) else a
+                    for a, dim in zip(arguments, dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(samples), 0
+
+    return rule
+
+
+RULES: dict[str, Callable] = (
+    {
+        rule.__name__: rule
+        for rule in (
+            fake_quantize,
+            fake_quantize_many,
+            fake_quantize_ema,
+            fake_quantize_fixed_range,
+            fake_quantize_fixed_range_clipped,
+            zero_clipped,
+            quantize,
+            dequantize,
+            fake_quantize_on_grid,
+            fake_quantize_ema_on_grid,
+            fake_quantize_fixed_range_on_grid,
+            quantize_on_grid,
+            quantize_ema_on_grid,
+            quantize_fixed_range_on_grid,
+            dequantize_on_grid,
+        )
+    }
+    | dict.fromkeys(
+        (
+            *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
+            *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
+        ),
+        _no_products,
     )
-} | dict.fromkeys(
-    (
-        *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
-        *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
-    ),
-    _no_products,
+    | {
+        name: _one_by_one(name)
+        for name in (
+            "adder_conv2d",
+            "adder_conv2d_input_gradient",
+            "adder_conv2d_weight_gradient",
+        )
+    }
 )

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from noisyq_fast import layers as quantized
 from noisyq_fast import usage
+from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
 from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
@@ -46,6 +47,8 @@ _LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Embedding: quantized.QuantEmbedding,
     nn.MultiheadAttention: QuantMultiheadAttention,
     GroupedLinear: QuantGroupedLinear,
+    AdderConv2d: QuantAdderConv2d,
+    AdderLinear: QuantAdderLinear,
 }
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": quantized.QuantTransposedLinear}
 """Layers of packages that are not imported for it."""

@@ -180,6 +180,33 @@ class DequantizeOnGrid(Gradient):
         return torch.ops.noisyq.dequantize_on_grid(codes, tangent, zero_point, ctx.axis)
 
 
+class Adder(Gradient):
+    """Those of AdderNet, which are no derivatives: of ``-|w - x|`` by w ``x - w``, and by x
+    ``clip(w - x, -1, 1)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        below_autograd: Callable,
+        x: Tensor,
+        weight: Tensor,
+        stride: list[int],
+        padding: list[int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.others = stride, padding
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, of_x, of_weight, *_ = ctx.needs_input_grad
+        arguments = grad, *ctx.saved_tensors, *ctx.others
+        noisyq = torch.ops.noisyq
+        dx = noisyq.adder_conv2d_input_gradient(*arguments) if of_x else None
+        dw = noisyq.adder_conv2d_weight_gradient(*arguments) if of_weight else None
+        return None, dx, dw, None, None
+
+
 def _is_known_to_be_zero(mask: Tensor) -> bool:
     """Whether no bit is set. Asked only of plain tensors on the CPU: of others the answer is not
     there yet, or a device would have to be waited for."""

@@ -140,8 +140,9 @@ def summary(model: nn.Module, example: Any) -> Summary:
 
     MACs are counted where PyTorch computes them, by the formulas of `torch.utils.flop_counter`.
     They are a layer's where its weight is an operand, and quantized where its weight and its input
-    are. Products of two activations, such as those of attention, and additions, poolings and the
-    like are listed as operators; they are float. Of the latter, only the calls are counted.
+    are. Those of an `AdderConv2d` or `AdderLinear` are additions of absolute differences. Products
+    of two activations, such as those of attention, and additions, poolings and the like are listed
+    as operators; they are float. Of the latter, only the calls are counted.
 
     Raises:
         TypeError: ``model`` is no module.

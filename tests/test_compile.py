@@ -10,6 +10,7 @@ import noisyq_fast
 from noisyq_fast import fake_quantize_ema
 
 X = torch.randn(3, 4)
+WINDOWS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [2, 1], [1, 0]
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
     "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
@@ -50,6 +51,14 @@ OPERATORS = {
         torch.ones(4, dtype=torch.uint8),
         1,
     ),
+    "adder_conv2d": lambda: (
+        torch.randn(2, 3, 5, 5, requires_grad=True),
+        torch.randn(4, 3, 3, 3, requires_grad=True),
+        [2, 1],
+        [1, 0],
+    ),
+    "adder_conv2d_input_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
+    "adder_conv2d_weight_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
 }
 
 

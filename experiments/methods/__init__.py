@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from experiments.checks import flag
+from experiments.methods.adder import Adder
 from experiments.methods.co_teaching import CoTeaching
 from experiments.methods.defensive import Defensive
 from experiments.methods.dropout import Dropout
@@ -15,7 +16,9 @@ from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
 from experiments.methods.hash_knn import HashKNN
+from experiments.methods.hashed import Hashed
 from experiments.methods.label_smoothing import LabelSmoothing
+from experiments.methods.lcnn import LCNN
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
@@ -48,7 +51,7 @@ __all__ = [
 BASELINE = "baseline"
 """The task's own loss and recipe: no method at all."""
 
-# In the order in which they change the network.
+# In the order in which they change the network, after those that replace its layers.
 METHODS: dict[str, type[Method]] = {
     "hash_knn": HashKNN,
     "slimmable": Slimmable,
@@ -72,6 +75,9 @@ METHODS: dict[str, type[Method]] = {
     "defensive": Defensive,
     "noisy_student": NoisyStudent,
     "qkd": QKD,
+    "adder": Adder,
+    "hashed": Hashed,
+    "lcnn": LCNN,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""
@@ -111,10 +117,10 @@ def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
         for other, reason in method.NOT_WITH.items():
             if other in on:
                 raise ValueError(f"--method: got {name} with {other}, {reason}")
-    for what in ("loss", "procedure"):
+    for what, one in (("loss", "loss"), ("procedure", "procedure"), ("layers", "kind of layers")):
         found = [name for name, method in on.items() if what == method.REPLACES]
         if len(found) > 1:
-            raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {what}")
+            raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {one}")
 
 
 def described() -> str:

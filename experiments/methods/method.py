@@ -32,7 +32,7 @@ class Method:
     out of a run's name, and stays as it is whatever the default becomes."""
 
     REPLACES: ClassVar[str | None] = None
-    """What of a run it exchanges, as only one method can: "loss" or "procedure"."""
+    """What of a run it exchanges, as only one method can: "loss", "procedure" or "layers"."""
 
     NOT_WITH: ClassVar[Mapping[str, str]] = {}
     """Methods that it does not combine with, and why."""

@@ -68,7 +68,8 @@ class Parts:
         seed = self.config.seed
         torch.manual_seed(mixed(seed, NETWORK, number) if number else seed)
         model = self.task.network()
-        for method in self.methods.values():
+        # One that replaces the layers comes before those that change them.
+        for method in sorted(self.methods.values(), key=lambda method: method.REPLACES != "layers"):
             model = method.network(model, self.example().cpu())
         model = model.to(self.device, memory_format=torch.channels_last)
         return data_parallel.synchronize_(model)

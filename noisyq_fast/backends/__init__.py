@@ -14,6 +14,7 @@ import torch
 
 from noisyq_fast.backends import cpu_integer as cpu_integer
 from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
+from noisyq_fast.backends import native_cpu_adder as native_cpu_adder
 from noisyq_fast.backends.backend import Backend
 
 # In order of preference. The reference computes every operator on every device.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from noisyq_fast.backends import reference_integer as reference
 from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, KIND_CODES, address, core
-from noisyq_fast.backends.native_cpu import _threads as threads
-from noisyq_fast.backends.native_cpu import backend
+from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.grid import Grid
 
 _EXACT_FLOAT = 2**24

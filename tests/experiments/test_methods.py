@@ -46,6 +46,9 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "defensive": "defensive0.0003",
         "noisy_student": "noisy-student3",
         "qkd": "qkd",
+        "adder": "adder",
+        "hashed": "hashed8",
+        "lcnn": "lcnn0.5",
     }
 
 

@@ -232,10 +232,10 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # In float and quantized: nothing, 21 methods, truncated gce, and nothing in large batches.
-        ("league", "smoke", 48, 48),
-        ("league", "small", 48 * 3, 48),
-        ("league", "full", 48 * 5, 48),
+        # In float and quantized: nothing, 24 methods, truncated gce, and nothing in large batches.
+        ("league", "smoke", 54, 54),
+        ("league", "small", 54 * 3, 54),
+        ("league", "full", 54 * 5, 54),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
