@@ -4,7 +4,7 @@ from importlib import metadata as _metadata
 
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
-from noisyq_fast.calibration import calibrate
+from noisyq_fast.calibration import bitsplit, calibrate, easyquant, ocs
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
@@ -28,7 +28,7 @@ from noisyq_fast.ops import (
     fake_quantize_many,
     quantize,
 )
-from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
+from noisyq_fast.quantizers import AbsMax, Fixed, MovingAbsMax, Quantizer
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
 
@@ -39,6 +39,7 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "AbsMax",
+    "Fixed",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
@@ -57,16 +58,19 @@ __all__ = [
     "QuantMultiheadAttention",
     "Quantizer",
     "Summary",
+    "bitsplit",
     "calibrate",
     "current_backend",
     "dequantize",
     "dequantize_model_",
     "disabled",
+    "easyquant",
     "fake_quantize",
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
     "info",
+    "ocs",
     "quantize",
     "quantize_model_",
     "register_layer",
