@@ -4,7 +4,7 @@ from importlib import metadata as _metadata
 
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
-from noisyq_fast.calibration import bitsplit, calibrate, easyquant, ocs
+from noisyq_fast.calibration import bitsplit, calibrate, dfq, easyquant, ocs
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
@@ -63,6 +63,7 @@ __all__ = [
     "current_backend",
     "dequantize",
     "dequantize_model_",
+    "dfq",
     "disabled",
     "easyquant",
     "fake_quantize",

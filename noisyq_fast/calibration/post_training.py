@@ -188,7 +188,7 @@ class _Seen(Exception):
 
 
 def _is_step(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) or why_not_quantized(module) is not None
+    return isinstance(module, _BatchNorm | nn.ReLU6) or why_not_quantized(module) is not None
 
 
 def samples(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:

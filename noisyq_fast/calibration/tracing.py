@@ -50,9 +50,10 @@ class Step:
 
 @dataclass
 class Trace:
-    """The steps of a run in order, who makes and who reads each value, and how often each layer is
-    called. A value that the model returns has one reader more: None."""
+    """The steps of a run in order, who makes and who reads each value, and how often each of the
+    layers is called. A value that the model returns has one reader more: None."""
 
+    layers: Mapping[str, nn.Module]
     steps: list[Step] = field(default_factory=list)
     maker: dict[Value, Step] = field(default_factory=dict)
     readers: dict[Value, list[Step | None]] = field(default_factory=lambda: defaultdict(list))
@@ -70,7 +71,7 @@ class Trace:
         Raises:
             ValueError: the model does not run on the example.
         """
-        recorder = _Recorder(cls())
+        recorder = _Recorder(cls(layers))
         args, kwargs = arguments(example)
         hooks = [hook for item in layers.items() for hook in recorder.watch(*item)]
         try:
