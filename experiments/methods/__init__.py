@@ -8,10 +8,13 @@ from typing import Annotated
 import tyro
 
 from experiments.checks import flag
+from experiments.methods.bitsplit import BitSplit
 from experiments.methods.co_teaching import CoTeaching
 from experiments.methods.defensive import Defensive
+from experiments.methods.dfq import DFQ
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.easyquant import EasyQuant
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
 from experiments.methods.label_smoothing import LabelSmoothing
@@ -19,6 +22,7 @@ from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
 from experiments.methods.noisy_student import NoisyStudent
+from experiments.methods.ocs import OCS
 from experiments.methods.prune import Prune
 from experiments.methods.qkd import QKD
 from experiments.methods.quant import Quant
@@ -66,6 +70,10 @@ METHODS: dict[str, type[Method]] = {
     "defensive": Defensive,
     "noisy_student": NoisyStudent,
     "qkd": QKD,
+    "easyquant": EasyQuant,
+    "ocs": OCS,
+    "bitsplit": BitSplit,
+    "dfq": DFQ,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""

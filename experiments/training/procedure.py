@@ -156,6 +156,8 @@ class Procedure:
     """Those of a step, of all networks together."""
     CHANGES: ClassVar[bool] = False
     """Whether a step has numbers in it that `begin_epoch` changes, other than in tensors."""
+    FINISHES: ClassVar[bool] = False
+    """Whether `finish` changes what is judged: the run is scored before it as well."""
 
     rounds: int = 1
     predicting: int = 1
@@ -218,6 +220,15 @@ class Procedure:
     def end_epoch(self, epoch: int) -> Passes:
         """After `epoch`, before it is evaluated; gives the passes that it took."""
         return Passes(0, 0)
+
+    def finish(self) -> Passes:
+        """After the last epoch and what methods do then; gives the passes that it took."""
+        return Passes(0, 0)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network whose size and work are reported."""
+        return self.networks[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What the epochs to come depend on, beside networks, losses and optimizers."""

@@ -62,7 +62,8 @@ def bitsplit(
 
     Example:
         >>> import torch, noisyq_fast
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> noisyq_fast.bitsplit(model, [torch.randn(50, 8)], first_last_bits=4)[0]
         QuantLinear(in_features=8, out_features=8, bias=True, W4/A4)
     """
@@ -184,7 +185,9 @@ def update_planes_(planes: Tensor, top: Tensor, gram: Tensor, target: Tensor) ->
             before = entries.clone()
             inside, own = error[..., block].clone(), gram[..., block, block]
             for n in range(entries.shape[-1]):
-                without = inside[..., n] - worth[..., 0] * diagonal[..., start + n] * entries[..., n]
+                without = (
+                    inside[..., n] - worth[..., 0] * diagonal[..., start + n] * entries[..., n]
+                )
                 small = 2 * without.abs() < worth[..., 0] * diagonal[..., start + n]
                 entry = torch.where(small, 0.0, -without.sign())
                 change = worth * (entry - entries[..., n]).unsqueeze(-1)

@@ -40,8 +40,8 @@ def dfq(
     """Quantizes a float network without data, with one scale for all weights of a layer.
 
     1. Batch norms are folded into the layers before them, and ReLU6 become ReLU.
-    2. *Equalisation*: where a layer alone reads what another makes, also behind a ReLU, the weights of channel ``i``
-       of the first are divided, and those of the second multiplied, by
+    2. *Equalisation*: where a layer alone reads what another makes, also behind a ReLU, the weights
+       of channel ``i`` of the first are divided, and those of the second multiplied, by
        ``s_i = sqrt(r1_i / r2_i)``, with ``r`` the largest weight of the channel in each: the
        network computes the same, and both have the same range. Over all pairs until nothing
        changes.
@@ -73,7 +73,8 @@ def dfq(
 
     Example:
         >>> import torch, noisyq_fast
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> noisyq_fast.dfq(model, [torch.randn(1, 8)], weight_bits=6, first_last_bits=None)[2]
         QuantLinear(in_features=8, out_features=2, bias=True, W6/A4)
     """

@@ -60,7 +60,8 @@ def easyquant(
 
     Example:
         >>> import torch, noisyq_fast
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> noisyq_fast.easyquant(model, [torch.randn(50, 8)], weight_bits=4)[0]
         QuantLinear(in_features=8, out_features=8, bias=True, W8/A8)
     """

@@ -35,9 +35,9 @@ def ocs(
 
     Of a layer with ``I`` input channels, ``ceil(ratio I)`` times, the one with the largest weight
     is read twice, with weights ``(w - s / 2) / 2`` and ``(w + s / 2) / 2``, whose codes then sum to
-    that of ``w`` (0 stays 0). The scale ``s`` is that of the weights in plain halves. All weights of
-    a layer share it. With an ``activation_ratio``, input channels are split by their largest value
-    before that: ``(x - s / 2) / 2`` and ``(x + s / 2) / 2``, with the same weights; on a grid
+    that of ``w`` (0 stays 0). The scale ``s`` is that of the weights in plain halves, one for all
+    weights of a layer. With an ``activation_ratio``, input channels are split by their largest
+    value before that: ``(x - s / 2) / 2`` and ``(x + s / 2) / 2``, with the same weights; on a grid
     without values below 0, in plain halves.
 
     Batch norms are folded into the layers before them. Linear layers and convolutions with one
@@ -62,7 +62,8 @@ def ocs(
 
     Example:
         >>> import torch, noisyq_fast
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> noisyq_fast.ocs(model, [torch.randn(50, 8)], ratio=0.2)[2]
         Sequential(
           (0): SplitChannels(8 -> 10)
@@ -76,7 +77,7 @@ def ocs(
             raise ValueError(f"{name}: got {share}, takes 0..1")
     both = PostTraining(model, inputs, options)
     layers = both.layers()
-    first = by_execution(both.float, {x.name: x.float for x in layers}, both.batches[0]).first
+    first = by_execution(both.float, both.converted(), both.batches[0]).first
     layers = [x for x in layers if x.groups == 1 and x.name not in first]
     largest = _largest_inputs(both, layers) if activation_ratio else {}
     for layer in shown(layers, "ocs", progress):

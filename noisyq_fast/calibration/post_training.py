@@ -58,8 +58,7 @@ class PostTraining:
         weight: Quantizer | None = None,
         change_: Callable[[PostTraining], None] | None = None,
     ) -> None:
-        if unknown := [name for name in options if name not in _TAKES]:
-            raise TypeError(f"options: got {', '.join(unknown)}, takes {', '.join(_TAKES)}")
+        _check(options)
         if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
             raise TypeError(
                 f"inputs: got {type(inputs).__name__}, takes an iterable of inputs, such as a list "
@@ -84,17 +83,18 @@ class PostTraining:
         if any(m.keeps_range for m in self.quantized.modules() if isinstance(m, Quantizer)):
             calibrate(self.quantized, self.batches)
 
+    def converted(self) -> dict[str, nn.Module]:
+        """The float layers that are quantized in the copy, by name."""
+        layers = dict(self.float.named_modules())
+        modules = self.quantized.named_modules()
+        return {name: layers[name] for name, m in modules if isinstance(m, QuantLayer)}
+
     def layers(self) -> list[LinearLayer]:
         """The linear layers and convolutions with a quantized weight, in the order of execution."""
-        plain = changeable(self.float)
+        found = changeable(self.float).keys() & self.converted().keys()
         names = dict.fromkeys(step.layer for step in self.trace.of_layers())
-        return [
-            LinearLayer(self, name)
-            for name in names
-            if name in plain
-            and isinstance(layer := self.quantized.get_submodule(name), QuantLayer)
-            and layer.weight_quantizer is not None
-        ]
+        layers = [LinearLayer(self, name) for name in names if name in found]
+        return [layer for layer in layers if layer.quantized.weight_quantizer is not None]
 
 
 def shown(layers: list[LinearLayer], what: str, progress: bool | None) -> Iterable[LinearLayer]:
@@ -165,10 +165,11 @@ class LinearLayer:
     @property
     def range(self) -> tuple[Tensor, Tensor]:
         """The ends of the input range, ``[1]``."""
-        ends = self.quantized.input_quantizer.range.reshape(-1)
-        return self.quantized.input_quantizer.bounds(
-            *(ends.split(1) if len(ends) == 2 else (-ends, ends))
-        )
+        quantizer = self.quantized.input_quantizer
+        ends = quantizer.range.reshape(-1)
+        if quantizer.grid.is_affine:
+            return ends[:1], ends[1:]
+        return (torch.zeros_like(ends) if quantizer.grid.is_unsigned else -ends), ends
 
     def set_weight_scale(self, scale: Tensor) -> None:
         """Gives each output channel a scale, ``[groups, outputs]``, or all of them one, ``[]``."""
@@ -185,6 +186,17 @@ class LinearLayer:
 
 class _Seen(Exception):
     """Ends a forward whose rest nobody needs."""
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if unknown := [name for name in options if name not in _TAKES]:
+        raise TypeError(f"options: got {', '.join(unknown)}, takes {', '.join(_TAKES)}")
+    overrides = options.get("overrides")
+    for name, override in overrides.items() if isinstance(overrides, Mapping) else ():
+        if isinstance(override, Mapping) and (own := [o for o in override if o in _OWN]):
+            raise TypeError(
+                f"overrides[{name!r}]: got {', '.join(own)}, which the method chooses itself"
+            )
 
 
 def _is_step(module: nn.Module) -> bool:

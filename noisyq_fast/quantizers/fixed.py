@@ -105,8 +105,8 @@ class Fixed(Quantizer):
         return codes, self.scale, *zero_points
 
     def _levels(self, groups: Groups | None = None) -> Levels:
-        zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
-        of = self.scale, zero
+        scale, zero = self.scale, self.zero_point
+        zero = torch.zeros_like(scale) if zero is None else zero.float()
         if groups is not None:
-            of = tuple(groups.flat(name, t) for name, t in zip(("scale", "zero_point"), of))
-        return Levels(*of, self.grid)
+            scale, zero = groups.flat("scale", scale), groups.flat("zero_point", zero)
+        return Levels(scale, zero, self.grid)

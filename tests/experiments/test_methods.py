@@ -40,6 +40,10 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "defensive": "defensive0.0003",
         "noisy_student": "noisy-student3",
         "qkd": "qkd",
+        "easyquant": "easyquant-w4a4",
+        "ocs": "ocs-w4a4-0.02",
+        "bitsplit": "bitsplit-w4a4",
+        "dfq": "dfq-w4a4",
     }
 
 

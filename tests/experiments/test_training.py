@@ -24,6 +24,7 @@ EXCHANGED = [
     "--method mutual_learning --weight-bits 4 --prune 0.5",
     "--method noisy_student --students 1 --weight-bits 4 --dropout 0.1 --loss elr",
     "--method qkd --weight-bits 4",
+    "--method dfq --patience 2 --dropout 0.1 --loss gce",
 ]
 
 

@@ -1,3 +1,4 @@
+import itertools
 import re
 from pathlib import Path
 
@@ -39,9 +40,7 @@ def test_codes_closest_to_the_weights(oracle):
         assert torch.equal(planes, oracle[f"b{bits}_ofwa_ternary"])
         assert torch.equal(joined(planes), oracle[f"b{bits}_ofwa_codes"])
         unit = 2 ** (bits - 2)
-        torch.testing.assert_close(
-            scale * unit, oracle[f"b{bits}_ofwa_alpha"], rtol=0, atol=1e-9
-        )
+        torch.testing.assert_close(scale * unit, oracle[f"b{bits}_ofwa_alpha"], rtol=0, atol=1e-9)
 
 
 def test_one_round_over_all_planes(oracle):
@@ -63,9 +62,7 @@ def test_hundred_rounds(oracle, kind):
         codes, scale = stitch(*first, x, oracle["y"], bits, epochs=100)
         unit = 2 ** (bits - 2)
         assert torch.equal(codes / unit, oracle[f"b{bits}_{kind}_codes"])
-        torch.testing.assert_close(
-            scale * unit, oracle[f"b{bits}_{kind}_alpha"], rtol=0, atol=1e-9
-        )
+        torch.testing.assert_close(scale * unit, oracle[f"b{bits}_{kind}_alpha"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", WITH)
@@ -75,6 +72,6 @@ def test_no_round_makes_the_error_larger(oracle, kind):
         first = fit_weights(oracle["w"], bits)
         found = [first, *(stitch(*first, x, y, bits, epochs) for epochs in (0, 1, 2, 4, 100))]
         errors = [(y - x @ (c * s.unsqueeze(1)).T).square().sum(0) for c, s in found]
-        for before, after in zip(errors, errors[1:], strict=False):
+        for before, after in itertools.pairwise(errors):
             assert (after <= before * (1 + 1e-12)).all()
         assert errors[-1].sum() < errors[0].sum()

@@ -1,3 +1,4 @@
+import itertools
 import re
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from torch import nn
 
 from noisyq_fast.calibration.dfq import absorb_, equalize_, equalize_pair_, through
 from noisyq_fast.calibration.folding import Normal
-from noisyq_fast.calibration.typical import Typical, clipped_relu_mean, relu_mean
 from noisyq_fast.calibration.tracing import Value
+from noisyq_fast.calibration.typical import Typical, clipped_relu_mean, relu_mean
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_one_pair(oracle):
 
 def test_chain(oracle):
     model, layers = network(oracle)
-    equalize_([(a, b, None) for a, b in zip(layers, layers[1:], strict=False)])
+    equalize_([(a, b, None) for a, b in itertools.pairwise(layers)])
     for i, layer in enumerate(layers, 1):
         close(layer.weight.data, oracle[f"chain_w{i}"], 1e-9)
         if f"chain_b{i}" in oracle:
