@@ -10,6 +10,7 @@ from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
 from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.integer_files import load_integers, save_integers
 from noisyq_fast.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -71,11 +72,13 @@ __all__ = [
     "fake_quantize_many",
     "freeze_ranges_",
     "info",
+    "load_integers",
     "ocs",
     "quantize",
     "quantize_model_",
     "register_layer",
     "reset_ranges_",
+    "save_integers",
     "summary",
     "sync_ranges_",
     "use_backend",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -170,28 +171,36 @@ def best_scale(codes: Tensor, gram: Tensor, target: Tensor, otherwise: Tensor) -
 def update_planes_(planes: Tensor, top: Tensor, gram: Tensor, target: Tensor) -> None:
     """Makes every entry in turn the best of -1, 0 and 1 for all others.
 
-    With ``c`` the worth of a plane's entries, the gradient of half the squared error in entry ``n``
-    of a filter is ``c * error_n``, ``error = (codes top) gram - target``: so the best entry is that
-    minus ``error_n / (c gram_nn)``, rounded. The error follows each entry within a block of them,
-    and of the others after the block.
+    With ``c`` the worth of a plane's entries, half the squared error has in entry ``n`` of a filter
+    the gradient ``c error_n``, ``error = (codes top) gram - target``, and the second derivative
+    ``c^2 gram_nn``. Blocks of entries are gone through on the CPU; what changes the error of the
+    others comes after each.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)  # [..., 1, inputs]
     error = (joined(planes) * top.unsqueeze(-1)) @ gram - target
     for m in range(len(planes)):
         worth = (top / (1 << m)).unsqueeze(-1)
         for start in range(0, planes.shape[-1], _BLOCK):
             block = slice(start, start + _BLOCK)
             entries = planes[m, ..., block]
-            before = entries.clone()
-            inside, own = error[..., block].clone(), gram[..., block, block]
-            for n in range(entries.shape[-1]):
-                without = (
-                    inside[..., n] - worth[..., 0] * diagonal[..., start + n] * entries[..., n]
-                )
-                small = 2 * without.abs() < worth[..., 0] * diagonal[..., start + n]
-                entry = torch.where(small, 0.0, -without.sign())
-                change = worth * (entry - entries[..., n]).unsqueeze(-1)
-                entries[..., n] = entry
-                inside += change * own[..., n, :].unsqueeze(-2)
-            error += worth * (entries - before) @ gram[..., block, :]
-            error[..., block] = inside
+            parts = entries, error[..., block], gram[..., block, block], worth[..., 0]
+            best = torch.from_numpy(_best_entries(*(x.cpu().numpy() for x in parts))).to(entries)
+            error += worth * (best - entries) @ gram[..., block, :]
+            entries.copy_(best)
+
+
+def _best_entries(
+    entries: np.ndarray, error: np.ndarray, gram: np.ndarray, worth: np.ndarray
+) -> np.ndarray:
+    """Those of a block, ``[..., filters, block]``, one after the other."""
+    found = np.moveaxis(entries, -1, 0).copy()
+    error = np.moveaxis(error, -1, 0).copy()
+    columns = np.moveaxis(gram, (-2, -1), (0, 1))[..., np.newaxis].copy()
+    for n, before in enumerate(found):
+        half = worth * columns[n, n] / 2
+        without = error[n] - 2 * half * before
+        best = (without <= -half).astype(found.dtype) - (without >= half)
+        change = best - before
+        if change.any():
+            error[n + 1 :] += columns[n, n + 1 :] * (worth * change)
+            found[n] = best
+    return np.moveaxis(found, 0, -1)

@@ -92,14 +92,15 @@ class SplitChannels(nn.Module):
     Args:
         sources: of each, the channel that it comes from.
         factor, shift: of each, what is done to all its values but 0; ``None``: nothing.
-        dim: of the channels.
+
+    Attributes:
+        dim: that of the channels.
     """
 
-    def __init__(
-        self, sources: Tensor, factor: Tensor | None, shift: Tensor | None, dim: int
-    ) -> None:
+    dim: int = -1
+
+    def __init__(self, sources: Tensor, factor: Tensor | None, shift: Tensor | None) -> None:
         super().__init__()
-        self.dim = dim
         self.register_buffer("sources", sources)
         self.register_buffer("factor", factor)
         self.register_buffer("shift", shift)
@@ -189,11 +190,18 @@ def _split_(layer: LinearLayer, ratio: float, by_values: float, largest: Tensor 
         return
     if factor is not None:
         factor, shift = factor[of_weight], shift[of_weight]
-    dim = -1 - len(getattr(quantized, "kernel_size", ()))
-    quantized.weight = nn.Parameter(weight, requires_grad=quantized.weight.requires_grad)
-    setattr(quantized, "in_features" if dim == -1 else "in_channels", len(sources))
-    split = nn.Sequential(SplitChannels(sources, factor, shift, dim), quantized)
-    replace_module_(layer.both.quantized, quantized, split)
+    split_inputs_(layer.both.quantized, quantized, SplitChannels(sources, factor, shift))
+    quantized.weight.data.copy_(weight)
+
+
+def split_inputs_(model: nn.Module, layer: nn.Module, split: SplitChannels) -> None:
+    """Puts a module before a layer of a model, which gets a weight of zeros for its channels."""
+    count = len(split.sources)
+    split.dim = -1 - len(getattr(layer, "kernel_size", ()))
+    weight = layer.weight.new_zeros(len(layer.weight), count, *layer.weight.shape[2:])
+    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    setattr(layer, "in_features" if split.dim == -1 else "in_channels", count)
+    replace_module_(model, layer, nn.Sequential(split, layer))
 
 
 def _input_scale(quantizer: Quantizer | None, largest: Tensor, count: int) -> float:

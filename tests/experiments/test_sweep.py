@@ -232,8 +232,8 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # 18 methods in float and quantized, but for qkd, which is anyway; plain float and quant; and
-        # 4 that quantize after the training.
+        # 18 methods in float and quantized, but for qkd, which always is; plain float and quant.
+        # And 4 that quantize after the training.
         ("league", "smoke", 41, 41),
         ("league", "small", 41 * 3, 41),
         ("league", "full", 41 * 5, 41),
