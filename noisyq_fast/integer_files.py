@@ -285,7 +285,13 @@ def _change_as_saved_(
         elif modules.get(f"{name}.0") == "SplitChannels" and isinstance(module, LINEAR):
             _add_bias_(module, f"{name}.1.bias" in tensors)
             parts = {part: tensors.get(f"{name}.0.{part}") for part in ("factor", "shift")}
-            split = SplitChannels(tensors[f"{name}.0.sources"], **parts)
+            sources = tensors[f"{name}.0.sources"]
+            channels = module.weight.shape[1]
+            if sources.dtype != torch.int64 or not bool(
+                ((sources >= 0) & (sources < channels)).all()
+            ):
+                raise ValueError(f"{name}.0.sources: takes channels from 0 to {channels - 1}")
+            split = SplitChannels(sources, **parts)
             split_inputs_(model, module, split)
         elif isinstance(module, LINEAR):
             _add_bias_(module, f"{name}.bias" in tensors)
