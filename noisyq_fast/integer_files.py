@@ -215,6 +215,17 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ValueError: a file that is damaged, of a newer version or something else, or that holds
             another network.
         OSError: the file cannot be read.
+
+    Example:
+        >>> import noisyq_fast, os, tempfile, torch
+        >>> from torch import nn
+        >>> model = noisyq_fast.bitsplit(nn.Sequential(nn.Linear(3, 2)), [torch.randn(8, 3)])
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+        >>> _ = noisyq_fast.save_integers(model, path)
+        >>> noisyq_fast.load_integers(nn.Sequential(nn.Linear(3, 2)), path)
+        Sequential(
+          (0): QuantLinear(in_features=3, out_features=2, bias=True, W8/A8)
+        )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
