@@ -2,6 +2,8 @@
 // noisyq_fast/ops.py.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 namespace py = pybind11;
 namespace cpu = noisyq::cpu;
 using noisyq::DType;
@@ -56,11 +58,25 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "quantize",
-      [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t outer,
-         int64_t channels, int64_t inner, int kind, int qmax, int threads) {
+      [](int dtype, uintptr_t x, uintptr_t codes, int masked, uintptr_t mask, uintptr_t scale,
+         uintptr_t zero, int64_t outer, int64_t channels, int64_t inner, int kind, int qmax,
+         uintptr_t running, uintptr_t observed, float averaging_constant, int threads) {
         cpu::quantize(DType{dtype}, pointer<const void>(x), pointer<void>(codes),
-                      pointer<float>(scale), pointer<uint8_t>(zero), {outer, channels, inner},
-                      {GridKind{kind}, qmax}, threads);
+                      {Masked{masked}, pointer<uint8_t>(mask)}, pointer<float>(scale),
+                      pointer<uint8_t>(zero), {outer, channels, inner}, {GridKind{kind}, qmax},
+                      moving_average(running, observed, averaging_constant), threads);
+      },
+      release);
+
+  m.def(
+      "quantize_fixed_range",
+      [](int dtype, uintptr_t x, uintptr_t range, uintptr_t codes, int masked, uintptr_t mask,
+         uintptr_t scale, uintptr_t zero, int64_t outer, int64_t channels, int64_t inner, int kind,
+         int qmax, int threads) {
+        cpu::quantize_fixed_range(DType{dtype}, pointer<const void>(x), pointer<const float>(range),
+                                  pointer<void>(codes), {Masked{masked}, pointer<uint8_t>(mask)},
+                                  pointer<float>(scale), pointer<uint8_t>(zero),
+                                  {outer, channels, inner}, {GridKind{kind}, qmax}, threads);
       },
       release);
 
@@ -71,6 +87,107 @@ PYBIND11_MODULE(_core, m) {
         cpu::dequantize(pointer<const void>(codes), are_signed, pointer<const float>(scale),
                         pointer<const uint8_t>(zero), pointer<float>(y), {outer, channels, inner},
                         threads);
+      },
+      release);
+
+  m.def("has_dot_products", &cpu::has_dot_products);
+
+  m.def(
+      "convolve",
+      [](uintptr_t codes, bool are_signed, int zero, uintptr_t weight, int64_t images,
+         int64_t height, int64_t width, int64_t channels, int64_t outputs,
+         std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
+         std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, bool narrow,
+         uintptr_t out, uintptr_t sum, uintptr_t squares, uintptr_t low, uintptr_t high,
+         int threads) {
+        cpu::convolve(pointer<const void>(codes), are_signed, zero, pointer<const int8_t>(weight),
+                      {images, height, width, channels, outputs,
+                       {kernel[0], kernel[1]}, {stride[0], stride[1]}, {padding[0], padding[1]},
+                       {dilation[0], dilation[1]}},
+                      narrow, pointer<void>(out),
+                      {pointer<int64_t>(sum), pointer<int64_t>(squares), pointer<float>(low),
+                       pointer<float>(high)},
+                      threads);
+      },
+      release);
+
+  m.def(
+      "moments",
+      [](uintptr_t v, uintptr_t narrow, int64_t rows, int64_t channels, int64_t bound,
+         uintptr_t sum, uintptr_t squares, uintptr_t low, uintptr_t high, int threads) {
+        cpu::moments_of_sums(pointer<const float>(v), pointer<int16_t>(narrow), rows, channels,
+                             bound,
+                             {pointer<int64_t>(sum), pointer<int64_t>(squares),
+                              pointer<float>(low), pointer<float>(high)},
+                             threads);
+      },
+      release);
+
+  m.def(
+      "normalization",
+      [](uintptr_t sum, uintptr_t squares, int64_t rows, int64_t channels, uintptr_t scale,
+         uintptr_t weight, uintptr_t bias, double eps, uintptr_t factor, uintptr_t term,
+         uintptr_t mean, uintptr_t inverse, uintptr_t batch_mean, uintptr_t batch_variance) {
+        cpu::normalization(pointer<const int64_t>(sum), pointer<const int64_t>(squares), rows,
+                           channels, pointer<const float>(scale), pointer<const float>(weight),
+                           pointer<const float>(bias), eps, pointer<float>(factor),
+                           pointer<float>(term), pointer<float>(mean), pointer<float>(inverse),
+                           pointer<double>(batch_mean), pointer<double>(batch_variance));
+      },
+      release);
+
+  m.def(
+      "map_sums",
+      [](uintptr_t v, bool narrow, int64_t rows, int64_t channels, uintptr_t factor,
+         uintptr_t term, uintptr_t residual, bool relu, uintptr_t y, uintptr_t zeros,
+         uintptr_t range, int threads) {
+        cpu::map_sums({pointer<const void>(v), narrow}, rows, channels,
+                      pointer<const float>(factor), pointer<const float>(term),
+                      pointer<const float>(residual), relu, pointer<float>(y),
+                      pointer<uint8_t>(zeros), pointer<float>(range), threads);
+      },
+      release);
+
+  m.def(
+      "codes_of_sums",
+      [](uintptr_t v, bool narrow, int64_t rows, int64_t channels, uintptr_t factor,
+         uintptr_t term, bool relu, uintptr_t range, int kind, int qmax, uintptr_t codes,
+         uintptr_t scale, uintptr_t zero, int threads) {
+        cpu::codes_of_sums({pointer<const void>(v), narrow}, rows, channels,
+                           pointer<const float>(factor), pointer<const float>(term), relu,
+                           pointer<const float>(range), {GridKind{kind}, qmax},
+                           pointer<uint8_t>(codes), pointer<float>(scale), pointer<uint8_t>(zero),
+                           threads);
+      },
+      release);
+
+  m.def(
+      "grads_of_norm",
+      [](int dtype, uintptr_t grad, uintptr_t v, bool narrow, int64_t rows, int64_t channels,
+         uintptr_t factor, uintptr_t term, bool relu, uintptr_t mean, uintptr_t inverse,
+         uintptr_t scale, uintptr_t weight, bool uses_batch, uintptr_t slope, uintptr_t shift,
+         uintptr_t tilt, uintptr_t of_weight, uintptr_t of_bias, int threads) {
+        cpu::grads_of_norm(DType{dtype}, pointer<const void>(grad),
+                           {pointer<const void>(v), narrow}, rows, channels,
+                           pointer<const float>(factor), pointer<const float>(term), relu,
+                           pointer<const float>(mean), pointer<const float>(inverse),
+                           pointer<const float>(scale), pointer<const float>(weight), uses_batch,
+                           pointer<float>(slope), pointer<float>(shift), pointer<float>(tilt),
+                           pointer<float>(of_weight), pointer<float>(of_bias), threads);
+      },
+      release);
+
+  m.def(
+      "grads_of_sums",
+      [](int dtype, uintptr_t grad, uintptr_t v, bool narrow, int64_t rows, int64_t channels,
+         uintptr_t factor, uintptr_t term, bool relu, uintptr_t mean, uintptr_t slope,
+         uintptr_t shift, uintptr_t tilt, uintptr_t out, int threads) {
+        cpu::grads_of_sums(DType{dtype}, pointer<const void>(grad),
+                           {pointer<const void>(v), narrow}, rows, channels,
+                           pointer<const float>(factor), pointer<const float>(term), relu,
+                           pointer<const float>(mean), pointer<const float>(slope),
+                           pointer<const float>(shift), pointer<const float>(tilt),
+                           pointer<void>(out), threads);
       },
       release);
 

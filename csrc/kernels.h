@@ -57,14 +57,89 @@ void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, v
 void zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
                   int64_t elements, int threads);
 
-// Codes, one scale for each channel and, of an affine grid, one zero point. Codes are int8 where
-// some are negative, else uint8.
-void quantize(DType dtype, const void* x, void* codes, float* scale, uint8_t* zero, Layout layout,
-              Grid grid, int threads);
+// The same as codes, with one scale for each channel and, of an affine grid, one zero point. Codes are
+// int8 where some are negative, else uint8.
+void quantize(DType dtype, const void* x, void* codes, Mask mask, float* scale, uint8_t* zero,
+              Layout layout, Grid grid, MovingAverage average, int threads);
+void quantize_fixed_range(DType dtype, const void* x, const float* range, void* codes, Mask mask,
+                          float* scale, uint8_t* zero, Layout layout, Grid grid, int threads);
 
 // y = (codes - zero) * scale. Without `zero`: codes * scale.
 void dequantize(const void* codes, bool are_signed, const float* scale, const uint8_t* zero,
                 float* y, Layout layout, int threads);
+
+// A convolution of [images, height, width, channels] with [outputs, channels, kernel].
+struct Convolution {
+  int64_t images, height, width, channels, outputs;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+
+  int64_t output_size(int axis, int64_t size) const {
+    return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+  }
+  int64_t output_height() const { return output_size(0, height); }
+  int64_t output_width() const { return output_size(1, width); }
+};
+
+// Of each channel of exact sums v: their sum, that of their squares as (upper, lower 32 bits), the
+// least and the largest.
+struct Moments {
+  int64_t* sum = nullptr;
+  int64_t* squares = nullptr;
+  float* low = nullptr;
+  float* high = nullptr;
+};
+
+// Whether `convolve` runs on this machine.
+bool has_dot_products();
+
+// v = sum (code - zero) * weight, exact where it stays below 2^31, as floats or `narrow`, int16. With
+// moments, which only narrow sums have, their number must stay below 2^23 for each thread.
+void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight,
+              const Convolution& how, bool narrow, void* out, Moments moments, int threads);
+
+// Exact sums of products of codes, [rows, channels]: int16, or float where that is too narrow.
+struct Sums {
+  const void* values;
+  bool are_narrow;
+};
+
+// No |v| is above `bound`. `narrow`, where it is not null, receives v.
+void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t channels,
+                     int64_t bound, Moments moments, int threads);
+
+// Batch norm of v * scale, from its moments, as v * factor + term: see
+// `noisyq_fast/integer/batch_norm.py`. `weight` and `bias` may be null.
+void normalization(const int64_t* sum, const int64_t* squares, int64_t rows, int64_t channels,
+                   const float* scale, const float* weight, const float* bias, double eps,
+                   float* factor, float* term, float* mean, float* inverse, double* batch_mean,
+                   double* batch_variance);
+
+// y = relu(v * factor + term + residual), without the ReLU or the residual where there is none.
+// Where not null: `zeros` receives a bit for each y that is not above 0, `range` min(y, 0) and
+// max(y, 0).
+void map_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const float* term,
+              const float* residual, bool relu, float* y, uint8_t* zeros, float* range,
+              int threads);
+
+// The codes of relu(v * factor + term), or without the ReLU, in a range that is given: one value, of
+// an affine grid two. One scale and, of an affine grid, one zero point.
+void codes_of_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const float* term,
+                   bool relu, const float* range, Grid grid, uint8_t* codes, float* scale,
+                   uint8_t* zero, int threads);
+
+// The backward of y = relu(v * factor + term), where these are a batch norm of v * scale. Of each
+// channel, for g the gradient behind the ReLU, the gradients of the norm's weight and bias, and of v
+// as slope * g - shift - (v - mean) * tilt. Not of a batch, shift and tilt are 0. The order of
+// summation does not depend on the threads.
+void grads_of_norm(DType dtype, const void* grad, Sums v, int64_t rows, int64_t channels,
+                   const float* factor, const float* term, bool relu, const float* mean,
+                   const float* inverse, const float* scale, const float* weight, bool uses_batch,
+                   float* slope, float* shift, float* tilt, float* of_weight, float* of_bias,
+                   int threads);
+void grads_of_sums(DType dtype, const void* grad, Sums v, int64_t rows, int64_t channels,
+                   const float* factor, const float* term, bool relu, const float* mean,
+                   const float* slope, const float* shift, const float* tilt, void* out,
+                   int threads);
 
 }  // namespace cpu
 

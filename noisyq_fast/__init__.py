@@ -10,6 +10,8 @@ from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
 from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.integer.fusing import fuse_
 from noisyq_fast.integer_files import load_integers, save_integers
 from noisyq_fast.layers import (
     QuantConv1d,
@@ -40,6 +42,7 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "AbsMax",
+    "Codes",
     "Fixed",
     "Grid",
     "GroupedLinear",
@@ -71,6 +74,7 @@ __all__ = [
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
+    "fuse_",
     "info",
     "load_integers",
     "ocs",

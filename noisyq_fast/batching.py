@@ -104,8 +104,7 @@ def fake_quantize_fixed_range_on_grid(
     masked: str,
 ) -> tuple:
     groups = _Groups(x, dims[0], axis, info.batch_size)
-    ranges = _for_each_sample(running_absmax, dims[1], info.batch_size)
-    ranges = ranges.movedim(1, 0).flatten(1) if grid == AFFINE else ranges.flatten()
+    ranges = _ranges(running_absmax, dims[1], info.batch_size, grid)
     outputs = _operators.fake_quantize_fixed_range_on_grid(
         groups.x.contiguous(), ranges, bits, 0, grid, masked
     )
@@ -149,6 +148,37 @@ def dequantize(info: Any, dims: Dims, codes: Tensor, scale: Tensor, axis: int | 
     return groups.restored(_operators.dequantize(groups.x, scales, 0)), 0
 
 
+def _no_products(*_: object) -> tuple:
+    raise RuntimeError(
+        "integer products: got a batch of torch.vmap, takes tensors; convert the model with "
+        "arithmetic='float' for torch.vmap"
+    )
+
+
+def quantize_ema_on_grid(*_: object) -> tuple:
+    return fake_quantize_ema()
+
+
+def quantize_fixed_range_on_grid(
+    info: Any,
+    dims: Dims,
+    x: Tensor,
+    running_absmax: Tensor,
+    bits: int,
+    axis: int | None,
+    grid: str,
+    masked: str,
+) -> tuple:
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    ranges = _ranges(running_absmax, dims[1], info.batch_size, grid)
+    codes, scale, zero_point, mask = _operators.quantize_fixed_range_on_grid(
+        groups.x.contiguous(), ranges, bits, 0, grid, masked
+    )
+    of_groups = [value.reshape(groups.scale_shape) for value in (scale, zero_point)]
+    codes, mask = _with_masks(groups, codes, mask)
+    return (codes, *of_groups, mask), (0, 0, 0, 0)
+
+
 class _Groups:
     """A batch with a group for each sample, or for each channel of each sample, along its first
     axis: ``x``."""
@@ -184,6 +214,11 @@ def _for_each_sample(x: Tensor, dim: int | None, batch: int) -> Tensor:
     return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
+def _ranges(x: Tensor, dim: int | None, batch: int, grid: str) -> Tensor:
+    ranges = _for_each_sample(x, dim, batch)
+    return ranges.movedim(1, 0).flatten(1) if grid == AFFINE else ranges.flatten()
+
+
 def _whole_bytes(x: Tensor) -> Tensor:
     """A row for each sample, whose size 8 divides."""
     size = x[:1].numel()
@@ -205,6 +240,14 @@ RULES: dict[str, Callable] = {
         fake_quantize_ema_on_grid,
         fake_quantize_fixed_range_on_grid,
         quantize_on_grid,
+        quantize_ema_on_grid,
+        quantize_fixed_range_on_grid,
         dequantize_on_grid,
     )
-}
+} | dict.fromkeys(
+    (
+        *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
+        *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
+    ),
+    _no_products,
+)

@@ -99,7 +99,7 @@ class ClippedStraightThrough(Gradient):
         if not ctx.masks:
             return derivative
         (clipped,) = ctx.saved_tensors
-        return torch.ops.noisyq.zero_clipped(_laid_out(derivative, ctx.strides), clipped)
+        return torch.ops.noisyq.zero_clipped(laid_out(derivative, ctx.strides), clipped)
 
 
 class ZeroClipped(Gradient):
@@ -120,7 +120,7 @@ class ZeroClipped(Gradient):
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor, *others: object) -> Tensor:
         (clipped,) = ctx.saved_tensors
-        return torch.ops.noisyq.zero_clipped(_laid_out(tangent, ctx.strides), clipped)
+        return torch.ops.noisyq.zero_clipped(laid_out(tangent, ctx.strides), clipped)
 
 
 class Dequantize(Gradient):
@@ -186,7 +186,7 @@ def _is_known_to_be_zero(mask: Tensor) -> bool:
     return checks.is_plain(mask) and mask.device.type == "cpu" and not mask.any()
 
 
-def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``x`` with the strides of the tensor whose bits were saved."""
     if x.stride() == strides:
         return x

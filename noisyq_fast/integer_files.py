@@ -121,8 +121,8 @@ def _describe(
         return described
     if getattr(layer, "max_norm", None) is not None:
         raise ValueError("got an embedding with max_norm, which changes its weight as it is used")
-    if not hasattr(quantizer, "codes"):
-        raise ValueError(f"got {quantizer} for its weight, takes a quantizer with a method codes")
+    if not quantizer.gives_codes:
+        raise ValueError(f"got {quantizer} for its weight, takes a quantizer that gives codes")
     own = {id(p): key for key, p in layer._parameters.items() if p is not None}
     for weight in layer.weights():
         if id(weight) not in own:
@@ -131,19 +131,20 @@ def _describe(
                 "a parameter before, with torch.nn.utils.prune.remove or the like"
             )
         key = own[id(weight)]
-        codes, scale, *zero_point = quantizer.codes(layer.by_channel(weight.detach()))
+        quantized = quantizer.codes(layer.by_channel(weight.detach()))
         values = layer.quantized_weight(weight).detach()
         if not bool(values.isfinite().all()):
             raise ValueError("got a weight with a NaN or an infinity")
         first, same = codes_of.setdefault(id(weight), (f"{name}.{key}".lstrip("."), values))
         if not torch.equal(same, values):
             raise ValueError(f"its weight is {first!r} too, which is quantized otherwise")
-        tensors[f"{first}.codes"] = pack_codes(codes, quantizer.grid)
-        tensors[f"{first}.scale"] = scale
-        tensors |= {f"{first}.zero_point": zero for zero in zero_point}
+        tensors[f"{first}.codes"] = pack_codes(quantized.codes, quantizer.grid)
+        tensors[f"{first}.scale"] = quantized.scale
+        if quantized.zero_point is not None:
+            tensors[f"{first}.zero_point"] = quantized.zero_point
         described["weights"][key] = {
             "tensor": first,
-            "shape": list(codes.shape),
+            "shape": list(quantized.codes.shape),
             "dtype": str(weight.dtype),
             "bits": quantizer.bits,
             "grid": quantizer.grid_kind,

@@ -35,7 +35,7 @@ from noisyq_fast import checks, gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group
-from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED, check_kind
+from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED, Grid, check_kind
 
 
 def _like(x: Tensor, *_: object) -> Tensor:
@@ -49,6 +49,15 @@ def _like_with_mask(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 def _for_each_group(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     return x.new_empty([] if axis is None else [x.shape[axis]], dtype=dtype)
+
+
+def _quantized(x: Tensor, grid: Grid, axis: int | None, masked: str) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(x, dtype=grid.code_dtype),
+        _for_each_group(x, axis, torch.float32),
+        _for_each_group(x, axis, torch.uint8),
+        _like_with_mask(x, masked)[1],
+    )
 
 
 _fake_quantize = declare(
@@ -141,6 +150,22 @@ _quantize_on_grid = declare(
     ),
     gradient=None,
 )
+_quantize_ema_on_grid = declare(
+    "quantize_ema_on_grid(Tensor x, Tensor(a!) running_absmax, Tensor(b!)? observed, int bits, "
+    "int? axis, float averaging_constant, str grid, str masked) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    prepare=checks.ema_on_grid,
+    shape=lambda x, _, __, grid, axis, ___, masked: _quantized(x, grid, axis, masked),
+    gradient=None,
+)
+_quantize_fixed_range_on_grid = declare(
+    "quantize_fixed_range_on_grid(Tensor x, Tensor running_absmax, int bits, int? axis, str grid, "
+    "str masked) -> (Tensor, Tensor, Tensor, Tensor)",
+    prepare=checks.given_range_on_grid,
+    check_values=checks.range_seen,
+    shape=lambda x, _, grid, axis, masked: _quantized(x, grid, axis, masked),
+    gradient=None,
+)
 _dequantize_on_grid = declare(
     "dequantize_on_grid(Tensor codes, Tensor scale, Tensor? zero_point, int? axis) -> Tensor",
     prepare=checks.codes_on_grid,
@@ -149,7 +174,7 @@ _dequantize_on_grid = declare(
 )
 
 
-def _masked(grid: str, ste: str) -> str:
+def masked_on(grid: str, ste: str) -> str:
     """The elements whose gradient is 0; none where no gradient will be asked for."""
     if not gradients.wanted():
         return NOTHING
@@ -218,7 +243,7 @@ def fake_quantize(
     if grid == SIGNED:
         return _fake_quantize(x, bits, axis)
     check_kind(grid)
-    return _fake_quantize_on_grid(x, bits, axis, grid, _masked(grid, ste))[0]
+    return _fake_quantize_on_grid(x, bits, axis, grid, masked_on(grid, ste))[0]
 
 
 def fake_quantize_many(
@@ -360,7 +385,7 @@ def fake_quantize_ema(
         checks.tensor("observed", observed)
     if grid != SIGNED:
         check_kind(grid)
-        masked = _masked(grid, ste)
+        masked = masked_on(grid, ste)
         if training:
             return _fake_quantize_ema_on_grid(
                 x, running_absmax, observed, bits, axis, averaging_constant, grid, masked

@@ -12,7 +12,13 @@ from collections.abc import Callable
 
 import torch
 
-from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
+from noisyq_fast.backends import (
+    cpu_integer,  # noqa: F401  registers functions of native_cpu
+    native_cpu,
+    native_cuda,
+    on_triton,
+    reference,
+)
 from noisyq_fast.backends.backend import Backend
 
 # In order of preference. The reference computes every operator on every device.

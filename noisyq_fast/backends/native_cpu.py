@@ -154,9 +154,56 @@ def fake_quantize_fixed_range_on_grid(
 
 @backend.register
 def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    zero_point = torch.empty([] if axis is None else [x.shape[axis]], dtype=torch.uint8)
+    zero_point = _zero_point(x, axis)
     codes, scale = _quantize(x, grid.kind, grid.qmax, axis, grid.code_dtype, zero_point)
     return codes, scale, zero_point
+
+
+@backend.register
+def quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    zero_point, mask = _zero_point(x, axis), mask_of(x, masked)
+    written, weight = running_range.contiguous(), contiguous(observed)
+    average = written.data_ptr(), address(weight), averaging_constant
+    codes, scale = _quantize(
+        x, grid.kind, grid.qmax, axis, grid.code_dtype, zero_point, average, masked, mask
+    )
+    write_back(written, running_range)
+    write_back(weight, observed)
+    return codes, scale, zero_point, mask
+
+
+@backend.register
+def quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, codes = dense(x, grid.code_dtype)
+    range_ = range_.contiguous()
+    layout = channel_layout(codes, axis)
+    zero_point, mask = _zero_point(x, axis), mask_of(x, masked)
+    scale = torch.empty_like(zero_point, dtype=torch.float32)
+    core.quantize_fixed_range(
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        range_.data_ptr(),
+        codes.data_ptr(),
+        MASK_CODES[masked],
+        address(mask),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        *layout,
+        KIND_CODES[grid.kind],
+        grid.qmax,
+        _threads(),
+    )
+    return codes, scale, zero_point, mask
 
 
 @backend.register
@@ -175,6 +222,10 @@ def dequantize_on_grid(
         _threads(),
     )
     return y
+
+
+def _zero_point(x: Tensor, axis: int | None) -> Tensor:
+    return torch.empty([] if axis is None else [x.shape[axis]], dtype=torch.uint8)
 
 
 # Calls of the kernels. `mask` receives the bits.
@@ -259,6 +310,9 @@ def _quantize(
     axis: int | None,
     dtype: torch.dtype,
     zero_point: Tensor | None = None,
+    average: tuple[int, int, float] = NO_AVERAGE,
+    masked: str = NOTHING,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     x, codes = dense(x, dtype)
     outer, channels, inner = channel_layout(codes, axis)
@@ -267,6 +321,8 @@ def _quantize(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         codes.data_ptr(),
+        MASK_CODES[masked],
+        address(mask),
         scale.data_ptr(),
         address(zero_point),
         outer,
@@ -274,6 +330,7 @@ def _quantize(
         inner,
         KIND_CODES[kind],
         qmax,
+        *average,
         _threads(),
     )
     return codes, scale

@@ -117,11 +117,33 @@ def fake_quantize_fixed_range_on_grid(
 
 
 @backend.register
-def quantize_on_grid(
-    x: Tensor, grid: Grid, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    levels = Levels.of_range(range_of(x, grid, axis), grid)
-    return levels.codes(x, axis), levels.scale, levels.zero.to(torch.uint8)
+def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    return quantize_fixed_range_on_grid(x, range_of(x, grid, axis), grid, axis, NOTHING)[:3]
+
+
+@backend.register
+def quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = range_of(x, grid, axis)
+    if x.numel() > 0:
+        average_(running_range, observed, batch, averaging_constant, grid.is_affine)
+    return quantize_fixed_range_on_grid(x, batch, grid, axis, masked)
+
+
+@backend.register
+def quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    levels = Levels.of_range(range_, grid)
+    mask = _mask(x, range_, grid, axis, masked)
+    return levels.codes(x, axis), levels.scale, levels.zero.to(torch.uint8), mask
 
 
 @backend.register
@@ -235,7 +257,7 @@ def _mask(x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str) 
         mask = Levels.of_range(range_, grid).is_clipped(x, axis)
         if grid.kind == UNSIGNED:
             mask |= x < 0
-    return pack(torch.empty_like(x, dtype=torch.bool).copy_(mask))
+    return pack_like(x, mask)
 
 
 def _reduced(reduce: Callable, x: Tensor, axis: int | None) -> Tensor:
@@ -266,6 +288,11 @@ def pack(mask: Tensor) -> Tensor:
     """
     flat = mask.as_strided((mask.numel(),), (1,))
     return packed(F.pad(flat, (0, -mask.numel() % 8)))
+
+
+def pack_like(x: Tensor, mask: Tensor) -> Tensor:
+    """The bytes of a mask in the order of the memory of ``x``."""
+    return pack(torch.empty_like(x, dtype=torch.bool).copy_(mask))
 
 
 def unpack(bytes_: Tensor, like: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from noisyq_fast import gradients
+from noisyq_fast.backends.reference import pack_like
 from noisyq_fast.granularity import Axis
-from noisyq_fast.grid import SIGNED
+from noisyq_fast.grid import SIGNED, UNSIGNED
+from noisyq_fast.integer.codes import Codes
 from noisyq_fast.ops import fake_quantize, quantize
 from noisyq_fast.quantizers.quantizer import Quantizer
 
@@ -35,6 +38,7 @@ class AbsMax(Quantizer):
     """
 
     KIND: ClassVar[int] = 1
+    gives_codes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -50,7 +54,12 @@ class AbsMax(Quantizer):
             x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size
         )
 
-    def codes(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The codes and the scales of ``x`` (and zero points of an affine grid), as from
-        `quantize`."""
-        return quantize(x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size)
+    def codes(self, x: Tensor) -> Codes:
+        with self._named():
+            codes, scale, *zero_point = quantize(
+                x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size
+            )
+            masked = None
+            if self.grid_kind == UNSIGNED and gradients.wanted():
+                masked = pack_like(codes, x < 0)
+            return self._codes(x, codes, scale, *zero_point, masked=masked)

@@ -11,6 +11,7 @@ from noisyq_fast import checks
 from noisyq_fast.backends.reference import Levels
 from noisyq_fast.granularity import Axis, Groups, by_group
 from noisyq_fast.grid import SIGNED
+from noisyq_fast.integer.codes import Codes
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 
@@ -43,6 +44,7 @@ class Fixed(Quantizer):
     """
 
     KIND: ClassVar[int] = 8
+    gives_codes: ClassVar[bool] = True
 
     scale: Tensor
     zero_point: Tensor | None
@@ -92,17 +94,15 @@ class Fixed(Quantizer):
         groups = Groups(x, self.axis, self.group_size)
         return groups.restored(self._levels(groups).values(groups.x, 0))
 
-    def codes(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The codes and the scales of ``x`` (and zero points of an affine grid), as from
-        `quantize`."""
-        x = x.detach()
-        if by_group(self.axis, self.group_size):
-            groups = Groups(x, self.axis, self.group_size)
-            codes = groups.restored(self._levels(groups).codes(groups.x, 0))
-        else:
-            codes = self._levels().codes(x, self.axis)
-        zero_points = [] if self.zero_point is None else [self.zero_point]
-        return codes, self.scale, *zero_points
+    def codes(self, x: Tensor) -> Codes:
+        with self._named():
+            if by_group(self.axis, self.group_size):
+                groups = Groups(x.detach(), self.axis, self.group_size)
+                codes = groups.restored(self._levels(groups).codes(groups.x, 0))
+            else:
+                codes = self._levels().codes(x.detach(), self.axis)
+            zero_points = [] if self.zero_point is None else [self.zero_point]
+            return self._codes(x, codes, self.scale, *zero_points)
 
     def _levels(self, groups: Groups | None = None) -> Levels:
         scale, zero = self.scale, self.zero_point

@@ -12,7 +12,9 @@ from noisyq_fast import checks
 from noisyq_fast.backends.reference import average_
 from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
-from noisyq_fast.ops import fake_quantize, fake_quantize_ema
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.integer.deferred import Deferred
+from noisyq_fast.ops import fake_quantize, fake_quantize_ema, masked_on
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 DEFAULT_AVERAGING_CONSTANT = 0.01
@@ -59,6 +61,7 @@ class MovingAbsMax(Quantizer):
 
     KIND: ClassVar[int] = 2
     keeps_range: ClassVar[bool] = True
+    gives_codes: ClassVar[bool] = True
 
     observed: Tensor
     # Of the class, as those of `Quantizer` are: modules that an earlier version pickled have none.
@@ -142,6 +145,56 @@ class MovingAbsMax(Quantizer):
             observed=self.observed,
             **options,
         )
+
+    def codes(self, x: Tensor) -> Codes:
+        with self._named():
+            checks.padded(x)
+            if self._left_to_look_at and self.training:
+                self._look_for_negatives(x)
+            if self.observed.is_meta and not x.is_meta:
+                self.to_empty(device=x.device)
+            if self.frozen or not self.training:
+                range_ = checks.known_range(self.running, self.observed, self.grid.is_affine)
+                return self._codes_within(x, range_, self.ste)
+            ste = "identity" if self.grid_kind == SIGNED else self.ste
+            batch = self._range_of_batch(x)
+            if batch is None:
+                return self._codes_observed(x, ste)
+            if not in_backward():
+                average_(
+                    *(self.running, self.observed, batch, self.averaging_constant),
+                    self.grid.is_affine,
+                )
+            return self._codes_within(x, batch, ste)
+
+    def _range_of_batch(self, x: Tensor) -> Tensor | None:
+        """Where it is known, or has to be asked for."""
+        if self.range_of_ranks is not None:
+            batch = self.range_of_ranks(x, self.axis)
+            if batch is not None:
+                return batch
+        return x.range_on(self.grid) if isinstance(x, Deferred) and self.axis is None else None
+
+    def _codes_observed(self, x: Tensor, ste: str) -> Codes:
+        running, observed = self.running, self.observed
+        if in_backward():  # counted before
+            running, observed = running.clone(), observed.clone()
+        codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
+            *(x, running, observed, self.bits, self.axis, self.averaging_constant),
+            *(self.grid_kind, masked_on(self.grid_kind, ste)),
+        )
+        return self._codes(x, codes, scale, zero_point, masked)
+
+    def _codes_within(self, x: Tensor, range_: Tensor, ste: str) -> Codes:
+        masked = masked_on(self.grid_kind, ste)
+        if isinstance(x, Deferred) and self.axis is None and x.masks_none(masked):
+            found = x.codes_within(range_, self.grid)
+            if found is not None:
+                return self._codes(x.source, *found)
+        codes, scale, zero_point, masked = torch.ops.noisyq.quantize_fixed_range_on_grid(
+            *(x, range_, self.bits, self.axis, self.grid_kind, masked)
+        )
+        return self._codes(x, codes, scale, zero_point, masked)
 
     @torch.no_grad()
     def set_range(self, *ends: Tensor | float) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from noisyq_fast import checks
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
+from noisyq_fast.integer.codes import Codes
 
 _STATE_FORMAT = 1
 # Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts
@@ -67,6 +69,8 @@ class Quantizer(nn.Module):
     """A number that tells the subclass in a state dict; 0 for those outside this package."""
     keeps_range: ClassVar[bool] = False
     """Whether it has a range that is calibrated, frozen and reset."""
+    gives_codes: ClassVar[bool] = False
+    """Whether `codes` is defined."""
     frozen: bool = False  # not in the state dict, like the training mode
 
     grid_kind: str = SIGNED
@@ -104,15 +108,42 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        try:
+        with self._named():
             checks.padded(x)
             if self._left_to_look_at and self.training:
                 self._look_for_negatives(x)
             return self.fake_quantize(x)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors say where in the model the quantizer is."""
+        try:
+            yield
         except (TypeError, ValueError) as error:
             if not self.name:
                 raise
             raise type(error)(f"{self.name}: {error}") from error
+
+    def codes(self, x: Tensor) -> Codes:
+        """``x`` as `Codes`, whose values are to the bit those of `fake_quantize`: what layers that
+        compute in integers multiply. Only where ``gives_codes``."""
+        raise NotImplementedError(f"{type(self).__name__} gives no codes")
+
+    def _codes(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
+        masked: Tensor | None = None,
+    ) -> Codes:
+        grid = self.grid
+        if not grid.is_affine:
+            zero_point = None
+        if masked is not None and masked.numel() == 0:
+            masked = None
+        largest = max(-grid.code_min, grid.code_max)
+        return Codes(codes, scale, zero_point, largest, x, masked)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``x`` quantized, in its shape, dtype and memory format; differentiable."""

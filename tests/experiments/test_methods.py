@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +98,22 @@ def test_an_odd_grid_has_fewer_bits():
     assert Quant(7, 4, weight_grid="odd").label == "quant-w7a4-odd-weights"
     with pytest.raises(ValueError, match="--activation-bits: got 8, takes 2 to 7 on the odd grid"):
         Quant(activation_bits=8, activation_grid="odd")
+
+
+FLOATS = [
+    (method, field.name)
+    for method in methods.METHODS.values()
+    for field in dataclasses.fields(method)
+    if "float" in str(field.type)
+]
+
+
+@pytest.mark.parametrize(("method", "option"), FLOATS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_no_file_can_hold_are_refused(method, option, value):
+    name = option.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"--{name}: got -?(inf|nan), takes "):
+        method(**{option: value})
 
 
 def test_help_says_what_every_method_does_and_where_it_departs_from_its_paper(capsys):

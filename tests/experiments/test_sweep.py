@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from experiments import data, run, sweep
+from experiments.config import RunConfig
 from experiments.data import digits
-from experiments.methods import METHODS
+from experiments.methods import BASELINE, METHODS
 from experiments.methods.post_training import PostTraining
 from experiments.output import RunFolder
 from experiments.sweeping.engines import Task
@@ -232,11 +233,11 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # 18 methods in float and quantized, but for qkd, which always is; plain float and quant.
-        # And 4 that quantize after the training.
-        ("league", "smoke", 41, 41),
-        ("league", "small", 41 * 3, 41),
-        ("league", "full", 41 * 5, 41),
+        # In float and quantized: nothing, 18 methods, truncated gce, and nothing in large batches;
+        # and 4 methods that quantize after the training.
+        ("league", "smoke", 46, 46),
+        ("league", "small", 46 * 3, 46),
+        ("league", "full", 46 * 5, 46),
         # The baseline, and 5 methods at 3 widths.
         ("post_training", "smoke", 16 * 2, 16 * 2),
         ("post_training", "small", 16 * 2 * 3, 16 * 2),
@@ -275,7 +276,20 @@ def test_the_league_has_every_method_in_float_and_quantized():
     assert {run["method"] for run in runs} == {"baseline", *METHODS}
     quantized = {run["method"] for run in runs if run.get("weight-bits") == 4}
     afterwards = {name for name, method in METHODS.items() if issubclass(method, PostTraining)}
-    assert quantized == METHODS.keys() - {"quant", "qkd"} - afterwards
+    assert quantized == METHODS.keys() - {"quant"} - afterwards
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "full"])
+def test_every_method_of_the_league_is_compared_with_the_baseline_in_its_batches(scale):
+    usual = RunConfig().recipe
+    by_size = {}
+    for options in Grid.read(sweep.SHIPPED / "league.toml", scale).runs():
+        method = options["method"]
+        recipe = usual if method == BASELINE else METHODS[method]().with_defaults().recipe(usual)
+        size = options.get("batch-size", recipe.batch_size)
+        by_size.setdefault(size, set()).add(method)
+    assert len(by_size) == 2
+    assert all({BASELINE, "quant"} <= methods for methods in by_size.values())
 
 
 @pytest.mark.parametrize(

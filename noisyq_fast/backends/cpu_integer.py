@@ -1,0 +1,425 @@
+"""Products of codes on the CPU, exact: by oneDNN's 8-bit kernels where that is proven, else by float
+products of codes; and the native passes over their sums (``csrc/cpu/sums.cpp``)."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noisyq_fast.backends import reference_integer as reference
+from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, KIND_CODES, address, core
+from noisyq_fast.backends.native_cpu import _threads as threads
+from noisyq_fast.backends.native_cpu import backend
+from noisyq_fast.grid import Grid
+
+_EXACT_FLOAT = 2**24
+_EXACT_INT = 2**31
+_SHIFT = 128
+"""Between a signed code and the unsigned byte that oneDNN takes in its place."""
+
+
+@backend.register
+def convolve_codes(codes: Tensor, *others: Any) -> Tensor:
+    return reference.laid_out_like(codes, _convolve_codes(codes, *others))
+
+
+def _convolve_codes(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    how = stride, padding, dilation, transposed, output_padding, groups
+    terms = weight[0].numel() if not transposed else weight.numel() // weight.shape[1]
+    if not transposed and codes.dim() == 4 and codes.numel() and weight.numel():
+        w = _as_int8(weight, weight_zero_point)
+        if (
+            w is not None
+            and terms * 255 * 128 < _EXACT_INT
+            and groups == 1
+            and has_own_kernel(codes, weight)
+        ):
+            return _convolve(codes, zero_point, w, stride, padding, dilation)[0]
+        if w is not None and is_exact_in_8_bits(terms, w.shape, stride, padding, dilation, groups):
+            return _convolve_8_bits(codes, zero_point, w, stride, padding, dilation, groups)
+    x = reference.steps(codes, zero_point)
+    w = reference.channel_steps(weight, weight_zero_point, transposed, groups)
+    dtype = torch.float32 if terms * _largest(x) * _largest(w) < _EXACT_FLOAT else torch.float64
+    with torch.autocast("cpu", enabled=False):
+        return reference.convolved(x.to(dtype), w.to(dtype), *how).float()
+
+
+@backend.register
+def convolve_sums(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    bound: int,
+    measures: bool,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    if reference.is_narrow(bound) and groups == 1 and has_own_kernel(codes, weight):
+        w = _as_int8(weight, weight_zero_point)
+        if w is not None:
+            return _convolve(codes, zero_point, w, stride, padding, dilation, True, measures)
+    how = stride, padding, dilation, False, [0] * len(stride), groups
+    sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
+    if not measures and not reference.is_narrow(bound):
+        return sums, None
+    kept, *of_channels = moments(sums, bound)
+    return kept, tuple(of_channels) if measures else None
+
+
+def has_own_kernel(codes: Tensor, weight: Tensor) -> bool:
+    return (
+        core.has_dot_products()
+        and codes.dim() == 4
+        and codes.numel() > 0
+        and weight.numel() > 0
+        and codes.shape[-1] < 2**15
+    )
+
+
+def _convolve(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    narrow: bool = False,
+    measures: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """With our own kernel."""
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    images, channels, *sizes = codes.shape
+    outputs, _, *kernel = weight.shape
+    of_output = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)
+    ]
+    if min(of_output) < 1:
+        raise ValueError(
+            f"x: got images of {sizes[0]} x {sizes[1]} pixels and padding {padding}, which are "
+            f"smaller than a kernel of {kernel[0]} x {kernel[1]} with dilation {dilation}"
+        )
+    out = torch.empty(
+        [images, outputs, *of_output],
+        dtype=torch.int16 if narrow else torch.float32,
+        memory_format=torch.channels_last,
+    )
+    moments = _empty_moments(outputs) if measures else None
+    core.convolve(
+        *(codes.data_ptr(), codes.dtype == torch.int8),
+        *(0 if zero_point is None else int(zero_point), weight.data_ptr()),
+        *(images, *sizes, channels, outputs, kernel, stride, padding, dilation, narrow),
+        *(out.data_ptr(), *_addresses(moments), threads()),
+    )
+    return out, moments
+
+
+def _empty_moments(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = torch.empty(channels, dtype=torch.int64)
+    low, high = torch.empty(2, channels).unbind()
+    return sums, torch.empty(channels, 2, dtype=torch.int64), low, high
+
+
+def _addresses(moments: tuple[Tensor, ...] | None) -> tuple[int, ...]:
+    return (0,) * 4 if moments is None else tuple(x.data_ptr() for x in moments)
+
+
+@backend.register
+def multiply_codes(
+    codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
+) -> Tensor:
+    if weight.dim() > 2 or (zero_point is not None and zero_point.dim() > 0):
+        return _multiply_floats(codes, zero_point, weight, weight_zero_point)
+    w = _as_int8(weight, weight_zero_point)
+    rows = codes.reshape(-1, codes.shape[-1])
+    terms = rows.shape[1]
+    if w is None or not rows.numel() or terms * 255 * 128 >= _EXACT_INT or not has_exact_products():
+        return _multiply_floats(codes, zero_point, weight, weight_zero_point)
+    # Of c - z = (c - 128) + (128 - z).
+    shifted = codes.dtype == torch.uint8
+    if shifted:
+        rows = (rows ^ _SHIFT).view(torch.int8)
+    sums = torch._int_mm(rows, w.T)
+    zero = 0 if zero_point is None else int(zero_point)
+    if shifted and zero != _SHIFT:
+        sums += (_SHIFT - zero) * w.sum(1, dtype=torch.int32)
+    return sums.float().reshape(*codes.shape[:-1], w.shape[0])
+
+
+def _multiply_floats(
+    codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
+) -> Tensor:
+    x, w = reference.steps(codes, zero_point), reference.steps(weight, weight_zero_point)
+    exact = codes.shape[-1] * _largest(x) * _largest(w) < _EXACT_FLOAT
+    dtype = torch.float32 if exact else torch.float64
+    with torch.autocast("cpu", enabled=False):
+        return torch.matmul(x.to(dtype), w.to(dtype).mT).float()
+
+
+def _largest(steps: Tensor) -> int:
+    return int(steps.abs().max()) if steps.numel() else 0
+
+
+def _as_int8(weight: Tensor, zero_point: Tensor | None) -> Tensor | None:
+    """The steps of a weight, where they fit."""
+    if weight.dtype == torch.int8:
+        return weight.contiguous()
+    steps = reference.steps(weight, zero_point)
+    return steps.to(torch.int8).contiguous() if _largest(steps) < 128 else None
+
+
+def _convolve_8_bits(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    if codes.dtype == torch.int8:
+        x, zero = codes.view(torch.uint8) ^ _SHIFT, _SHIFT
+    else:
+        x, zero = codes, 0 if zero_point is None else int(zero_point)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ones = torch.ones(weight.shape[0])
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    onednn = torch.ops.onednn
+    packed = onednn.qconv_prepack(
+        weight, ones, 1.0, zero, stride, padding, dilation, groups, list(x.shape)
+    )
+    return onednn.qconv2d_pointwise(
+        *(x, 1.0, zero, packed, ones, zeros, None, stride, padding, dilation, groups),
+        *(1.0, 0, torch.float32, "none", [], "none"),
+    )
+
+
+def is_exact_in_8_bits(
+    terms: int,
+    weight: torch.Size,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> bool:
+    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32 bits,
+    and a test with codes at their extremes gives the exact sums."""
+    if terms * 255 * 128 >= _EXACT_INT:
+        return False
+    return _passes(tuple(weight), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+@functools.cache
+def _passes(
+    weight: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> bool:
+    how = list(stride), list(padding), list(dilation), groups
+    sizes = [d * (k - 1) + 3 for k, d in zip(weight[2:], dilation, strict=True)]
+    x = torch.full((2, weight[1] * groups, *sizes), 255, dtype=torch.uint8)
+    w = torch.full(weight, 127, dtype=torch.int8)
+    x[1].view(-1)[::3] = 0  # neighbours of which one is at an end and one at the other
+    w.view(-1)[1::5] = -128
+    try:
+        for zero in (0, _SHIFT):
+            zero_point = torch.tensor(zero, dtype=torch.uint8)
+            sums = _convolve_8_bits(x, zero_point, w, *how)
+            exact = torch.convolution(
+                *(x.double() - zero, w.double(), None, *how[:3], False, [0, 0], groups)
+            )
+            if not torch.equal(sums, exact.float()):
+                return False
+    except (RuntimeError, AttributeError):  # a private interface of PyTorch
+        return False
+    return True
+
+
+@functools.cache
+def has_exact_products() -> bool:
+    """Whether PyTorch's product of int8 matrices is exact on this machine."""
+    x = torch.full((33, 512), -128, dtype=torch.int8)
+    w = torch.full((17, 512), -128, dtype=torch.int8)
+    x[::2, ::3] = 127
+    w[1::2, 1::3] = 127
+    try:
+        sums = torch._int_mm(x, w.T)
+    except (RuntimeError, AttributeError):  # a private interface of PyTorch
+        return False
+    return torch.equal(sums.double(), x.double() @ w.double().T)
+
+
+# What follows.
+
+
+@backend.register
+def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
+    sums, rows, channels = _rows(sums)
+    is_narrow = reference.is_narrow(bound)
+    kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
+    found = _empty_moments(channels)
+    core.moments(
+        *(sums.data_ptr(), kept.data_ptr() if is_narrow else 0, rows, channels, bound),
+        *(*_addresses(found), threads()),
+    )
+    return kept, *found
+
+
+@backend.register
+def normalization(
+    sum_: Tensor,
+    squares: Tensor,
+    count: int,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    channels = len(sum_)
+    factor, term, mean, inverse = torch.empty(4, channels).unbind()
+    batch_mean, variance = torch.empty(2, channels, dtype=torch.float64).unbind()
+    weight = None if weight is None else weight.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    core.normalization(
+        sum_.data_ptr(),
+        squares.data_ptr(),
+        count,
+        channels,
+        scale.contiguous().data_ptr(),
+        address(weight),
+        address(bias),
+        eps,
+        *(x.data_ptr() for x in (factor, term, mean, inverse, batch_mean, variance)),
+    )
+    return factor, term, mean, inverse, batch_mean, variance
+
+
+@backend.register
+def map_sums(
+    sums: Tensor,
+    factor: Tensor,
+    term: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    wants_zeros: bool,
+    wants_range: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    sums, rows, channels = _rows(sums)
+    y = torch.empty_like(sums, dtype=torch.float32)
+    residual = None if residual is None else _like(residual, sums)
+    bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
+    range_ = torch.empty(2) if wants_range else None
+    core.map_sums(
+        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
+        *(factor.data_ptr(), term.data_ptr(), address(residual), relu),
+        *(y.data_ptr(), address(bits), address(range_), threads()),
+    )
+    return y, bits, range_
+
+
+@backend.register
+def codes_of_sums(
+    sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums, rows, channels = _rows(sums)
+    codes = torch.empty_like(sums, dtype=grid.code_dtype)
+    scale, zero_point = torch.empty([]), torch.empty([], dtype=torch.uint8)
+    core.codes_of_sums(
+        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
+        *(factor.data_ptr(), term.data_ptr(), relu, range_.contiguous().data_ptr()),
+        *(KIND_CODES[grid.kind], grid.qmax, codes.data_ptr()),
+        *(scale.data_ptr(), zero_point.data_ptr(), threads()),
+    )
+    return codes, scale, zero_point
+
+
+@backend.register
+def grads_of_norm(
+    grad: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    term: Tensor,
+    relu: bool,
+    mean: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    uses_batch: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    sums, rows, channels = _rows(sums)
+    grad = _like(grad, sums)
+    weight = None if weight is None else weight.float().contiguous()
+    slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels).unbind()
+    core.grads_of_norm(
+        *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
+        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
+        *(factor.data_ptr(), term.data_ptr(), relu, mean.data_ptr(), inverse.data_ptr()),
+        *(scale.contiguous().data_ptr(), address(weight), uses_batch),
+        *(x.data_ptr() for x in (slope, shift, tilt, of_weight, of_bias)),
+        threads(),
+    )
+    return (slope, shift, tilt), of_weight, of_bias
+
+
+@backend.register
+def grads_of_sums(
+    grad: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    term: Tensor,
+    relu: bool,
+    mean: Tensor,
+    slope: Tensor,
+    shift: Tensor,
+    tilt: Tensor,
+) -> Tensor:
+    sums, rows, channels = _rows(sums)
+    grad = _like(grad, sums)
+    out = torch.empty_like(grad)
+    core.grads_of_sums(
+        *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
+        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
+        *(factor.data_ptr(), term.data_ptr(), relu),
+        *(x.data_ptr() for x in (mean, slope, shift, tilt)),
+        *(out.data_ptr(), threads()),
+    )
+    return out
+
+
+def _rows(sums: Tensor) -> tuple[Tensor, int, int]:
+    """``sums`` with the channels last in memory, and as how many rows of how many."""
+    if sums.dim() > 2:
+        sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
+        channels = sums.shape[1]
+    else:
+        sums = sums.contiguous()
+        channels = sums.shape[-1]
+    return sums, sums.numel() // channels if channels else 0, channels
+
+
+def _like(x: Tensor, sums: Tensor) -> Tensor:
+    """In the memory format of the sums."""
+    if x.stride() == sums.stride():
+        return x
+    return torch.empty_like(sums, dtype=x.dtype).copy_(x)
+
+
+reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)
+reference.register_norm(backend)

@@ -1,0 +1,1 @@
+"""Layers that compute with integer codes, and chains of them."""

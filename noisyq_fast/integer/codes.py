@@ -1,0 +1,40 @@
+"""Tensors as integers and scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A quantized tensor: ``(codes - zero_point) * scale``.
+
+    Attributes:
+        codes: int8 or uint8, in the shape of the tensor.
+        scale: float32: one, one for each index of an axis, or one for each token or group.
+        zero_point: uint8, in the shape of ``scale``, on an affine grid; else ``None``.
+        largest: no ``|code - zero_point|`` is above it.
+        source: the tensor that was quantized. Gradients go straight through to it.
+        masked: a bit for each element of ``codes``, in the order of memory, that has no gradient;
+            ``None`` where all have one.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> quantizer = noisyq_fast.AbsMax(bits=4, axis=None)
+        >>> quantizer.codes(torch.tensor([0.1, -0.7, 0.26])).codes
+        tensor([ 1, -7,  3], dtype=torch.int8)
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    largest: int
+    source: Tensor
+    masked: Tensor | None = None
+
+    def dequantized(self, axis: int | None = None) -> Tensor:
+        """The values, float32, where ``scale`` belongs to an axis."""
+        return torch.ops.noisyq.dequantize_on_grid(self.codes, self.scale, self.zero_point, axis)

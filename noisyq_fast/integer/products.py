@@ -1,0 +1,351 @@
+"""Products of codes: exact sums of whole numbers, then one scale.
+
+For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are none)::
+
+    acc = sum (c - z) (d - w)        exact
+    v   = float32(acc)               one rounding
+    y   = v * (s * t) + bias         one rounding each
+
+so that an output is the same to the bit on every backend and with every number of threads. Padding is
+the value 0, which is the code z. Gradients are those of the product of the dequantized values, and go
+straight through to the tensors that were quantized::
+
+    dx = product(dy, (d - w) t)      dw = product(dy, c - z) s      dbias = sum dy
+
+Under autocast the forward stays as it is, and these products are computed in the lower precision, in
+which codes are exact; the scales stay outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noisyq_fast import gradients
+from noisyq_fast._declare import declare
+from noisyq_fast.backends import select
+from noisyq_fast.backends.reference_integer import channel_steps, steps
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.integer.deferred import Deferred, Sums, memory_format
+
+_CODES = (torch.int8, torch.uint8)
+_MOST_TERMS = 2**37
+"""Sums of so many products of two bytes are exact in float64."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution, as `torch.convolution` takes it."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
+def _check_codes(name: str, codes: Tensor, zero_point: Tensor | None) -> None:
+    if codes.dtype not in _CODES:
+        raise TypeError(f"{name}: got {codes.dtype}, takes torch.int8 or torch.uint8")
+    if zero_point is not None and codes.dtype != torch.uint8:
+        raise TypeError(f"{name}: got int8 codes with a zero point, takes uint8 codes")
+
+
+def _check_terms(terms: int) -> None:
+    if terms > _MOST_TERMS:
+        raise ValueError(
+            f"weight: got sums of {terms} terms, takes up to {_MOST_TERMS}, exact ones"
+        )
+
+
+def _convolution(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    *how: Any,
+) -> tuple:
+    _check_codes("codes", codes, zero_point)
+    _check_codes("weight", weight, weight_zero_point)
+    _check_terms(weight.numel())
+    return codes, zero_point, weight, weight_zero_point, *how
+
+
+def _convolution_shape(codes: Tensor, _: object, weight: Tensor, __: object, *how: Any) -> Tensor:
+    stride, padding, dilation, transposed, output_padding, groups = how
+    like = codes.new_empty(codes.shape, dtype=torch.float32)
+    with torch.autocast(codes.device.type, enabled=False):
+        return torch.convolution(
+            like,
+            weight.new_empty(weight.shape, dtype=torch.float32),
+            *(None, stride, padding, dilation, transposed, output_padding, groups),
+        )
+
+
+def _linear(
+    codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
+) -> tuple:
+    _check_codes("codes", codes, zero_point)
+    _check_codes("weight", weight, weight_zero_point)
+    if codes.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"codes: got shape {list(codes.shape)} for a weight of shape {list(weight.shape)}, "
+            f"takes [..., {weight.shape[-1]}]"
+        )
+    _check_terms(weight.shape[-1])
+    return codes, zero_point, weight, weight_zero_point
+
+
+convolve_codes = declare(
+    "convolve_codes(Tensor codes, Tensor? zero_point, Tensor weight, Tensor? weight_zero_point, "
+    "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
+    "int groups) -> Tensor",
+    prepare=_convolution,
+    shape=_convolution_shape,
+    gradient=None,
+)
+multiply_codes = declare(
+    "multiply_codes(Tensor codes, Tensor? zero_point, Tensor weight, Tensor? weight_zero_point) "
+    "-> Tensor",
+    prepare=_linear,
+    shape=lambda codes, _, weight, __: codes.new_empty(
+        [*codes.shape[:-1], weight.shape[-2]], dtype=torch.float32
+    ),
+    gradient=None,
+)
+
+_OPERANDS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor codes, Tensor scale, Tensor? zero_point, "
+    "Tensor? masked, Tensor weight_codes, Tensor weight_scale, Tensor? weight_zero_point, "
+    "Tensor? weight_masked"
+)
+
+
+class _Product(gradients.Gradient):
+    """Straight through to ``x`` and ``weight``, of which nothing is read. Saves codes."""
+
+    @staticmethod
+    def forward(ctx: Any, below_autograd: Any, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        bias, codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked, *geometry = others
+        saved = codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.geometry = geometry
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.compute_dtype = _autocast_dtype(codes.device.type)
+        return below_autograd()
+
+    @classmethod
+    def product_grads(cls, ctx: Any, grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError
+
+    @classmethod
+    def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad[1:4]
+        with torch.autocast(grad.device.type, enabled=False):
+            dx, dw = cls.grads(
+                ctx, grad, codes, scale, zero, w_codes, w_scale, w_zero, to_x, to_weight
+            )
+            db = cls.grad_of_bias(grad.float(), w_codes) if to_bias else None
+        dx = _unmasked(dx, codes, masked)
+        dw = _unmasked(dw, w_codes, w_masked)
+        grads = (
+            None if g is None else g.to(dtype)
+            for g, dtype in zip((dx, dw, db), ctx.dtypes, strict=True)
+        )
+        return None, *grads, *[None] * (8 + len(ctx.geometry))
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.float32
+
+
+def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tensor | None:
+    if grad is None or masked is None or masked.numel() == 0:
+        return grad
+    return torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, codes.stride()), masked)
+
+
+class _Convolution(_Product):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Convolution._backward(ctx, grad)
+
+    @staticmethod
+    def grads(
+        ctx: Any,
+        grad: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        w_codes: Tensor,
+        w_scale: Tensor,
+        w_zero: Tensor | None,
+        to_x: bool,
+        to_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dtype = ctx.compute_dtype
+        w = _channel_values(w_codes, w_scale, w_zero, ctx.geometry)
+        # Of the gradient of x only its shape matters.
+        x = _floats(codes, zero, dtype) if to_weight else _without_memory(codes, dtype)
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            *(grad.to(dtype), x, w.to(dtype), None, *ctx.geometry, [to_x, to_weight, False])
+        )
+        return dx, dw.float() * scale if to_weight else None
+
+    @staticmethod
+    def grad_of_bias(grad: Tensor, _: Tensor) -> Tensor:
+        return grad.sum([d for d in range(grad.dim()) if d != 1])
+
+
+def _floats(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Steps of a tensor, exact in every floating dtype."""
+    return codes.to(dtype) if zero is None else steps(codes, zero).to(dtype)
+
+
+def _without_memory(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
+
+
+def _channel_values(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, geometry: list[Any]
+) -> Tensor:
+    """A weight dequantized: its scales are of the output channels."""
+    *_, transposed, _, groups = geometry
+    values = channel_steps(codes, zero, transposed, groups).float()
+    if not transposed:
+        return values * scale.reshape([-1, *[1] * (codes.dim() - 1)])
+    by_group = scale.reshape([groups, 1, -1, *[1] * (codes.dim() - 2)])
+    return (values.unflatten(0, (groups, -1)) * by_group).flatten(0, 1)
+
+
+class _Linear(_Product):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Linear._backward(ctx, grad)
+
+    @staticmethod
+    def grads(
+        ctx: Any,
+        grad: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        w_codes: Tensor,
+        w_scale: Tensor,
+        w_zero: Tensor | None,
+        to_x: bool,
+        to_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dtype = ctx.compute_dtype
+        w = steps(w_codes, w_zero).float() * w_scale.unsqueeze(-1)
+        dx = dw = None
+        if to_x:
+            dx = grad.to(dtype) @ w.to(dtype)
+        if to_weight:
+            x, g = _floats(codes, zero, dtype), grad
+            if scale.dim() > 0:  # of tokens or of groups
+                g = grad.float() * scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
+            if w_codes.dim() == 2:
+                x, g = x.flatten(0, -2), g.flatten(0, -2)
+            dw = (g.to(dtype).mT @ x).float()
+            dw = dw * scale if scale.dim() == 0 else dw
+        return dx, dw
+
+    @staticmethod
+    def grad_of_bias(grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.sum(-2) if weight.dim() > 2 else grad.flatten(0, -2).sum(0)
+
+
+def _product_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple:
+    codes, _, zero, _, w_codes, _, w_zero, _ = others[:8]
+    if others[8:]:
+        _convolution(codes, zero, w_codes, w_zero, *others[8:])
+    else:
+        _linear(codes, zero, w_codes, w_zero)
+    return x, weight, bias, *others
+
+
+def _product_shape(x: Tensor, _: object, __: object, codes: Tensor, *others: Any) -> Tensor:
+    weight, geometry = others[3], others[7:]
+    if geometry:
+        like = _convolution_shape(codes, None, weight, None, *geometry)
+    else:
+        like = codes.new_empty([*codes.shape[:-1], weight.shape[-2]], dtype=torch.float32)
+    return torch.empty_like(like, dtype=x.dtype)
+
+
+integer_convolution = declare(
+    f"integer_convolution({_OPERANDS}, int[] stride, int[] padding, int[] dilation, "
+    "bool transposed, int[] output_padding, int groups) -> Tensor",
+    prepare=_product_arguments,
+    shape=_product_shape,
+    gradient=_Convolution,
+)
+integer_linear = declare(
+    f"integer_linear({_OPERANDS}) -> Tensor",
+    prepare=_product_arguments,
+    shape=_product_shape,
+    gradient=_Linear,
+)
+
+
+def convolution(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The convolution of ``x``, ``[N, C, ...]``, and ``weight``, with one scale for each output
+    channel. The dtype is that of ``x.source``."""
+    return integer_convolution(*_operands(x, weight, bias), *vars(geometry).values())
+
+
+def linear(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
+    """``x`` ``[..., I]`` times ``weight`` ``[O, I]``; or, of ``[T, N, I]`` and ``[T, O, I]``, for
+    each of T groups."""
+    return integer_linear(*_operands(x, weight, bias))
+
+
+def _operands(x: Codes, weight: Codes, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    of_x, of_weight = ((c.codes, c.scale, c.zero_point, c.masked) for c in (x, weight))
+    return x.source, weight.source, bias, *of_x, *of_weight
+
+
+def deferred_convolution(
+    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, layer: nn.Module, like: Tensor
+) -> Tensor:
+    """`convolution`, whose values are made when something reads them. ``layer`` computes it."""
+    how = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    operands = x.codes, x.zero_point, weight.codes, weight.zero_point
+    made_of = (*operands, *how, bound(x, weight))
+    measures = layer.training  # a batch norm of the batch may follow
+    values, moments = select("convolve_sums", x.codes.device.type)(*made_of, measures)
+    with torch.no_grad():
+        scale = x.scale * weight.scale
+    dtype = _autocast_dtype(x.codes.device.type)
+    carrier = torch.zeros((), dtype=dtype, device=values.device).expand(values.shape)
+    if torch.is_grad_enabled():
+        carrier = _Convolution.apply(
+            lambda: carrier, *_operands(x, weight, bias), *vars(geometry).values()
+        )
+    again = made_of if layer.recomputes else None
+    sums = Sums(values, scale, bias, made_of[-1], carrier, layer, moments, again)
+    return Deferred.of_sums(sums, memory_format(like))
+
+
+def normalized_convolution(
+    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, norm: nn.Module
+) -> Tensor:
+    """The same with the batch norm that follows, for a graph that is traced."""
+    how = vars(geometry).values()
+    sums = convolve_codes(x.codes, x.zero_point, weight.codes, weight.zero_point, *how)
+    product = convolution(x, weight, bias, geometry)
+    return norm.of_sums(product, sums, x.scale * weight.scale, bias, bound(x, weight))
+
+
+def bound(x: Codes, weight: Codes) -> int:
+    """No sum of a convolution is larger."""
+    return weight.codes[0].numel() * x.largest * weight.largest
