@@ -26,6 +26,7 @@ from noisyq_fast.quantizers import AbsMax, Fixed, MovingAbsMax, Quantizer
 FORMAT = "noisyq_fast integers"
 VERSION = 1
 """Of the format: larger in files that older versions would misread."""
+_OF_LAYERS = {"arithmetic", "input_ranges"}
 _WEIGHT = "weight_quantizer"
 _EXTRA = "_extra_state"
 _INPUTS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
@@ -114,8 +115,7 @@ def _describe(
             raise ValueError("its quantizers are off; save it outside of noisyq_fast.disabled")
     inputs = {key: _describe_input(q) for key, q in layer.quantizers().items() if key != _WEIGHT}
     described = {"inputs": inputs, "weights": {}}
-    if hasattr(layer, "input_ranges"):
-        described["input_ranges"] = layer.input_ranges
+    described |= {option: vars(layer)[option] for option in _OF_LAYERS if option in vars(layer)}
     quantizer = layer.weight_quantizer
     if quantizer is None:
         return described
@@ -348,8 +348,7 @@ def _quantize_(
             weights[f"{name}.{key}".lstrip(".")] = *found[key], about
         only = next(iter(found.values()))[0] if len(found) == 1 else None
         overrides[name] = {"weight": only, "activation": _input(name, described, tensors)}
-        if "input_ranges" in described:
-            overrides[name]["input_ranges"] = described["input_ranges"]
+        overrides[name] |= {option: described[option] for option in _OF_LAYERS & described.keys()}
     quantize_model_(
         model, first_last_bits=None, overrides=overrides, filter=lambda name, _: name in layers
     )

@@ -104,6 +104,7 @@ OPTIONS = [
     {"weight_group_size": 2, "overrides": {"depthwise": None}},
     {"weight": AbsMax(5, axis=None), "activation": None},
     {"weight": None},
+    {"arithmetic": "integer"},
     {"input_ranges": "shared", "filter": lambda name, layer: name != "stem"},
     {
         "activation_granularity": "token",
