@@ -9,10 +9,13 @@ import tyro
 
 from experiments.checks import flag
 from experiments.methods.adder import Adder
+from experiments.methods.bitsplit import BitSplit
 from experiments.methods.co_teaching import CoTeaching
 from experiments.methods.defensive import Defensive
+from experiments.methods.dfq import DFQ
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.easyquant import EasyQuant
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
 from experiments.methods.hash_knn import HashKNN
@@ -23,6 +26,7 @@ from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
 from experiments.methods.noisy_student import NoisyStudent
+from experiments.methods.ocs import OCS
 from experiments.methods.prune import Prune
 from experiments.methods.qkd import QKD
 from experiments.methods.quant import Quant
@@ -78,6 +82,10 @@ METHODS: dict[str, type[Method]] = {
     "adder": Adder,
     "hashed": Hashed,
     "lcnn": LCNN,
+    "easyquant": EasyQuant,
+    "ocs": OCS,
+    "bitsplit": BitSplit,
+    "dfq": DFQ,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""

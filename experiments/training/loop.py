@@ -39,6 +39,8 @@ class Trainer:
         self.methods = config.methods
         self.history: list[EpochMetrics] = []
         self.passes = Passes(0, 0)
+        self.before: dict[str, Any] = {}
+        """What the network was worth before the procedure finished it, if that changed it."""
         self.stopped = False
 
         self.parts = Parts(config, task, device, self.methods)
@@ -146,9 +148,7 @@ class Trainer:
             self._record_step()  # which has the old numbers in it
         loss, predicted = self._train(epoch, progress)
         after = self.procedure.end_epoch(epoch)
-        rounds = [self.procedure.PASSES] * self.procedure.rounds
-        taken = zip(self.passes, before, *rounds, after, strict=True)
-        self.passes = Passes(*map(sum, taken))
+        self._count(before, *[self.procedure.PASSES] * self.procedure.rounds, after)
         self.require_finite(self._where(epoch + 1))
         if predicted is None:
             predicted = self.task.predicted(self._predict("trained"))
@@ -165,6 +165,9 @@ class Trainer:
             learning_rate=self.config.lr * factor,
             seconds=time.perf_counter() - started,
         )
+
+    def _count(self, *passes: Passes) -> None:
+        self.passes = Passes(*map(sum, zip(self.passes, *passes, strict=True)))
 
     def _networks(self) -> Iterator[tuple[nn.Module, dict[str, dict[str, Any]]]]:
         """Each network, and the states that the methods keep for it."""
@@ -246,26 +249,36 @@ class Trainer:
         """Lets the methods and the procedure end their work; gives what they tell the user."""
         states = self.states[0]
         lines = [method.finish(self.model, states[n]) for n, method in self.methods.items()]
+        if self.procedure.DEPLOYS:
+            self.before = {f"float_{name}": score for name, score in self._scores().items()}
+        self._count(self.procedure.deploy())
         return [line for line in lines if line] + self.procedure.finish()
 
     def result(self) -> dict[str, Any]:
         """The network as it is now, on the samples trained on, held out and of the test set."""
         self.require_finite(_AT_THE_END)
+        summary = noisyq_fast.summary(self.procedure.judged, self.parts.example())
+        asked = self.procedure.predicting
+        return (
+            self._scores()
+            | self.before
+            | {
+                "epochs_trained": len(self.history),
+                "forward_passes": self.passes.forward,
+                "backward_passes": self.passes.backward,
+                "parameters": asked * summary.parameters,
+                "size_in_bits": asked * summary.size_in_bits,
+                "macs": asked * summary.macs,
+            }
+        )
+
+    def _scores(self) -> dict[str, Any]:
         scores = self.task.result(
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
         scores |= self.procedure.result()
         require_finite_scores(scores, _AT_THE_END)
-        summary = noisyq_fast.summary(self.model, self.parts.example())
-        asked = self.procedure.predicting
-        return scores | {
-            "epochs_trained": len(self.history),
-            "forward_passes": self.passes.forward,
-            "backward_passes": self.passes.backward,
-            "parameters": asked * summary.parameters,
-            "size_in_bits": asked * summary.size_in_bits,
-            "macs": asked * summary.macs,
-        }
+        return scores
 
     def _line(self, metrics: EpochMetrics) -> str:
         epochs = self.config.epochs

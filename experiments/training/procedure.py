@@ -157,6 +157,8 @@ class Procedure:
     """Those of a step, of all networks together."""
     CHANGES: ClassVar[bool] = False
     """Whether a step has numbers in it that `begin_epoch` changes, other than in tensors."""
+    DEPLOYS: ClassVar[bool] = False
+    """Whether `finish` changes what is judged: the run is scored before it as well."""
 
     rounds: int = 1
     predicting: int = 1
@@ -219,6 +221,16 @@ class Procedure:
     def end_epoch(self, epoch: int) -> Passes:
         """After `epoch`, before it is evaluated; gives the passes that it took."""
         return Passes(0, 0)
+
+    def deploy(self) -> Passes:
+        """After training, makes the network that is judged of the trained one, such as a quantized
+        one; gives the passes that it took. Only where `DEPLOYS`."""
+        return Passes(0, 0)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network whose size and work are reported."""
+        return self.networks[0]
 
     def finish(self) -> list[str]:
         """After training, before the network is evaluated for the last time; gives lines for the

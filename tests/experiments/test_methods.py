@@ -49,6 +49,10 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "adder": "adder",
         "hashed": "hashed8",
         "lcnn": "lcnn0.5",
+        "easyquant": "easyquant-w4a4",
+        "ocs": "ocs-w4a4-0.02",
+        "bitsplit": "bitsplit-w4a4",
+        "dfq": "dfq-w4a4",
     }
 
 

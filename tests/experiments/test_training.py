@@ -32,6 +32,7 @@ EXCHANGED = [
     "--method co_teaching --compression 4 --weight-bits 4",
     "--method lcnn --lcnn-sparsity 0.4 --weight-bits 4 --activation-bits 4",
     "--method swa --swa-start 0.5 --lcnn-dictionary 0.5",
+    "--method dfq --patience 2 --dropout 0.1 --loss gce",
 ]
 
 
