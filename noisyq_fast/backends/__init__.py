@@ -12,7 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
+from noisyq_fast.backends import (
+    native_cpu,
+    native_cpu_learned,  # noqa: F401, registers what it computes
+    native_cuda,
+    on_triton,
+    reference,
+    reference_learned,  # noqa: F401
+)
 from noisyq_fast.backends.backend import Backend
 
 # In order of preference. The reference computes every operator on every device.
