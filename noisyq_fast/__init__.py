@@ -28,7 +28,19 @@ from noisyq_fast.ops import (
     fake_quantize_many,
     quantize,
 )
-from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
+from noisyq_fast.optimizing import constrain_, parameter_groups
+from noisyq_fast.quantizers import (
+    AQD,
+    DSQ,
+    LSQ,
+    PACT,
+    QIL,
+    SAT,
+    AbsMax,
+    LearnedQuantizer,
+    MovingAbsMax,
+    Quantizer,
+)
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
 
@@ -38,10 +50,17 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AQD",
+    "DSQ",
+    "LSQ",
+    "PACT",
+    "QIL",
+    "SAT",
     "AbsMax",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
+    "LearnedQuantizer",
     "MovingAbsMax",
     "OperatorSummary",
     "QuantConv1d",
@@ -58,6 +77,7 @@ __all__ = [
     "Quantizer",
     "Summary",
     "calibrate",
+    "constrain_",
     "current_backend",
     "dequantize",
     "dequantize_model_",
@@ -67,6 +87,7 @@ __all__ = [
     "fake_quantize_many",
     "freeze_ranges_",
     "info",
+    "parameter_groups",
     "quantize",
     "quantize_model_",
     "register_layer",

@@ -181,9 +181,7 @@ def fake_quantize_learned_backward(
     return (groups.restored(dx).permute(back), sums), (0, 0)
 
 
-def quantize_learned(
-    info: Any, dims: Dims, x: Tensor, parameters: Tensor, *others: Any
-) -> tuple:
+def quantize_learned(info: Any, dims: Dims, x: Tensor, parameters: Tensor, *others: Any) -> tuple:
     *rule, axis = others
     groups = _Groups(x, dims[0], axis, info.batch_size)
     parameters = _parameters_of_groups(parameters, dims[1], info.batch_size)

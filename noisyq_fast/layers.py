@@ -87,8 +87,12 @@ class QuantLayer(nn.Module):
         """Gives the layer copies of quantizers, which have seen nothing yet."""
         self.check_granularity(weight, activation)
         device = next(self.parameters()).device
-        self.weight_quantizer = None if weight is None else weight.like().to(device)
-        self.input_quantizer = None if activation is None else activation.like().to(device)
+        if weight is not None:
+            first = self.by_channel(self.weights()[0].detach())
+            weight = weight.like().for_weight(first).to(device)
+        if activation is not None:
+            activation = activation.like().for_input().to(device)
+        self.weight_quantizer, self.input_quantizer = weight, activation
         for quantizer in self.quantizers().values():
             quantizer.train(self.training)
 

@@ -24,7 +24,10 @@ _fake_quantize_learned_backward = declare(
     "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor parameters, "
     f"{_RULE}, float gradient_scale) -> (Tensor, Tensor)",
     prepare=checks.learned_backward,
-    shape=lambda grad, x, parameters, *_: (torch.empty_like(x), parameters.new_empty(parameters.shape)),
+    shape=lambda grad, x, parameters, *_: (
+        torch.empty_like(x),
+        parameters.new_empty(parameters.shape),
+    ),
     gradient=None,
 )
 _quantize_learned = declare(

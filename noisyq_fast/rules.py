@@ -9,7 +9,7 @@ float32, and ``clip`` keeps a NaN. Derivatives take those of rounding for 1 (*st
     pact, sat    clip a              rint(clip(x / s, 0, n)), s = a / n            x < 0, x >= a
     aqd          clip a              rint(clip(x / s, 0, n)), s = a / n            x < 0, x > a
     aqd_odd      clip a              2 rint((clip(x / s, -n, n) + n) / 2) - n      x < -a, x > a
-    qil          center c, width d   rint(n clip(v, 0, 1)), s = 1 / n              v <= 0, v >= 1
+    qil          center c, distance drint(n clip(v, 0, 1)), s = 1 / n              v <= 0, v >= 1
     qil_odd      c, d, exponent g    sign(x) rint(n clip(v, 0, 1)^g), s = 1 / n    v <= 0, v >= 1
     dsq          low l, high u,      floor((clip(x, l, u) - l) / s + 1 / 2),       x < l, x > u
                  alpha               s = (u - l) / n, y = l + code * s
@@ -64,8 +64,8 @@ PARAMETERS = {
     SAT: ("clip",),
     AQD: ("clip",),
     AQD_ODD: ("clip",),
-    QIL: ("center", "width"),
-    QIL_ODD: ("center", "width", "exponent"),
+    QIL: ("center", "distance"),
+    QIL_ODD: ("center", "distance", "exponent"),
     DSQ: ("low", "high", "alpha"),
     DOREFA_ORIGINAL: ("absmax", "scale"),
     DOREFA_MODIFIED: ("absmax", "scale"),

@@ -21,6 +21,7 @@ from noisyq_fast.backends import (
     reference_learned,  # noqa: F401
 )
 from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.on_triton import learned as _  # noqa: F401
 
 # In order of preference. The reference computes every operator on every device.
 BACKENDS: dict[str, Backend] = {

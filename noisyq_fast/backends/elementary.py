@@ -47,8 +47,10 @@ def _exp_parts(x: Tensor) -> tuple[Tensor, Tensor]:
     shifted = x * _LOG2_E + _ROUNDER
     k = shifted - _ROUNDER
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
-    series = ((((r * 1.98412698e-4 + 1.38888889e-3) * r + 8.33333333e-3) * r + 4.16666667e-2) * r
-              + 1.66666667e-1) * r + 0.5
+    series = (
+        (((r * 1.98412698e-4 + 1.38888889e-3) * r + 8.33333333e-3) * r + 4.16666667e-2) * r
+        + 1.66666667e-1
+    ) * r + 0.5
     rest = r * r * series + r
     power = ((shifted.contiguous().view(torch.int32) << 23) + _ONE).view(torch.float32)
     return power, rest
