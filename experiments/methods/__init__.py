@@ -15,6 +15,13 @@ from experiments.methods.early_stopping import EarlyStopping
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
 from experiments.methods.label_smoothing import LabelSmoothing
+from experiments.methods.learned import (
+    ClippedActivations,
+    ClippedLevels,
+    LearnedIntervals,
+    LearnedSteps,
+    SoftQuant,
+)
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
@@ -48,6 +55,11 @@ BASELINE = "baseline"
 # In the order in which they change the network.
 METHODS: dict[str, type[Method]] = {
     "quant": Quant,
+    "lsq": LearnedSteps,
+    "pact": ClippedActivations,
+    "qil": LearnedIntervals,
+    "dsq": SoftQuant,
+    "aqd": ClippedLevels,
     "dropout": Dropout,
     "prune": Prune,
     "weight_decay": WeightDecay,
@@ -105,7 +117,7 @@ def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
         for other, reason in method.NOT_WITH.items():
             if other in on:
                 raise ValueError(f"--method: got {name} with {other}, {reason}")
-    for what in ("loss", "procedure"):
+    for what in ("loss", "procedure", "quantizer"):
         found = [name for name, method in on.items() if what == method.REPLACES]
         if len(found) > 1:
             raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {what}")

@@ -22,6 +22,8 @@ from experiments.training.history import EpochMetrics, read_history
 from experiments.training.procedure import Batch, Parts, Passes, Procedure
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
+QUANTIZER = "_quantizer."
+"""In the name of what a quantizer keeps."""
 _AT_THE_END = "at the end of the training"
 
 
@@ -67,6 +69,10 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]) -> None:
         """Takes the weights of another run, in the shape that its methods gave the network."""
+        own = self.model.state_dict()
+        if any(method.STARTS_FROM_FLOAT for method in self.methods.values()):
+            if not any(QUANTIZER in name for name in state):  # those of a float network
+                state = {name: own[name] for name in own if QUANTIZER in name} | state
         self._load_network(self.model, state, shapes)
         self._prepare_to_train()
 
@@ -84,10 +90,11 @@ class Trainer:
     def _set_rate(self, factor: float) -> None:
         for optimizer in self.procedure.optimizers:
             for parameters in optimizer.param_groups:
+                rate = self.config.lr * factor * parameters.get("rate", 1.0)
                 if self.config.cuda_graph:
-                    parameters["lr"].fill_(self.config.lr * factor)
+                    parameters["lr"].fill_(rate)
                 else:
-                    parameters["lr"] = self.config.lr * factor
+                    parameters["lr"] = rate
 
     def _set_decay(self, factor: float) -> None:
         for optimizer in self.procedure.optimizers:

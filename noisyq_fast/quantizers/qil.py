@@ -73,12 +73,22 @@ class QIL(LearnedQuantizer):
 
     def _allocate(self, shape: list[int]) -> None:
         super()._allocate(shape)
-        if self.role == WEIGHT:
-            learns = self.bits == 2 if self.learns_exponent is None else self.learns_exponent
-            self.exponent.requires_grad_(learns)
+        self._set_learning()
 
     def at_end(self, bits: int, place: str) -> Quantizer:
         return AbsMax(bits) if place == "weight" else MovingAbsMax(bits)
+
+    def set_bits(self, bits: int | None) -> None:
+        """Goes on with other bits and the same interval; ``None`` is float."""
+        self.enabled = bits is not None
+        if bits is not None:
+            self.bits = bits
+            self._set_learning()
+
+    def _set_learning(self) -> None:
+        if self.role == WEIGHT:
+            learns = self.bits == 2 if self.learns_exponent is None else self.learns_exponent
+            self.exponent.requires_grad_(learns)
 
     def code_scale(self) -> Tensor:
         return quotient(torch.ones_like(self.center), float(self.code_ends[1]))
