@@ -43,6 +43,7 @@ from noisyq_fast.quantizers import (
 )
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
+from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, split_norms_
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -57,10 +58,12 @@ __all__ = [
     "QIL",
     "SAT",
     "AbsMax",
+    "BatchNormOfWidths",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
     "LearnedQuantizer",
+    "ManyWidths",
     "MovingAbsMax",
     "OperatorSummary",
     "QuantConv1d",
@@ -92,6 +95,8 @@ __all__ = [
     "quantize_model_",
     "register_layer",
     "reset_ranges_",
+    "set_bits",
+    "split_norms_",
     "summary",
     "sync_ranges_",
     "use_backend",

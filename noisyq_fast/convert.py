@@ -222,7 +222,7 @@ def quantize_model_(
         name: str, bits: int | None, **others: Any
     ) -> tuple[Quantizer | None, Quantizer | None]:
         """For a layer; ``bits`` and ``others`` for all that its override does not name."""
-        chosen = _with_bits(bits, options) | others
+        chosen = _with_bits(bits, {k: v for k, v in options.items() if k not in others}) | others
         override = {k: v for k, v in overrides.get(name, {}).items() if k != "input_ranges"}
         for kind in _GRID_OPTIONS.keys() & override.keys():
             chosen |= _GRID_OPTIONS[kind]

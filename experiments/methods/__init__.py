@@ -22,6 +22,7 @@ from experiments.methods.learned import (
     LearnedSteps,
     SoftQuant,
 )
+from experiments.methods.many_widths import AdaBits, Quantizable
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
@@ -78,6 +79,8 @@ METHODS: dict[str, type[Method]] = {
     "defensive": Defensive,
     "noisy_student": NoisyStudent,
     "qkd": QKD,
+    "adabits": AdaBits,
+    "quantizable": Quantizable,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -242,12 +242,14 @@ class Trainer:
 
     # What came of it.
 
-    def _predict(self, part: Part) -> Tensor | None:
+    def _predict(
+        self, part: Part, predict: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """The logits of all samples of a part; None if there are none."""
         if self.task.count(part) == 0:
             return None
         self.procedure.networks.eval()
-        return self.parts.logits(self.procedure.predict, part)
+        return self.parts.logits(predict or self.procedure.predict, part)
 
     def finish(self) -> list[str]:
         """Lets the methods end their work; gives what they tell the user."""
@@ -262,6 +264,11 @@ class Trainer:
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
         require_finite_scores(scores, _AT_THE_END)
+        modes = {}
+        for name, predict in self.procedure.modes().items():
+            parts = ("trained", "held_out", "test")
+            modes[name] = self.task.result(*(self._predict(part, predict) for part in parts))
+            require_finite_scores(modes[name], _AT_THE_END)
         summary = noisyq_fast.summary(self.model, self.parts.example())
         asked = self.procedure.predicting
         return scores | {
@@ -271,6 +278,7 @@ class Trainer:
             "parameters": asked * summary.parameters,
             "size_in_bits": asked * summary.size_in_bits,
             "macs": asked * summary.macs,
+            **({"modes": modes} if modes else {}),
         }
 
     def _line(self, metrics: EpochMetrics) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -230,6 +230,10 @@ class Procedure:
     def predict(self, inputs: Tensor) -> Tensor:
         """The logits by which the run is judged, in evaluation mode."""
         return self.networks[0](inputs)
+
+    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Other ways to predict, by name, whose results are told beside: such as widths."""
+        return {}
 
     def end_epoch(self, epoch: int) -> Passes:
         """After `epoch`, before it is evaluated; gives the passes that it took."""
