@@ -4,7 +4,7 @@
 // Each is a struct that is made from the parameters of a group, `stride` apart, and has
 //   code(x)              the code, a whole number,
 //   value(code)          what it stands for,
-//   derivatives(x, d)    dy/dx, and into `d` dy/d each of its `kParameters`.
+//   derivatives(x)       dy/dx, and dy/d each of its `kParameters`.
 // A NaN stays NaN: it compares false.
 #pragma once
 
@@ -16,6 +16,13 @@ namespace noisyq {
 struct CodeEnds {
   float low;
   float high;
+};
+
+struct Derivatives {
+  float x;
+  float p;
+  float q = 0.0f;
+  float r = 0.0f;
 };
 
 NOISYQ_INLINE float least(float scale) { return scale < FLT_MIN ? FLT_MIN : scale; }
@@ -34,12 +41,11 @@ struct LSQ {
       : scale(least(p[0])), low(ends.low), high(ends.high) {}
   NOISYQ_INLINE float code(float x) const { return rintf(clamp_to(x / scale, low, high)); }
   NOISYQ_INLINE float value(float code) const { return code * scale; }
-  NOISYQ_INLINE float derivatives(float x, float* d) const {
+  NOISYQ_INLINE Derivatives derivatives(float x) const {
     const float v = x / scale;
     const bool below = v <= low, above = v >= high;
     const float inside = above ? high : rintf(v) - v;
-    d[0] = below ? low : inside;
-    return below | above ? 0.0f : 1.0f;
+    return {below | above ? 0.0f : 1.0f, below ? low : inside};
   }
 };
 
@@ -59,14 +65,13 @@ struct Clip {
   }
   NOISYQ_INLINE float code(float x) const { return rounded(x / scale); }
   NOISYQ_INLINE float value(float code) const { return code * scale; }
-  NOISYQ_INLINE float derivatives(float x, float* d) const {
+  NOISYQ_INLINE Derivatives derivatives(float x) const {
     const float v = x / scale;
     const bool below = kOdd ? x < -clip : x < 0.0f;
     const bool above = kOdd || kKind == ClipKind::aqd ? x > clip : x >= clip;
     float inside = kKind == ClipKind::pact ? 0.0f : (rounded(v) - v) / n;
     inside = below ? (kOdd ? -1.0f : 0.0f) : inside;
-    d[0] = above ? 1.0f : inside;
-    return below | above ? 0.0f : 1.0f;
+    return {below | above ? 0.0f : 1.0f, above ? 1.0f : inside};
   }
 };
 
@@ -103,19 +108,16 @@ struct QIL {
     return rintf(power(distance(x) / whole + 0.5f) * n) * sign(x);
   }
   NOISYQ_INLINE float value(float code) const { return code * scale; }
-  NOISYQ_INLINE float derivatives(float x, float* d) const {
+  NOISYQ_INLINE Derivatives derivatives(float x) const {
     const float v = distance(x) / whole + 0.5f;
-    const bool outside = (v <= 0.0f) | (v >= 1.0f);
-    float slope = 1.0f / whole;
-    if (kOdd) {
-      const float raised = power(v);
-      slope = exponent * (raised / v) * slope;
-      d[2] = outside ? 0.0f : sign(x) * raised * log_inside(v);
-    }
+    const float raised = power(v);
+    const float slope = kOdd ? exponent * (raised / v) * (1.0f / whole) : 1.0f / whole;
     const float by_center = -(sign(x) * slope);
-    d[0] = outside ? 0.0f : by_center;
-    d[1] = outside ? 0.0f : by_center * (distance(x) / width);
-    return outside ? 0.0f : slope;
+    const float by_distance = by_center * (distance(x) / width);
+    const float by_exponent = kOdd ? sign(x) * raised * log_inside(v) : 0.0f;
+    const bool outside = (v <= 0.0f) | (v >= 1.0f);
+    return {outside ? 0.0f : slope, outside ? 0.0f : by_center, outside ? 0.0f : by_distance,
+            outside ? 0.0f : by_exponent};
   }
 };
 
@@ -143,7 +145,7 @@ struct DSQ {
   }
   NOISYQ_INLINE float code(float x) const { return rounded(steps(x)); }
   NOISYQ_INLINE float value(float code) const { return code * scale + low; }
-  NOISYQ_INLINE float derivatives(float x, float* d) const {
+  NOISYQ_INLINE Derivatives derivatives(float x) const {
     const float at = steps(x);
     const float place = (at - cell(at)) - 0.5f;
     const float t = tanh_of(k * place);
@@ -153,11 +155,10 @@ struct DSQ {
     const bool below = x < low, above = x > high;
     const float by_low = (1.0f - code) + slope * (share - 1.0f);
     const float by_high = code - slope * share;
-    d[0] = above ? 0.0f : below ? 1.0f : by_low;
-    d[1] = below ? 0.0f : above ? 1.0f : by_high;
     const float by_alpha = scale * 0.5f * (z * z * t - z * bump * (place * turn));
-    d[2] = below | above ? 0.0f : by_alpha;
-    return below | above ? 0.0f : slope;
+    const float under = below ? 1.0f : by_low, over = above ? 1.0f : by_high;
+    return {below | above ? 0.0f : slope, above ? 0.0f : under, below ? 0.0f : over,
+            below | above ? 0.0f : by_alpha};
   }
 };
 
@@ -186,11 +187,9 @@ struct DoReFa {
     return kRounding == Rounding::modified ? cell + low : cell * 2.0f - high;
   }
   NOISYQ_INLINE float value(float code) const { return code * scale; }
-  NOISYQ_INLINE float derivatives(float x, float* d) const {
+  NOISYQ_INLINE Derivatives derivatives(float x) const {
     const float t = tanh_of(x);
-    d[0] = -(factor * ((t / most) * of_most));
-    d[1] = 0.0f;
-    return factor * ((1.0f - t * t) / most);
+    return {factor * ((1.0f - t * t) / most), -(factor * ((t / most) * of_most))};
   }
 };
 

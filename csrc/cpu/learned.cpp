@@ -115,10 +115,12 @@ NOISYQ_INLINE void add_row(const float* x, const float* grad, float* dx, int cou
                            const Rule& rule, float (*lanes)[kLanes]) {
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
-    float d[Rule::kParameters];
     const float g = grad[j];
-    dx[j] = chained(g, rule.derivatives(x[j], d));
-    for (int p = 0; p < Rule::kParameters; ++p) lanes[p][j] += chained(g, d[p]);
+    const Derivatives d = rule.derivatives(x[j]);
+    dx[j] = chained(g, d.x);
+    lanes[0][j] += chained(g, d.p);
+    if constexpr (Rule::kParameters > 1) lanes[1][j] += chained(g, d.q);
+    if constexpr (Rule::kParameters > 2) lanes[2][j] += chained(g, d.r);
   }
 }
 

@@ -65,8 +65,11 @@ class LSQ(LearnedQuantizer):
 
     @property
     def code_ends(self) -> tuple[int, int]:
-        low, high = super().code_ends
-        return (-high if self.symmetric and low else low), high
+        levels = 1 << self.bits
+        if not self.is_signed:
+            return 0, levels - 1
+        high = levels // 2 - 1
+        return (-high if self.symmetric else -high - 1), high
 
     def initial(self, x: Tensor) -> tuple[Tensor]:
         return (quotient(2 * self.mean_absolute(x), math.sqrt(self.code_ends[1])),)

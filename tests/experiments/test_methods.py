@@ -22,6 +22,11 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
     labels = {name: run.parse(["--method", name]).label for name in methods.METHODS}
     assert labels == {
         "quant": "quant-w4a4",
+        "lsq": "lsq4",
+        "pact": "pact4",
+        "qil": "qil4",
+        "dsq": "dsq4",
+        "aqd": "aqd4",
         "dropout": "dropout0.1",
         "prune": "prune0.75",
         "weight_decay": "weight-decay0.01",
@@ -40,6 +45,8 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "defensive": "defensive0.0003",
         "noisy_student": "noisy-student3",
         "qkd": "qkd",
+        "adabits": "adabits5-3",
+        "quantizable": "quantizable4-2",
     }
 
 

@@ -94,6 +94,13 @@ def clamp_to(x, low, high):
 
 
 @triton.jit
+def floor_of(x):
+    """Of less than 2^22."""
+    rounded = rounded_of(x)
+    return tl.where(rounded > x, rounded - 1.0, rounded)
+
+
+@triton.jit
 def scale_of(p, q, low, high, RULE: tl.constexpr):
     if RULE == LSQ:
         scale = least(p)
@@ -150,7 +157,7 @@ def _qil_power(v, r, RULE: tl.constexpr):
 def _dsq_place(x, p, q, scale, high):
     """Steps from the low end, of which the cell and the place in it."""
     steps = tl.div_rn(clamp_to(x, p, q) - p, scale)
-    cell = tl.floor(steps)
+    cell = floor_of(steps)
     cell = tl.where(cell > high - 1.0, high - 1.0, cell)
     return steps, cell, (steps - cell) - 0.5
 
@@ -174,10 +181,10 @@ def code_of(x, p, q, r, low, high, RULE: tl.constexpr):
             code = rounded_of(w * high) * 2.0 - high
         elif RULE == DOREFA_MODIFIED:
             n = high - low
-            cell = tl.floor(w * (n + 1.0))
+            cell = floor_of(w * (n + 1.0))
             code = tl.where(cell > n, n, cell) + low
         else:
-            cell = tl.floor(w * (high + 1.0))
+            cell = floor_of(w * (high + 1.0))
             code = tl.where(cell > high, high, cell) * 2.0 - high
     return code
 
@@ -277,8 +284,8 @@ def quantize_learned(
     x, parameters, y, low, high, RULE: tl.constexpr, COUNT: tl.constexpr, sizes, TILE: tl.constexpr
 ):
     """Values, or codes where ``y`` is int16."""
-    channel, exists = channels_of_program(sizes, TILE)
-    p, q, r = _parameters(parameters, channel, exists, sizes[1], COUNT)
+    channel, is_channel = channels_of_program(sizes, TILE)
+    p, q, r = _parameters(parameters, channel, is_channel, sizes[1], COUNT)
     p, q, r = p[None, :, None], q[None, :, None], r[None, :, None]
     dtype: tl.constexpr = y.dtype.element_ty
     for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
