@@ -56,8 +56,8 @@ def calibrate(
             arguments, on the model's device. Labels left out: ``(x for x, _ in loader)``. For a
             progress bar, wrap them: ``tqdm(loader)``. A few hundred samples are usual. Calibrate
             before `DistributedDataParallel`, which then gives all ranks the ranges of the first.
-        method: ``"absmax"``, ``"percentile"``, ``"mse"`` or ``"initial"``. The wider the codes, the closer all
-            three; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
+        method: ``"absmax"``, ``"percentile"``, ``"mse"`` or ``"initial"``. The wider the codes, the
+            closer the first three; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
         percentile: of method ``"percentile"``, above 0, up to 100.
 
     Returns:

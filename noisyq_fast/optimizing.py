@@ -62,6 +62,16 @@ def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableH
 
     Returns:
         A handle whose ``remove()`` ends that.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> layer = noisyq_fast.QuantLinear(3, 2, weight=noisyq_fast.LSQ(4))
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        >>> handle = noisyq_fast.constrain_(layer, optimizer)
+        >>> layer.weight_quantizer.step.grad = torch.tensor(1e3)
+        >>> optimizer.step()
+        >>> layer.weight_quantizer.step.data > 0
+        tensor(True)
     """
     quantizers = list(_learned(model))
 

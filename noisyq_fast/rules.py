@@ -1,11 +1,12 @@
 """The rules of quantizers that learn: how parameters and a value make a code and a value, and how
 the value changes with each of them.
 
-``n = high`` is the largest code, ``rint`` rounds half to even, ``s`` is at least the smallest normal
-float32, and ``clip`` keeps a NaN. Derivatives take those of rounding for 1 (*straight-through*)::
+``n = high`` is the largest code, ``rint`` rounds half to even, ``s`` is at least the smallest
+normal float32, and ``clip`` keeps a NaN. The derivative of rounding is taken for 1
+(*straight-through*)::
 
     rule         parameters          y = code * s, code =                          outside
-    lsq          step s              rint(clip(x / s, low, high))                  x / s <= low, >= high
+    lsq          step s              rint(clip(x / s, low, high))                  where it clips
     pact, sat    clip a              rint(clip(x / s, 0, n)), s = a / n            x < 0, x >= a
     aqd          clip a              rint(clip(x / s, 0, n)), s = a / n            x < 0, x > a
     aqd_odd      clip a              2 rint((clip(x / s, -n, n) + n) / 2) - n      x < -a, x > a
@@ -29,8 +30,9 @@ Inside, with ``e = code - x / s``::
     sat, aqd       dy/dx = 1                         dy/da = e / n; above 1, below 0, of aqd_odd -1
     qil, qil_odd   dy/dx = p / (2 d)                 dy/dc = -sign p / (2 d), p = g v^(g-1)
                    dy/dd = dy/dc (x - c) / d         dy/dg = sign v^g ln v; outside all 0
-    dsq            dy/dx = h = z k (1 - tanh(k q)^2) / 2, k = ln(2 / alpha - 1), z = 1 / (1 - alpha),
-                   with q = (x - l) / s - floor(...) - 1 / 2 the place in a cell, -1/2 to 1/2
+    dsq            dy/dx = h = z k (1 - tanh(k q)^2) / 2, with k = ln(2 / alpha - 1),
+                   z = 1 / (1 - alpha), and q = (x - l) / s - floor(...) - 1 / 2 the place
+                   in a cell, -1/2 to 1/2
                    dy/dl = 1 - code / n + h ((x - l) / (n s) - 1); below 1
                    dy/du = code / n - h (x - l) / (n s);           above 1
                    dy/dalpha = s / 2 (z^2 tanh(k q) - z (1 - tanh(k q)^2) 2 q / (alpha (2 - alpha)))

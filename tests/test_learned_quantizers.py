@@ -183,8 +183,8 @@ def test_they_learn(pair):
     net(X)
     before = [q.range.clone() for q in learned(net)]
     trained(net)
-    moved = [bool((a != b).any()) for a, b in zip(before, (q.range for q in learned(net)))]
-    assert all(moved)
+    after = [q.range for q in learned(net)]
+    assert all(bool((a != b).any()) for a, b in zip(before, after, strict=True))
 
 
 def test_groups_of_an_optimizer():

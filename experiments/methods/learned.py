@@ -158,8 +158,9 @@ class LearnedIntervals(LearnedQuant):
     """QIL (Jung et al. 2018, arXiv 1808.05779): learns the interval outside of which weights and
     inputs are pruned or clipped and, of 2-bit weights, how values are spread inside.
 
-    The first and the last layer are those of quant, 8 bits; in the paper they are float. Progressive
-    training goes from float over 5 bits down to those asked for, with equal shares of --epochs.
+    The first and the last layer are those of quant, 8 bits; in the paper they are float.
+    Progressive training goes from float over 5 bits down to those asked for, with equal shares of
+    --epochs.
     """
 
     NAME: ClassVar[str] = "qil"

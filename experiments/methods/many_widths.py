@@ -76,9 +76,7 @@ class ManyWidthsMethod(Method):
         _, most, tested = self._options()
         return AtEveryWidth(parts, self.trained, tested or most, self.losses)
 
-    def losses(
-        self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def losses(self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Of each width, by its logits and those of the widths before it."""
         raise NotImplementedError
 
@@ -108,9 +106,7 @@ class AdaBits(ManyWidthsMethod):
     """adabits: the width by which the run is judged; the largest if it is not given. Those of all
     are in result.json."""
 
-    def losses(
-        self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def losses(self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return [own(logits[-1])]
 
 
@@ -149,9 +145,7 @@ class Quantizable(ManyWidthsMethod):
         targets = {"labels of all": "-labels", "chain": "-chain"}
         return super().label + targets.get(self.quantizable_targets, "")
 
-    def losses(
-        self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def losses(self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return consistency(logits, own, self.quantizable_targets)
 
 

@@ -26,11 +26,11 @@ class QKD(Method):
 
     With quant, or a quantizer that learns, the student is quantized and the teacher is not, or else
     both are float. The loss is that of the run, and `T^2 KL(p_other || p_own)` with probabilities
-    at temperature T. The paper's quantizer learns its intervals: --qil-bits. The phases share --epochs as 30,
-    100 and 70 of 200, at least one each. The teacher, which is trained beforehand in the paper,
-    learns during the first phase; it has the student's size, where the paper's may be larger
-    (unverified), other initial weights, and all other methods of the run. One optimizer, Adam, and
-    one schedule last for all phases. Two forward passes a sample and two backward, one in the last
+    at temperature T. The paper's quantizer learns its intervals: --qil-bits. The phases share
+    --epochs as 30, 100 and 70 of 200, at least one each. The teacher, which is trained beforehand
+    in the paper, learns during the first phase; it has the student's size, where the paper's may be
+    larger (unverified), other initial weights, and all other methods of the run. One optimizer,
+    Adam, and one schedule last for all phases. Two forward passes a sample and two backward, one in the last
     phase.
     """
 

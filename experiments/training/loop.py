@@ -69,10 +69,9 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]) -> None:
         """Takes the weights of another run, in the shape that its methods gave the network."""
-        own = self.model.state_dict()
-        if any(method.STARTS_FROM_FLOAT for method in self.methods.values()):
-            if not any(QUANTIZER in name for name in state):  # those of a float network
-                state = {name: own[name] for name in own if QUANTIZER in name} | state
+        if not any(QUANTIZER in name for name in state):  # those of a float network
+            own = self.model.state_dict()
+            state = {name: own[name] for name in own if QUANTIZER in name} | state
         self._load_network(self.model, state, shapes)
         self._prepare_to_train()
 

@@ -63,7 +63,7 @@ class LearnedQuantizer(Quantizer):
             checks.boolean("signed", signed)
         super().__init__(bits, axis, FULL)
         self.signed = signed
-        self.role = WEIGHT if self.FOR == {WEIGHT} else INPUT
+        self.role = INPUT if INPUT in self.FOR else WEIGHT
         self._set_grid()
         self._allocate([])
 

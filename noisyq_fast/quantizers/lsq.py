@@ -37,9 +37,9 @@ class LSQ(LearnedQuantizer):
         >>> import torch, noisyq_fast
         >>> quantizer = noisyq_fast.LSQ(bits=3)
         >>> quantizer(torch.tensor([0.1, 0.7, 0.26, 0.0])).detach()
-        tensor([0.2004, 0.6013, 0.2004, 0.0000])
+        tensor([0.0000, 0.6010, 0.2003, 0.0000])
         >>> quantizer.step.data
-        tensor(0.2004)
+        tensor(0.2003)
     """
 
     KIND: ClassVar[int] = 3

@@ -13,8 +13,8 @@ from noisyq_fast.quantizers.quantizer import Quantizer
 
 
 class QIL(LearnedQuantizer):
-    """Learns the interval from c - d to c + d: what is below becomes 0, what is above 1, and what is
-    between is spread over 0 to 1, of weights with the exponent g and the sign of the weight.
+    """Learns the interval from c - d to c + d: what is below becomes 0, what is above 1, and what
+    is between is spread over 0 to 1, of weights with the exponent g and the sign of the weight.
 
     Nothing scales values back: weights lie in -1 to 1 and inputs in 0 to 1 however large they were,
     so that a batch norm has to follow. The first and the last layers of a model, before the last of

@@ -216,7 +216,7 @@ def test_missing_file_names_what_there_is(main):
         2,
         "",
         "error: figure4: no such file; those that come along are "
-        "au_norm, data_size, figure2, figure3, league, table1\n",
+        "au_norm, data_size, figure2, figure3, league, learned, table1\n",
     )
 
 
@@ -231,10 +231,15 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # 18 methods in float and quantized, but for qkd, which always is; plain float and quant.
-        ("league", "smoke", 37, 37),
-        ("league", "small", 37 * 3, 37),
-        ("league", "full", 37 * 5, 37),
+        # 18 methods in float and quantized, but for qkd, which always is; plain float and quant;
+        # seven with quantizers of their own.
+        ("league", "smoke", 44, 44),
+        ("league", "small", 44 * 3, 44),
+        ("league", "full", 44 * 5, 44),
+        # Float, quant, five learned quantizers at three widths, two of many widths, and qkd.
+        ("learned", "smoke", 20, 20),
+        ("learned", "small", 20 * 2, 20 * 2),
+        ("learned", "full", 20 * 2 * 3, 20 * 2),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
@@ -244,14 +249,15 @@ def test_shipped_grids(name, scale, count, at_first):
     assert at_first == count or runs[at_first]["seed"] == 1
     for options in runs:
         assert options["noise-seed"] == options["seed"]
-        assert (options["validation"], options["threads"]) == (0.1, 1)
+        validation = None if name == "learned" else 0.1
+        assert (options.get("validation"), options["threads"]) == (validation, 1)
 
 
 def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
     small_cifar10 = dataclasses.replace(digits.load(), name="cifar10")
     monkeypatch.setitem(data.DATASETS, "cifar10", lambda data_dir, download: small_cifar10)
     names = {}
-    for file in ("figure2", "figure3", "league"):
+    for file in ("figure2", "figure3", "league", "learned"):
         for scale in ("smoke", "small"):
             arguments = (file, "--scale", scale, "--only", "seed=0", "--dry-run", "--")
             status, output, errors = main(*arguments, "--train-size", 64, "--epochs", 4)
@@ -268,7 +274,8 @@ def test_the_league_has_every_method_in_float_and_quantized():
     runs = list(Grid.read(sweep.SHIPPED / "league.toml", "smoke").runs())
     assert {run["method"] for run in runs} == {"baseline", *METHODS}
     quantized = {run["method"] for run in runs if run.get("weight-bits") == 4}
-    assert quantized == METHODS.keys() - {"quant", "qkd"}
+    own = {"lsq", "pact", "qil", "dsq", "aqd", "adabits", "quantizable"}
+    assert quantized == METHODS.keys() - {"quant", "qkd"} - own
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The losses of Quantizable DNNs and their gradients, in float64; mode 0 is float."""
 
-import torch
 import torch.nn.functional as F
 from learned_values import load
 from torch.testing import assert_close

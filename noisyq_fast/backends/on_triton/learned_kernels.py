@@ -2,6 +2,7 @@
 their kernels. Tiles of the forward are as in `kernels`.
 """
 
+# ruff: noqa: SIM109, as Triton compiles no ``in``
 import triton
 import triton.language as tl
 
