@@ -30,8 +30,8 @@ class QKD(Method):
     --epochs as 30, 100 and 70 of 200, at least one each. The teacher, which is trained beforehand
     in the paper, learns during the first phase; it has the student's size, where the paper's may be
     larger (unverified), other initial weights, and all other methods of the run. One optimizer,
-    Adam, and one schedule last for all phases. Two forward passes a sample and two backward, one in the last
-    phase.
+    Adam, and one schedule last for all phases. Two forward passes a sample and two backward, one in
+    the last phase.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"qkd_temperature": 2.0}

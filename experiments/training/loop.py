@@ -20,6 +20,7 @@ from experiments.training.cuda_graph import GraphedStep
 from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
 from experiments.training.history import EpochMetrics, read_history
 from experiments.training.procedure import Batch, Parts, Passes, Procedure
+from noisyq_fast.optimizing import learned_parameters
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
 QUANTIZER = "_quantizer."
@@ -354,7 +355,9 @@ def _load_optimizer(
     # The options are those of the configuration, wherever the checkpoint had them.
     options = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": options})
-    parameters = dict(model.named_parameters())
+    # What quantizers learn has none before it moves, as at a width that comes later.
+    idle = {id(p) for p in learned_parameters(model) if p not in optimizer.state}
+    parameters = {name: p for name, p in model.named_parameters() if id(p) not in idle}
     if len(state) != len(parameters):
         raise ValueError(f"the optimizer has {len(state)} of {len(parameters)} states")
     for name, parameter in parameters.items():

@@ -48,9 +48,9 @@ def test_steps_stay_positive_however_large_the_rate_is():
 
 def test_one_quantizer_a_run():
     with pytest.raises(ValueError, match="--method: got quant with lsq, of which a run has one"):
-        run.parse("--method lsq --weight-bits 4".split()).resolved(gpu=False, threads=1)
+        run.parse(["--method", "lsq", "--weight-bits", "4"]).resolved(gpu=False, threads=1)
     with pytest.raises(ValueError, match="--method: got adabits with quant, which has one width"):
-        run.parse("--method adabits --weight-bits 4".split()).resolved(gpu=False, threads=1)
+        run.parse(["--method", "adabits", "--weight-bits", "4"]).resolved(gpu=False, threads=1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,18 @@ def test_progressive_widths():
 def test_starts_from_a_float_network(method, tmp_path):
     """Whose weights it takes, and whose batch norms every width."""
     path = tmp_path / "model.safetensors"
-    options = "--dataset digits --train-size 64 --batch-size 32 --threads 1 --noise 0.4".split()
+    options = [
+        "--dataset",
+        "digits",
+        "--train-size",
+        "64",
+        "--batch-size",
+        "32",
+        "--threads",
+        "1",
+        "--noise",
+        "0.4",
+    ]
     config = run.parse([*options, "--epochs", "1", "--out", str(tmp_path)])
     assert config
     done = run.prepare(config)
