@@ -120,8 +120,12 @@ class ClippedActivations(LearnedQuant):
     pact_bits: int | None = None
     """pact: bits of weights and inputs, 2 to 8 (4)."""
 
-    pact_rate: float = 1.0
-    """pact: the learning rate of clipping levels, as a part of that of weights."""
+    pact_rate: float = 10.0
+    """pact: the learning rate of clipping levels, as a part of that of weights. They are large, and
+    Adam moves all parameters alike."""
+
+    pact_start: float = 8.0
+    """pact: where clipping begins; with few bits and short training a smaller one, such as 3."""
 
     pact_gradient: Literal[PACT_GRADIENTS] = "sat"
     """pact: of a clipping level, that of SAT or PACT's own."""
@@ -135,6 +139,8 @@ class ClippedActivations(LearnedQuant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        start = self.pact_start
+        require("pact_start", start, 0 < start <= 1000, "a number above 0, up to 1,000")
         require_choice("pact_gradient", self.pact_gradient, PACT_GRADIENTS)
         require_choice("pact_rounding", self.pact_rounding, tuple(ROUNDINGS))
 
@@ -142,6 +148,7 @@ class ClippedActivations(LearnedQuant):
     def label(self) -> str:
         parts = [super().label]
         parts += [] if self.pact_rounding == "modified" else [self.pact_rounding]
+        parts += [] if self.pact_start == 8 else [f"start{self.pact_start:g}"]
         return "-".join(parts)
 
     def evaluation_options(self) -> dict[str, Any]:
@@ -150,7 +157,7 @@ class ClippedActivations(LearnedQuant):
 
     def quantizers(self) -> tuple[Quantizer, Quantizer]:
         weight = SAT(self.bits, rounding=self.pact_rounding, rescale=self.pact_rescale)
-        return weight, PACT(self.bits, gradient=self.pact_gradient)
+        return weight, PACT(self.bits, start=self.pact_start, gradient=self.pact_gradient)
 
 
 @dataclass(frozen=True)

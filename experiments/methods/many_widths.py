@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import noisyq_fast
 from experiments.checks import require, require_whole
 from experiments.losses import imitation
+from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
@@ -58,6 +59,11 @@ class ManyWidthsMethod(Method):
     def label(self) -> str:
         fewest, most, tested = self._options()
         return f"{self.NAME}{most}-{fewest}" + ("" if tested is None else f"-at{tested}")
+
+    @property
+    def learned_rate(self) -> float:
+        """That of clipping levels, as by pact."""
+        return ClippedActivations.pact_rate
 
     def evaluation_options(self) -> dict[str, Any]:
         return {f"{self.NAME}_widths": self.trained}

@@ -236,10 +236,11 @@ def test_missing_file_names_what_there_is(main):
         ("league", "smoke", 44, 44),
         ("league", "small", 44 * 3, 44),
         ("league", "full", 44 * 5, 44),
-        # Float, quant, five learned quantizers at three widths, two of many widths, and qkd.
-        ("learned", "smoke", 20, 20),
-        ("learned", "small", 20 * 2, 20 * 2),
-        ("learned", "full", 20 * 2 * 3, 20 * 2),
+        # Float, quant, five learned quantizers at three widths, pact from a lower
+        # level, two of many widths, and qkd.
+        ("learned", "smoke", 21, 21),
+        ("learned", "small", 21 * 2, 21 * 2),
+        ("learned", "full", 21 * 2 * 3, 21 * 2),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
