@@ -13,6 +13,7 @@ using noisyq::GridKind;
 using noisyq::Masked;
 using noisyq::moving_average;
 using noisyq::pointer;
+using noisyq::RuleKind;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native kernels of noisyq_fast.";
@@ -222,6 +223,38 @@ PYBIND11_MODULE(_core, m) {
         cpu::adder_weight_gradient(pointer<const float>(x), pointer<const float>(w),
                                    pointer<const float>(g), pointer<float>(dw),
                                    noisyq::bit_cast<cpu::AdderShape>(shape), threads);
+      },
+      release);
+
+  m.def(
+      "fake_quantize_learned",
+      [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t y, int64_t outer,
+         int64_t channels, int64_t inner, int kind, int low, int high, int threads) {
+        cpu::fake_quantize_learned(DType{dtype}, pointer<const void>(x),
+                                   pointer<const float>(parameters), pointer<void>(y),
+                                   {outer, channels, inner}, RuleKind{kind}, low, high, threads);
+      },
+      release);
+
+  m.def(
+      "quantize_learned",
+      [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t codes, int64_t outer,
+         int64_t channels, int64_t inner, int kind, int low, int high, int threads) {
+        cpu::quantize_learned(DType{dtype}, pointer<const void>(x),
+                              pointer<const float>(parameters), pointer<int16_t>(codes),
+                              {outer, channels, inner}, RuleKind{kind}, low, high, threads);
+      },
+      release);
+
+  m.def(
+      "fake_quantize_learned_backward",
+      [](int grad_dtype, uintptr_t grad, int dtype, uintptr_t x, uintptr_t parameters,
+         uintptr_t dx, uintptr_t sums, int64_t outer, int64_t channels, int64_t inner, int kind,
+         int low, int high, int threads) {
+        cpu::fake_quantize_learned_backward(
+            DType{grad_dtype}, pointer<const void>(grad), DType{dtype}, pointer<const void>(x),
+            pointer<const float>(parameters), pointer<void>(dx), pointer<float>(sums),
+            {outer, channels, inner}, RuleKind{kind}, low, high, threads);
       },
       release);
 

@@ -41,6 +41,21 @@ struct Mask {
   uint8_t* bits = nullptr;
 };
 
+// The rules of quantizers that learn, in the order of NAMES in noisyq_fast/rules.py.
+enum class RuleKind : int {
+  lsq,
+  pact,
+  sat,
+  aqd,
+  aqd_odd,
+  qil,
+  qil_odd,
+  dsq,
+  dorefa_original,
+  dorefa_modified,
+  dorefa_centered,
+};
+
 namespace cpu {
 
 // y = fake-quantized x with the range of each channel of x, which `average` takes in. `y` may be
@@ -166,6 +181,18 @@ void adder_input_gradient(const float* x, const float* w, const float* g, float*
 // dw = sum (x - w) g, like w. All as for the input's gradient, but x is padded and g has no border.
 void adder_weight_gradient(const float* x, const float* w, const float* g, float* dw,
                            AdderShape shape, int threads);
+
+// Quantizers that learn, with the parameters of each channel: all of the first, then all of the
+// second, ... `codes` are whole numbers from `low` to `high`.
+void fake_quantize_learned(DType dtype, const void* x, const float* parameters, void* y,
+                           Layout layout, RuleKind kind, int low, int high, int threads);
+void quantize_learned(DType dtype, const void* x, const float* parameters, int16_t* codes,
+                      Layout layout, RuleKind kind, int low, int high, int threads);
+
+// The gradient by x, and its sums by each parameter.
+void fake_quantize_learned_backward(DType grad_dtype, const void* grad, DType dtype,
+                                    const void* x, const float* parameters, void* dx, float* sums,
+                                    Layout layout, RuleKind kind, int low, int high, int threads);
 
 }  // namespace cpu
 

@@ -32,9 +32,23 @@ from noisyq_fast.ops import (
     fake_quantize_many,
     quantize,
 )
-from noisyq_fast.quantizers import AbsMax, Fixed, MovingAbsMax, Quantizer
+from noisyq_fast.optimizing import constrain_, parameter_groups
+from noisyq_fast.quantizers import (
+    AQD,
+    DSQ,
+    LSQ,
+    PACT,
+    QIL,
+    SAT,
+    AbsMax,
+    Fixed,
+    LearnedQuantizer,
+    MovingAbsMax,
+    Quantizer,
+)
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
+from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, split_norms_
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -42,14 +56,23 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AQD",
+    "DSQ",
+    "LSQ",
+    "PACT",
+    "QIL",
+    "SAT",
     "AbsMax",
     "AdderConv2d",
     "AdderLinear",
+    "BatchNormOfWidths",
     "Codes",
     "Fixed",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
+    "LearnedQuantizer",
+    "ManyWidths",
     "MovingAbsMax",
     "OperatorSummary",
     "QuantAdderConv2d",
@@ -69,6 +92,7 @@ __all__ = [
     "Summary",
     "bitsplit",
     "calibrate",
+    "constrain_",
     "current_backend",
     "dequantize",
     "dequantize_model_",
@@ -83,11 +107,14 @@ __all__ = [
     "info",
     "load_integers",
     "ocs",
+    "parameter_groups",
     "quantize",
     "quantize_model_",
     "register_layer",
     "reset_ranges_",
     "save_integers",
+    "set_bits",
+    "split_norms_",
     "summary",
     "sync_ranges_",
     "use_backend",

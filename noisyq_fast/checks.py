@@ -5,6 +5,7 @@ from torch import Tensor
 
 from noisyq_fast.grid import Grid, check_bits
 from noisyq_fast.grid import grid as grid_of
+from noisyq_fast.rules import Rule, check_rule
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRAIGHT_THROUGH_ESTIMATORS = ("identity", "clipped")
@@ -216,6 +217,46 @@ def codes_on_grid(
             raise TypeError("zero_point: got one for int8 codes, takes one for uint8 codes only")
         _one_per_group("zero_point", zero_point, codes, axis, torch.uint8)
     return codes, scale, zero_point, axis
+
+
+def learned_codes(
+    x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None
+) -> tuple[Tensor, Tensor, Rule, int | None]:
+    _dtype("x", x, FLOAT_DTYPES)
+    _dtype("parameters", parameters, (torch.float32,))
+    _same_device("parameters", parameters, x)
+    check_rule(name, low, high)
+    rule, axis = Rule(name, low, high), front_axis(axis, x)
+    shape = [rule.parameters, *([] if axis is None else [x.shape[axis]])]
+    if list(parameters.shape) != shape:
+        raise ValueError(
+            f"parameters: got shape {list(parameters.shape)}, takes {shape} of {name} for a tensor "
+            f"of shape {list(x.shape)} with axis {axis}"
+        )
+    return x, parameters, rule, axis
+
+
+def learned(
+    x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None, scale: float
+) -> tuple[Tensor, Tensor, Rule, int | None]:
+    return learned_codes(x, parameters, name, low, high, axis)  # the scale is of the gradient
+
+
+def learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    name: str,
+    low: int,
+    high: int,
+    axis: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Rule, int | None, float]:
+    _dtype("grad", grad, FLOAT_DTYPES)
+    _same_device("grad", grad, x)
+    if grad.shape != x.shape:
+        raise ValueError(f"grad: got shape {list(grad.shape)}, takes that of x, {list(x.shape)}")
+    return grad, *learned_codes(x, parameters, name, low, high, axis), scale
 
 
 def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:

@@ -236,7 +236,7 @@ def quantize_model_(
         name: str, bits: int | None, **others: Any
     ) -> tuple[Quantizer | None, Quantizer | None]:
         """For a layer; ``bits`` and ``others`` for all that its override does not name."""
-        chosen = _with_bits(bits, options) | others
+        chosen = _with_bits(bits, {k: v for k, v in options.items() if k not in others}) | others
         override = {k: v for k, v in overrides.get(name, {}).items() if k not in _OF_LAYERS}
         for kind in _GRID_OPTIONS.keys() & override.keys():
             chosen |= _GRID_OPTIONS[kind]
@@ -251,6 +251,10 @@ def quantize_model_(
     grids = {"weight_grid": weight_grid, "activation_grid": activation_grid}
     of_ends = {option: SIGNED for option, grid in grids.items() if grid == ODD}
     of_input = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
+    if first_last_bits is not None:
+        given = {"weight": weight, "activation": activation}
+        of_ends |= _at_ends(first_last_bits, given, {"weight": "weight", "activation": "input"})
+        of_input |= _at_ends(first_last_bits, given, {"activation": "model input"})
     inner = {name: quantizers_of(name, None) for name in layers}
     last = {name: quantizers_of(name, first_last_bits, **of_ends) for name in layers}
     of_first = of_ends | of_input
@@ -504,6 +508,17 @@ def _with_bits(bits: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
     }
     return changed | {name: bits for name in options if name.endswith("_bits")}
+
+
+def _at_ends(
+    bits: int, given: Mapping[str, object], places: Mapping[str, str]
+) -> dict[str, Quantizer]:
+    """What stands for the quantizers that were given, in the first and the last layers."""
+    return {
+        option: given[option].at_end(bits, place)
+        for option, place in places.items()
+        if isinstance(given[option], Quantizer)
+    }
 
 
 # The classes of layers.

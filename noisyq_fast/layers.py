@@ -109,8 +109,12 @@ class QuantLayer(nn.Module):
         """Gives the layer copies of quantizers, which have seen nothing yet."""
         self.check_granularity(weight, activation)
         device = next(self.parameters()).device
-        self.weight_quantizer = None if weight is None else weight.like().to(device)
-        self.input_quantizer = None if activation is None else activation.like().to(device)
+        if weight is not None:
+            first = self.by_channel(self.weights()[0].detach())
+            weight = weight.like().for_weight(first).to(device)
+        if activation is not None:
+            activation = activation.like().for_input().to(device)
+        self.weight_quantizer, self.input_quantizer = weight, activation
         for quantizer in self.quantizers().values():
             quantizer.train(self.training)
 
@@ -186,8 +190,15 @@ class QuantLayer(nn.Module):
         weight = self.weight if weight is None else weight
         if not gradients.wanted():
             weight = weight.detach()
-        made = self.weight_quantizer.codes(self.by_channel(weight))
-        return replace(made, codes=self.from_channels(made.codes, weight), source=weight)
+        by_channel = self.by_channel(weight)
+        made = self.weight_quantizer.codes(by_channel)
+        scale, zero_point = (
+            x.expand(len(by_channel)).contiguous() if x is not None and x.dim() == 0 else x
+            for x in (made.scale, made.zero_point)
+        )
+        source = weight if made.source is by_channel else self.from_channels(made.source, weight)
+        codes = self.from_channels(made.codes, weight)
+        return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=source)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""

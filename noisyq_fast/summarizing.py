@@ -248,9 +248,11 @@ def _row(
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
         quantized = stored.count(own[key] for key in made & own.keys())
         state = {key: x for key, x in state.items() if key not in made}
-    bits += sum(map(stored.add, [*state.values(), *learned]))
+    of_range = [p for q in _quantizers(layer) if q.keeps_range for p in q.parameters()]
+    others = [p for p in learned if not any(p is r for r in of_range)]
+    bits += sum(map(stored.add, [*state.values(), *others]))
     for quantizer in _quantizers(layer):
-        if quantizer.enabled and quantizer.keeps_range:
+        if quantizer.enabled and quantizer.keeps_range and quantizer is not weight:
             bits += _SCALE_BITS * quantizer.range.numel()
     fully = weight is not None and activation is not None
     return LayerSummary(

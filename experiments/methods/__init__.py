@@ -22,6 +22,14 @@ from experiments.methods.hash_knn import HashKNN
 from experiments.methods.hashed import Hashed
 from experiments.methods.label_smoothing import LabelSmoothing
 from experiments.methods.lcnn import LCNN
+from experiments.methods.learned import (
+    ClippedActivations,
+    ClippedLevels,
+    LearnedIntervals,
+    LearnedSteps,
+    SoftQuant,
+)
+from experiments.methods.many_widths import AdaBits, Quantizable
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
@@ -61,6 +69,11 @@ METHODS: dict[str, type[Method]] = {
     "slimmable": Slimmable,
     "us_slimmable": UniversallySlimmable,
     "quant": Quant,
+    "lsq": LearnedSteps,
+    "pact": ClippedActivations,
+    "qil": LearnedIntervals,
+    "dsq": SoftQuant,
+    "aqd": ClippedLevels,
     "dropout": Dropout,
     "prune": Prune,
     "weight_decay": WeightDecay,
@@ -86,6 +99,8 @@ METHODS: dict[str, type[Method]] = {
     "ocs": OCS,
     "bitsplit": BitSplit,
     "dfq": DFQ,
+    "adabits": AdaBits,
+    "quantizable": Quantizable,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""
@@ -125,7 +140,12 @@ def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
         for other, reason in method.NOT_WITH.items():
             if other in on:
                 raise ValueError(f"--method: got {name} with {other}, {reason}")
-    for what, one in (("loss", "loss"), ("procedure", "procedure"), ("layers", "kind of layers")):
+    for what, one in (
+        ("loss", "loss"),
+        ("procedure", "procedure"),
+        ("layers", "kind of layers"),
+        ("quantizer", "quantizer"),
+    ):
         found = [name for name, method in on.items() if what == method.REPLACES]
         if len(found) > 1:
             raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {one}")

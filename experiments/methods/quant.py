@@ -19,6 +19,7 @@ class Quant(Method):
     """Quantizes weights and activations in every layer; the first and the last keep 8 bits."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_bits": 4, "activation_bits": 4}
+    REPLACES: ClassVar[str | None] = "quantizer"
     LEGACY: ClassVar[Mapping[str, Any]] = {
         "weight_grid": SIGNED,
         "activation_grid": SIGNED,

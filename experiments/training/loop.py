@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +20,11 @@ from experiments.training.cuda_graph import GraphedStep
 from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
 from experiments.training.history import EpochMetrics, read_history
 from experiments.training.procedure import Batch, Parts, Passes, Procedure
+from noisyq_fast.optimizing import learned_parameters
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
+QUANTIZER = "_quantizer."
+"""In the name of what a quantizer keeps."""
 _AT_THE_END = "at the end of the training"
 
 
@@ -69,6 +72,9 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]) -> None:
         """Takes the weights of another run, in the shape that its methods gave the network."""
+        if not any(QUANTIZER in name for name in state):  # those of a float network
+            own = self.model.state_dict()
+            state = {name: own[name] for name in own if QUANTIZER in name} | state
         self._load_network(self.model, state, shapes)
         self._prepare_to_train()
 
@@ -86,10 +92,11 @@ class Trainer:
     def _set_rate(self, factor: float) -> None:
         for optimizer in self.procedure.optimizers:
             for parameters in optimizer.param_groups:
+                rate = self.config.lr * factor * parameters.get("rate", 1.0)
                 if self.config.cuda_graph:
-                    parameters["lr"].fill_(self.config.lr * factor)
+                    parameters["lr"].fill_(rate)
                 else:
-                    parameters["lr"] = self.config.lr * factor
+                    parameters["lr"] = rate
 
     def _set_decay(self, factor: float) -> None:
         for optimizer in self.procedure.optimizers:
@@ -238,12 +245,14 @@ class Trainer:
 
     # What came of it.
 
-    def _predict(self, part: Part) -> Tensor | None:
+    def _predict(
+        self, part: Part, predict: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """The logits of all samples of a part; None if there are none."""
         if self.task.count(part) == 0:
             return None
         self.procedure.networks.eval()
-        return self.parts.logits(self.procedure.predict, part)
+        return self.parts.logits(predict or self.procedure.predict, part)
 
     def finish(self) -> list[str]:
         """Lets the methods and the procedure end their work; gives what they tell the user."""
@@ -259,9 +268,11 @@ class Trainer:
         self.require_finite(_AT_THE_END)
         summary = noisyq_fast.summary(self.procedure.judged, self.parts.example())
         asked = self.procedure.predicting
+        modes = self._scores_of_modes()
         return (
             self._scores()
             | self.before
+            | ({"modes": modes} if modes else {})
             | {
                 "epochs_trained": len(self.history),
                 "forward_passes": self.passes.forward,
@@ -279,6 +290,15 @@ class Trainer:
         scores |= self.procedure.result()
         require_finite_scores(scores, _AT_THE_END)
         return scores
+
+    def _scores_of_modes(self) -> dict[str, dict[str, Any]]:
+        """Those of each way to predict that the procedure has beside the one it is judged by."""
+        modes = {}
+        for name, predict in self.procedure.modes().items():
+            parts = ("trained", "held_out", "test")
+            modes[name] = self.task.result(*(self._predict(part, predict) for part in parts))
+            require_finite_scores(modes[name], _AT_THE_END)
+        return modes
 
     def _line(self, metrics: EpochMetrics) -> str:
         epochs = self.config.epochs
@@ -354,7 +374,9 @@ def _load_optimizer(
     # The options are those of the configuration, wherever the checkpoint had them.
     options = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": options})
-    parameters = dict(model.named_parameters())
+    # What quantizers learn has none before it moves, as at a width that comes later.
+    idle = {id(p) for p in learned_parameters(model) if p not in optimizer.state}
+    parameters = {name: p for name, p in model.named_parameters() if id(p) not in idle}
     if len(state) != len(parameters):
         raise ValueError(f"the optimizer has {len(state)} of {len(parameters)} states")
     for name, parameter in parameters.items():

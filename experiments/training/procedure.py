@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,6 +16,8 @@ from experiments.training import data_parallel
 from experiments.training.evaluation import predict
 from experiments.training.finite import require_finite
 from experiments.training.schedules import SCHEDULES
+from noisyq_fast import constrain_
+from noisyq_fast.optimizing import learned_parameters
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
@@ -83,22 +85,36 @@ class Parts:
         return loss.to(self.device)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Adam, with the decoupled decay of a method in its first group, which has the weights."""
+        """Adam, with the decoupled decay of a method in its first group, which has the weights.
+        What quantizers learn is in the last one, with its own part of the learning rate."""
         weights = decayed(model)
         is_weight = {id(parameter) for parameter in weights}
-        others = [p for p in model.parameters() if id(p) not in is_weight]
+        learned = learned_parameters(model)
+        is_special = is_weight | {id(parameter) for parameter in learned}
+        others = [p for p in model.parameters() if id(p) not in is_special]
         options: dict[str, Any] = {}
+        rate = 1.0
         for method in self.methods.values():
             options |= method.optimizer_options()
-        lr = self.config.lr
-        return torch.optim.AdamW(
-            [{"params": weights, **options}, {"params": others}],
-            # A graph reads the rate from memory.
-            lr=torch.tensor(lr, device=self.device) if self.config.cuda_graph else lr,
+            rate *= method.learned_rate or 1.0
+        groups = [{"params": weights, **options}, {"params": others}]
+        if learned:
+            groups.append({"params": learned, "lr": self._rate(), "rate": rate})
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=self._rate(),
             weight_decay=0.0,  # without one it is Adam
             fused=True,
             capturable=self.config.cuda_graph,
         )
+        if learned:
+            constrain_(model, optimizer)
+        return optimizer
+
+    def _rate(self) -> float | Tensor:
+        """A graph reads the rate from memory."""
+        lr = self.config.lr
+        return torch.tensor(lr, device=self.device) if self.config.cuda_graph else lr
 
     def batches(
         self, epoch: int, rounds: int = 1
@@ -217,6 +233,10 @@ class Procedure:
     def predict(self, inputs: Tensor) -> Tensor:
         """The logits by which the run is judged, in evaluation mode."""
         return self.networks[0](inputs)
+
+    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Other ways to predict, by name, whose results are told beside: such as widths."""
+        return {}
 
     def end_epoch(self, epoch: int) -> Passes:
         """After `epoch`, before it is evaluated; gives the passes that it took."""

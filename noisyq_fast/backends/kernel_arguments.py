@@ -60,6 +60,13 @@ def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return (y.copy_(x) if y.dtype == x.dtype else x.clone()), y
 
 
+def like(x: Tensor, dense: Tensor) -> Tensor:
+    """``x``, copied where it does not lie in memory like ``dense``."""
+    if x.stride() == dense.stride():
+        return x
+    return torch.empty_like(dense, dtype=x.dtype).copy_(x)
+
+
 def mask_of(x: Tensor, masked: str) -> Tensor:
     """Room for a bit for each element, where some are masked."""
     return x.new_empty(0 if masked == NOTHING else checks.packed_size(x), dtype=torch.uint8)

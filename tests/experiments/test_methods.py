@@ -28,6 +28,11 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "slimmable": "slimmable",
         "us_slimmable": "us-slimmable",
         "quant": "quant-w4a4",
+        "lsq": "lsq4",
+        "pact": "pact4",
+        "qil": "qil4",
+        "dsq": "dsq4",
+        "aqd": "aqd4",
         "dropout": "dropout0.1",
         "prune": "prune0.75",
         "weight_decay": "weight-decay0.01",
@@ -53,6 +58,8 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "ocs": "ocs-w4a4-0.02",
         "bitsplit": "bitsplit-w4a4",
         "dfq": "dfq-w4a4",
+        "adabits": "adabits5-3",
+        "quantizable": "quantizable4-2",
     }
 
 

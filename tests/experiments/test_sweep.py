@@ -218,7 +218,7 @@ def test_missing_file_names_what_there_is(main):
         2,
         "",
         "error: figure4: no such file; those that come along are "
-        "au_norm, data_size, figure2, figure3, league, table1\n",
+        "au_norm, data_size, figure2, figure3, league, learned, table1\n",
     )
 
 
@@ -233,10 +233,10 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # In float and quantized: nothing, 26 methods, truncated gce, and nothing in large batches.
-        ("league", "smoke", 58, 58),
-        ("league", "small", 58 * 3, 58),
-        ("league", "full", 58 * 5, 58),
+        # In float and quantized: nothing, 29 methods, truncated gce, and nothing in large batches.
+        ("league", "smoke", 65, 65),
+        ("league", "small", 65 * 3, 65),
+        ("league", "full", 65 * 5, 65),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
@@ -246,7 +246,8 @@ def test_shipped_grids(name, scale, count, at_first):
     assert at_first == count or runs[at_first]["seed"] == 1
     for options in runs:
         assert options["noise-seed"] == options["seed"]
-        assert (options["validation"], options["threads"]) == (0.1, 1)
+        validation = None if name == "learned" else 0.1
+        assert (options.get("validation"), options["threads"]) == (validation, 1)
 
 
 def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
