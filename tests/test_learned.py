@@ -6,7 +6,7 @@ import torch
 from assert_same import assert_same
 
 from noisyq_fast import rules, use_backend
-from noisyq_fast.backends import elementary, reference_learned
+from noisyq_fast.backends import elementary, on_triton, reference_learned
 from noisyq_fast.learned import fake_quantize_learned, quantize_learned
 
 RULES = {
@@ -96,9 +96,7 @@ def test_equal_to_the_bit_over_several_chunks(name, tensor):
     compare(name, "auto", tensor)
 
 
-@pytest.mark.skipif(
-    not any(name == "triton" for name in __import__("conftest").LEARNED), reason="no interpreter"
-)
+@pytest.mark.skipif(not on_triton.INTERPRETED, reason="the interpreter is off")
 def test_triton_over_several_chunks():
     compare("lsq", "triton", ((5, 1700), None, torch.float32, "contiguous"))
     compare("qil_odd", "triton", ((2, 2, 50, 50), 1, torch.float32, "contiguous"))
