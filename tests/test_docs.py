@@ -55,7 +55,9 @@ def examples(name, package=None):
     return [block for block, need in zip(blocks, needed, strict=True) if need == package]
 
 
-@pytest.mark.parametrize(("name", "count"), [("README.md", 2), ("docs/guide.md", 8), ("docs/integer.md", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("README.md", 2), ("docs/guide.md", 8), ("docs/integer.md", 1)]
+)
 def test_examples_of_pages(name, count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     blocks = examples(name)
