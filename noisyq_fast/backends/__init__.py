@@ -20,6 +20,7 @@ from noisyq_fast.backends import (
     reference,
 )
 from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.on_triton import products  # noqa: F401  registers functions of on_triton
 
 # In order of preference. The reference computes every operator on every device.
 BACKENDS: dict[str, Backend] = {

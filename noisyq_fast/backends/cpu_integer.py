@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import reference_integer as reference
-from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, KIND_CODES, address, core
+from noisyq_fast.backends.kernel_arguments import (
+    DTYPE_CODES,
+    KIND_CODES,
+    address,
+    channels_last_rows,
+    core,
+    laid_out_like,
+)
 from noisyq_fast.backends.native_cpu import _threads as threads
 from noisyq_fast.backends.native_cpu import backend
 from noisyq_fast.grid import Grid
@@ -266,7 +273,7 @@ def has_exact_products() -> bool:
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     is_narrow = reference.is_narrow(bound)
     kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
     found = _empty_moments(channels)
@@ -316,9 +323,9 @@ def map_sums(
     wants_zeros: bool,
     wants_range: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
-    residual = None if residual is None else _like(residual, sums)
+    residual = None if residual is None else laid_out_like(sums, residual)
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     range_ = torch.empty(2) if wants_range else None
     core.map_sums(
@@ -333,7 +340,7 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([]), torch.empty([], dtype=torch.uint8)
     core.codes_of_sums(
@@ -358,8 +365,8 @@ def grads_of_norm(
     weight: Tensor | None,
     uses_batch: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    sums, rows, channels = _rows(sums)
-    grad = _like(grad, sums)
+    sums, rows, channels = channels_last_rows(sums)
+    grad = laid_out_like(sums, grad)
     weight = None if weight is None else weight.float().contiguous()
     slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels).unbind()
     core.grads_of_norm(
@@ -385,8 +392,8 @@ def grads_of_sums(
     shift: Tensor,
     tilt: Tensor,
 ) -> Tensor:
-    sums, rows, channels = _rows(sums)
-    grad = _like(grad, sums)
+    sums, rows, channels = channels_last_rows(sums)
+    grad = laid_out_like(sums, grad)
     out = torch.empty_like(grad)
     core.grads_of_sums(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
@@ -396,24 +403,6 @@ def grads_of_sums(
         *(out.data_ptr(), threads()),
     )
     return out
-
-
-def _rows(sums: Tensor) -> tuple[Tensor, int, int]:
-    """``sums`` with the channels last in memory, and as how many rows of how many."""
-    if sums.dim() > 2:
-        sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
-        channels = sums.shape[1]
-    else:
-        sums = sums.contiguous()
-        channels = sums.shape[-1]
-    return sums, sums.numel() // channels if channels else 0, channels
-
-
-def _like(x: Tensor, sums: Tensor) -> Tensor:
-    """In the memory format of the sums."""
-    if x.stride() == sums.stride():
-        return x
-    return torch.empty_like(sums, dtype=x.dtype).copy_(x)
 
 
 reference.register_products(backend, convolve_codes, multiply_codes, map_sums)
