@@ -74,27 +74,44 @@ def moments_partially(sums, kept, wholes, ends, WIDE: tl.constexpr, sizes, TILE:
 
 
 @triton.jit
+def _channels_to_finish(channels, TILE: tl.constexpr):
+    channel = tl.program_id(0) * TILE[1] + tl.arange(0, TILE[1])
+    return channel, channel < channels
+
+
+@triton.jit
+def _sum_of_rows(partial, quantity, rows, channels, TILE: tl.constexpr):
+    channel, exists = _channels_to_finish(channels, TILE)
+    found = tl.zeros(TILE, partial.dtype.element_ty)
+    for first in range(0, rows, TILE[0]):
+        row = first + tl.arange(0, TILE[0])
+        offsets = (quantity * rows + row).to(tl.int64)[:, None] * channels + channel[None, :]
+        found += tl.load(partial + offsets, (row < rows)[:, None] & exists[None, :], 0)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _largest_of_rows(partial, quantity, rows, channels, TILE: tl.constexpr):
+    channel, exists = _channels_to_finish(channels, TILE)
+    found = tl.full(TILE, -INFINITY, tl.float32)
+    for first in range(0, rows, TILE[0]):
+        row = first + tl.arange(0, TILE[0])
+        offsets = (quantity * rows + row).to(tl.int64)[:, None] * channels + channel[None, :]
+        read = (row < rows)[:, None] & exists[None, :]
+        found = tl.maximum(found, tl.load(partial + offsets, read, -INFINITY))
+    return tl.max(found, 0)
+
+
+@triton.jit
 def moments(wholes, ends, total, squares, low, high, rows, channels, TILE: tl.constexpr):
-    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    exists = channel < channels
-    s = tl.zeros([TILE], tl.int64)
-    upper = tl.zeros([TILE], tl.int64)
-    lower = tl.zeros([TILE], tl.int64)
-    least = tl.full([TILE], -INFINITY, tl.float32)
-    largest = tl.full([TILE], -INFINITY, tl.float32)
-    step = tl.cast(rows, tl.int64) * channels
-    for row in range(rows):
-        offset = channel + tl.cast(row, tl.int64) * channels
-        s += tl.load(wholes + offset, exists, 0)
-        upper += tl.load(wholes + step + offset, exists, 0)
-        lower += tl.load(wholes + 2 * step + offset, exists, 0)
-        least = tl.maximum(least, tl.load(ends + offset, exists, 0.0))
-        largest = tl.maximum(largest, tl.load(ends + step + offset, exists, 0.0))
-    tl.store(total + channel, s, exists)
+    channel, exists = _channels_to_finish(channels, TILE)
+    upper = _sum_of_rows(wholes, 1, rows, channels, TILE)
+    lower = _sum_of_rows(wholes, 2, rows, channels, TILE)
+    tl.store(total + channel, _sum_of_rows(wholes, 0, rows, channels, TILE), exists)
     tl.store(squares + 2 * channel, upper + (lower >> 32), exists)
     tl.store(squares + 2 * channel + 1, lower & 0xFFFFFFFF, exists)
-    tl.store(low + channel, -least, exists)
-    tl.store(high + channel, largest, exists)
+    tl.store(low + channel, -_largest_of_rows(ends, 0, rows, channels, TILE), exists)
+    tl.store(high + channel, _largest_of_rows(ends, 1, rows, channels, TILE), exists)
 
 
 @triton.jit
@@ -145,10 +162,9 @@ def normalization(
     TILE: tl.constexpr,
 ):
     """``eps`` is given by the bits of a float64."""
-    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    exists = channel < channels
-    n = tl.full([TILE], 0, tl.int64) + count
+    channel, exists = _channels_to_finish(channels, TILE)
     s1 = tl.load(total + channel, exists, 0)
+    n = tl.zeros_like(s1) + count
     upper = tl.load(squares + 2 * channel, exists, 0)
     lower = tl.load(squares + 2 * channel + 1, exists, 0)
     of_v = s1.to(tl.float64) / n.to(tl.float64)
@@ -321,24 +337,18 @@ def grads_of_norm(
     channels,
     TILE: tl.constexpr,
 ):
-    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    exists = channel < channels
-    total = tl.zeros([TILE], tl.float64)
-    product = tl.zeros([TILE], tl.float64)
-    step = tl.cast(rows, tl.int64) * channels
-    for row in range(rows):
-        offset = channel + tl.cast(row, tl.int64) * channels
-        total += tl.load(partial + offset, exists, 0.0)
-        product += tl.load(partial + step + offset, exists, 0.0)
+    channel, exists = _channels_to_finish(channels, TILE)
+    total = _sum_of_rows(partial, 0, rows, channels, TILE)
+    product = _sum_of_rows(partial, 1, rows, channels, TILE)
     inverses = tl.load(inverse + channel, exists, 0.0).to(tl.float64)
     spread = inverses * tl.load(scale + channel, exists, 0.0).to(tl.float64)
     slopes = inverses
     if weight is not None:
         slopes = tl.load(weight + channel, exists, 0.0).to(tl.float64) * inverses
-    shifts = tl.zeros([TILE], tl.float64)
+    shifts = tl.zeros_like(slopes)
     tilts = shifts
     if USES_BATCH:
-        n = (tl.zeros([TILE], tl.int64) + count).to(tl.float64)
+        n = tl.zeros_like(slopes) + tl.cast(count, tl.int64).to(tl.float64)
         shifts = slopes * total / n
         tilts = slopes * spread * spread * product / n
     tl.store(slope + channel, slopes.to(tl.float32), exists)

@@ -1,5 +1,5 @@
-"""What follows products of codes, by the Triton kernels (`sum_kernels`); where there are no elements,
-by the reference."""
+"""What follows products of codes, by the Triton kernels (`sum_kernels`); where there are no
+elements, by the reference."""
 
 import struct
 from functools import cache
@@ -13,9 +13,6 @@ from noisyq_fast.backends.kernel_arguments import channels_last_rows, laid_out_l
 from noisyq_fast.backends.on_triton import backend
 from noisyq_fast.backends.on_triton.tiling import Tiling
 from noisyq_fast.grid import ODD, Grid
-
-_CHANNELS, _ROWS = 32, 1024
-"""Of a program that puts together what others found: by channel, or of all of them."""
 
 
 @backend.register
@@ -185,11 +182,11 @@ def _launch(kernel: object, tiling: Tiling, *arguments: object) -> None:
 
 
 def _finish(kernel: object, *arguments: object, channels: int | None = None) -> None:
-    """Of all programs of a launch: a value each, or one of each channel."""
-    first, sizes, tile, programs = arguments[0], (), _ROWS, 1
+    """Puts together what the programs of a launch found: a value each, or one of each channel."""
+    sizes, tile, programs = (), 1024, 1
     if channels is not None:
-        sizes, tile, programs = (channels,), _CHANNELS, -(-channels // _CHANNELS)
-    on_triton._launch(first, kernel, (programs,), 1, *arguments, *sizes, tile)
+        sizes, tile, programs = (channels,), (32, 32), -(-channels // 32)
+    on_triton._launch(arguments[0], kernel, (programs,), 4, *arguments, *sizes, tile)
 
 
 @cache
