@@ -59,7 +59,7 @@ def write(report: Report, runs: Path, out: Path) -> None:
     found = studies(finished, report.study)
     names = titles(found)
     summaries = list(map(report.summary, found))
-    sections = list(map(report.section, names, found, summaries))
+    sections = list(map(report.section, names, found, summaries)) + report.across(found)
     if unfinished:
         folders = [folder.name for folder in unfinished]
         sections.append(bullets_section("Unfinished runs, left out", folders))

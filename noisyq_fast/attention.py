@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noisyq_fast import checks, usage
+from noisyq_fast.grid import UNSIGNED
+from noisyq_fast.integer import products
+from noisyq_fast.integer.codes import Codes
 from noisyq_fast.layers import QuantLayer, QuantLinear
 from noisyq_fast.quantizers import Quantizer
 
@@ -29,6 +32,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def __init__(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, device=device, **kwargs)
         self.out_proj.__class__ = QuantLinear
+        self.out_proj.arithmetic = self.arithmetic
         self.out_proj.set_quantizers_(self.weight_quantizer, self.input_quantizer)
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
@@ -36,7 +40,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         for name in ("key", "value"):
             setattr(self, f"{name}_quantizer", None)
             if activation is not None:
-                quantizer = activation.like().to(self.weights()[0].device)
+                quantizer = activation.like().for_input().to(self.weights()[0].device)
                 setattr(self, f"{name}_quantizer", quantizer.train(self.training))
 
     @property
@@ -109,6 +113,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, still laid out like the input."""
+        if self.computes_in_integers():
+            return self.compute_integers(query, key, value)
         q = self.quantized_input(query)
         k = q if key is query else self._quantized("key", key)
         v = q if value is query else k if value is key else self._quantized("value", value)
@@ -119,6 +125,23 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             weights = weights[0].chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(map(F.linear, (q, k, v), weights, biases))
+
+    def compute_integers(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        q = self.input_quantizer.codes(query)
+        k = q if key is query else self.key_quantizer.codes(key)
+        v = q if value is query else k if value is key else self.value_quantizer.codes(value)
+        weights = [self.weight_codes(weight) for weight in self.weights()]
+        if len(weights) == 1 and q is k is v:
+            return products.linear(q, weights[0], self.in_proj_bias).chunk(3, -1)
+        if len(weights) == 1:
+            weights = _thirds(weights[0])
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return tuple(map(products.linear, (q, k, v), weights, biases))
+
+    def why_float(self) -> str | None:
+        if self.weight_quantizer and self.weight_quantizer.grid_kind == UNSIGNED:
+            return "an unsigned weight of three projections has no product of codes"
+        return super().why_float()
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         quantizer = getattr(self, f"{name}_quantizer")
@@ -160,3 +183,13 @@ def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _thirds(weight: Codes) -> list[Codes]:
+    """The projections that share a weight."""
+    zeros = [None] * 3 if weight.zero_point is None else weight.zero_point.chunk(3)
+    parts = (weight.codes.chunk(3), weight.scale.chunk(3), zeros, weight.source.chunk(3))
+    return [
+        Codes(codes, scale, zero, weight.largest, source)
+        for codes, scale, zero, source in zip(*parts, strict=True)
+    ]

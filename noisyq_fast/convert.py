@@ -15,14 +15,18 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from noisyq_fast import layers as quantized
 from noisyq_fast import usage
+from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
 from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
 from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
+from noisyq_fast.integer.fusing import unfuse_
 from noisyq_fast.layers import (
     DEFAULT_BITS,
+    FLOAT,
     PER_TENSOR,
     QuantLayer,
+    check_arithmetic,
     input_quantizer,
     weight_quantizer,
 )
@@ -43,6 +47,8 @@ _LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Embedding: quantized.QuantEmbedding,
     nn.MultiheadAttention: QuantMultiheadAttention,
     GroupedLinear: QuantGroupedLinear,
+    AdderConv2d: QuantAdderConv2d,
+    AdderLinear: QuantAdderLinear,
 }
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": quantized.QuantTransposedLinear}
 """Layers of packages that are not imported for it."""
@@ -51,7 +57,10 @@ _GRID_OPTIONS = {
     "activation": {"activation_grid": SIGNED, "activation_granularity": PER_TENSOR},
 }
 """With their defaults: what a quantizer given as ``weight`` or ``activation`` has of its own."""
+_OF_LAYERS = ("input_ranges", "arithmetic")
+"""Options that concern no quantizer."""
 _OPTIONS = (
+    "arithmetic",
     *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),
     *_GRID_OPTIONS["weight"],
     *_GRID_OPTIONS["activation"],
@@ -110,6 +119,7 @@ def quantize_model_(
     weight_group_size: int | None = None,
     activation_grid: str = SIGNED,
     activation_granularity: str = PER_TENSOR,
+    arithmetic: str = FLOAT,
     example: Any = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
@@ -134,7 +144,8 @@ def quantize_model_(
         ste: as for `MovingAbsMax`.
         overrides: for layers by name, the options that differ (``weight_bits``,
             ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, the
-            four of grids and granularity, and of a `GroupedLinear` ``input_ranges``); ``None``
+            four of grids and granularity, ``arithmetic``, and of a `GroupedLinear`
+            ``input_ranges``); ``None``
             keeps a layer in float.
         input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
         weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits, ...)``;
@@ -149,6 +160,8 @@ def quantize_model_(
             all kernel positions, instead of one for each output channel.
         activation_granularity: ``"tensor"``, or ``"token"``: one scale for each index of all axes
             but the last, taken anew at every call, in evaluation too; not for convolutions.
+        arithmetic: ``"float"``, or ``"integer"``: layers multiply codes, exactly, as in
+            `QuantLayer`; `fuse_` then makes chains of them.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
             arguments), on which it is run, in evaluation and in training, to find its first and
             last layers: all that see the input, and all that make the outputs. Without one they are
@@ -207,6 +220,7 @@ def quantize_model_(
             f"{type(filter).__name__}"
         )
     check_input_ranges(input_ranges)
+    check_arithmetic(arithmetic)
     convertible, refused = _convertible(model)
     overrides = _checked(overrides, model, convertible)
     kept = {name for name, override in overrides.items() if override is None}
@@ -222,8 +236,8 @@ def quantize_model_(
         name: str, bits: int | None, **others: Any
     ) -> tuple[Quantizer | None, Quantizer | None]:
         """For a layer; ``bits`` and ``others`` for all that its override does not name."""
-        chosen = _with_bits(bits, options) | others
-        override = {k: v for k, v in overrides.get(name, {}).items() if k != "input_ranges"}
+        chosen = _with_bits(bits, {k: v for k, v in options.items() if k not in others}) | others
+        override = {k: v for k, v in overrides.get(name, {}).items() if k not in _OF_LAYERS}
         for kind in _GRID_OPTIONS.keys() & override.keys():
             chosen |= _GRID_OPTIONS[kind]
         try:
@@ -237,6 +251,10 @@ def quantize_model_(
     grids = {"weight_grid": weight_grid, "activation_grid": activation_grid}
     of_ends = {option: SIGNED for option, grid in grids.items() if grid == ODD}
     of_input = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
+    if first_last_bits is not None:
+        given = {"weight": weight, "activation": activation}
+        of_ends |= _at_ends(first_last_bits, given, {"weight": "weight", "activation": "input"})
+        of_input |= _at_ends(first_last_bits, given, {"activation": "model input"})
     inner = {name: quantizers_of(name, None) for name in layers}
     last = {name: quantizers_of(name, first_last_bits, **of_ends) for name in layers}
     of_first = of_ends | of_input
@@ -247,6 +265,7 @@ def quantize_model_(
             if isinstance(layer, GroupedLinear):
                 layer.input_ranges = (overrides.get(name) or {}).get("input_ranges", input_ranges)
             _convert(name, layer, *inner[name])
+            layer.arithmetic = (overrides.get(name) or {}).get("arithmetic", arithmetic)
         _refuse_nested_tensors(model)
         if layers and (example is not None or first_last_bits is not None):
             found = _first_and_last(model, convertible, example)
@@ -299,10 +318,11 @@ def dequantize_model_(model: nn.Module) -> nn.Module:
             f"model: got {type(model).__name__} without quantized layers, takes what "
             "quantize_model_ returns"
         )
+    unfuse_(model)
     for layer in layers:
         float_class = _float_class(layer)
         for name in [*layer.quantizers(), *vars(layer)]:
-            if name.endswith("_quantizer") or name in ("_float_class", "input_ranges"):
+            if name.endswith("_quantizer") or name in ("_float_class", *_OF_LAYERS):
                 delattr(layer, name)
         layer.__class__ = _rebased(layer, float_class)
     _allow_nested_tensors(model)
@@ -414,6 +434,7 @@ def _checked(
             raise ValueError(f"overrides[{name!r}]: got {got}, takes {', '.join(takes)}")
         if "input_ranges" in override:
             check_input_ranges(override["input_ranges"])
+        check_arithmetic(override.get("arithmetic", FLOAT))
     return dict(overrides)
 
 
@@ -487,6 +508,17 @@ def _with_bits(bits: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
     }
     return changed | {name: bits for name in options if name.endswith("_bits")}
+
+
+def _at_ends(
+    bits: int, given: Mapping[str, object], places: Mapping[str, str]
+) -> dict[str, Quantizer]:
+    """What stands for the quantizers that were given, in the first and the last layers."""
+    return {
+        option: given[option].at_end(bits, place)
+        for option, place in places.items()
+        if isinstance(given[option], Quantizer)
+    }
 
 
 # The classes of layers.

@@ -2,12 +2,15 @@
 predicts many labels, such as the facial action units of arXiv 2303.11803, section 3.2."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks, usage
+from noisyq_fast.grid import AFFINE, UNSIGNED
+from noisyq_fast.integer import products
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import MovingAbsMax, Quantizer
 
@@ -170,7 +173,26 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         self.check_input(x)
         self.check_parameters(parameters)
         weight, bias = parameters or (None, self.bias)
+        if self.computes_in_integers():
+            return self.compute_integers(x, weight, bias)
         return _grouped_linear(self.quantized_input(x), self.quantized_weight(weight), bias)
+
+    def compute_integers(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        leading = x.shape[:-2]
+        by_group = x.reshape(-1, *x.shape[-2:])
+        codes, weights = self.input_quantizer.codes(by_group), self.weight_codes(weight)
+        turned = replace(
+            codes, codes=codes.codes.transpose(0, 1), source=codes.source.transpose(0, 1)
+        )
+        weights = replace(weights, scale=weights.scale.view(self.groups, -1))
+        y = products.linear(turned, weights, bias)
+        return y.transpose(0, 1).reshape(*leading, self.groups, self.out_features)
+
+    def why_float(self) -> str | None:
+        quantizers = self.quantizers().values()
+        if any(quantizer.grid_kind in (UNSIGNED, AFFINE) for quantizer in quantizers):
+            return "its groups have no product of codes on a grid that is unsigned or affine"
+        return super().why_float()
 
     def by_channel(self, weight: Tensor) -> Tensor:
         return weight.flatten(0, 1)

@@ -20,6 +20,7 @@ from noisyq_fast.granularity import TOKEN, Groups, check_group_size
 from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.integer import products
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
@@ -40,6 +41,10 @@ class QuantLayer(nn.Module):
         activation_bits: width of the input, 2..8.
         averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
         ste: as for `MovingAbsMax`.
+        arithmetic: ``"float"`` multiplies fake-quantized floats; ``"integer"`` multiplies codes,
+            exactly, and their scales (`noisyq_fast.integer.products`): values that are the same to
+            the bit on every backend and with every number of threads. `why_float` tells where that
+            is not possible; there it computes in float.
         weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits, ...)``;
             ``None`` leaves the weight as it is.
         activation: the same for the input, instead of ``MovingAbsMax(activation_bits, ...)``.
@@ -59,7 +64,13 @@ class QuantLayer(nn.Module):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     arithmetic: str = FLOAT
-    defers: bool = False  # `fuse_` sets it: the layer returns a `Deferred`
+    can_defer: bool = False
+    """Whether `fuse_` can make it return a `Deferred`."""
+    # `fuse_` sets these.
+    defers: bool = False
+    recomputes: bool = False  # makes its sums again in the backward
+    norm: tuple[nn.Module, ...] = ()  # the batch norm that follows; a tuple: no module of this one
+    followed_by: str = ""
 
     def __init__(
         self,
@@ -74,11 +85,14 @@ class QuantLayer(nn.Module):
         weight_group_size: int | None = None,
         activation_grid: str = SIGNED,
         activation_granularity: str = PER_TENSOR,
+        arithmetic: str = FLOAT,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arithmetic(arithmetic)
         super().__init__(*args, device=device, dtype=dtype, **kwargs)  # of the float layer
+        self.arithmetic = arithmetic
         self.set_quantizers_(
             weight_quantizer(weight_bits, weight, weight_grid, weight_group_size),
             input_quantizer(
@@ -95,8 +109,12 @@ class QuantLayer(nn.Module):
         """Gives the layer copies of quantizers, which have seen nothing yet."""
         self.check_granularity(weight, activation)
         device = next(self.parameters()).device
-        self.weight_quantizer = None if weight is None else weight.like().to(device)
-        self.input_quantizer = None if activation is None else activation.like().to(device)
+        if weight is not None:
+            first = self.by_channel(self.weights()[0].detach())
+            weight = weight.like().for_weight(first).to(device)
+        if activation is not None:
+            activation = activation.like().for_input().to(device)
+        self.weight_quantizer, self.input_quantizer = weight, activation
         for quantizer in self.quantizers().values():
             quantizer.train(self.training)
 
@@ -137,7 +155,7 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as by PyTorch
         usage.called(self)
-        if self.arithmetic == INTEGER and self.why_float() is None:
+        if self.computes_in_integers():
             return self.compute_integers(input, *args, **kwargs)
         x, weight = self.quantized_input(input), self.quantized_weight()
         return self.compute(x, weight, self.bias, *args, **kwargs)
@@ -147,7 +165,7 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
     def why_float(self) -> str | None:
-        """Why a layer with ``arithmetic="integer"`` computes in float; ``None`` where it does not."""
+        """Why a layer with ``arithmetic="integer"`` computes in float; ``None``: it does not."""
         if type(self).compute_integers is QuantLayer.compute_integers:
             return "has no product of codes"
         for name, quantizer in (("weight", self.weight_quantizer), ("input", self.input_quantizer)):
@@ -159,13 +177,28 @@ class QuantLayer(nn.Module):
                 return f"its {name} has a scale for each group, which does not leave the sum"
         return None
 
+    def normalizes(self, output: Tensor) -> bool:
+        """Whether a batch norm that follows is part of what the layer computes: where its sums
+        cannot be deferred."""
+        return self.defers and self.computes_in_integers() and not deferrable(output)
+
+    def computes_in_integers(self) -> bool:
+        return self.arithmetic == INTEGER and self.why_float() is None
+
     def weight_codes(self, weight: Tensor | None = None) -> Codes:
         """The layer's weight as it is now, or another of its shape, as codes of its shape."""
         weight = self.weight if weight is None else weight
         if not gradients.wanted():
             weight = weight.detach()
-        made = self.weight_quantizer.codes(self.by_channel(weight))
-        return replace(made, codes=self.from_channels(made.codes, weight), source=weight)
+        by_channel = self.by_channel(weight)
+        made = self.weight_quantizer.codes(by_channel)
+        scale, zero_point = (
+            x.expand(len(by_channel)).contiguous() if x is not None and x.dim() == 0 else x
+            for x in (made.scale, made.zero_point)
+        )
+        source = weight if made.source is by_channel else self.from_channels(made.source, weight)
+        codes = self.from_channels(made.codes, weight)
+        return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=source)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""
@@ -227,6 +260,11 @@ class QuantLayer(nn.Module):
         state_dict[f"{new}observed"] = seen.float()
         for name, quantizer in self.quantizers().items():
             state_dict[f"{prefix}{name}._extra_state"] = quantizer.state_on_signed_grid()
+
+
+def check_arithmetic(name: object) -> None:
+    if name not in ARITHMETICS:
+        raise ValueError(f"arithmetic: got {name!r}, takes {' or '.join(map(repr, ARITHMETICS))}")
 
 
 def weight_quantizer(
@@ -296,30 +334,38 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class _QuantConv(QuantLayer):
+    can_defer = True
+
     def compute_integers(self, x: Tensor) -> Tensor:
         unbatched = x.dim() == len(self.kernel_size) + 1
-        if unbatched:
-            x = x.unsqueeze(0)
-        padding = list(self.padding)
-        # Before the codes: padding keeps the range, and the value 0 has a code.
-        pads = self._reversed_padding_repeated_twice
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, pads, mode=self.padding_mode), [0] * len(self.kernel_size)
-        elif isinstance(self.padding, str):
-            if pads[::2] != pads[1::2]:
-                x, pads = F.pad(x, pads), [0] * len(pads)
-            padding = pads[::-2]
+        x, padding = self._padded(x.unsqueeze(0) if unbatched else x)
         geometry = products.Geometry(
             *(list(self.stride), padding, list(self.dilation), False),
             *([0] * len(padding), self.groups),
         )
-        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
-        if self.defers:
-            return products.deferred_convolution(
-                codes, weight, self.bias, geometry, x, self.training
-            )
-        y = products.convolution(codes, weight, self.bias, geometry)
+        operands = self.input_quantizer.codes(x), self.weight_codes(), self.bias, geometry
+        if self.defers and deferrable(x) and deferrable(operands[1].codes):
+            y = products.deferred_convolution(*operands, self, x)
+        elif self.defers and self.norm:
+            y = products.normalized_convolution(*operands, *self.norm)
+        else:
+            y = products.convolution(*operands)
+            if isinstance(x, Deferred):
+                y = y.contiguous(memory_format=memory_format(x))
         return y.squeeze(0) if unbatched else y
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """The input with what the product cannot pad, and what it can. Padding before the quantizer
+        changes no range, and the value 0 has a code."""
+        pads = self._reversed_padding_repeated_twice
+        none = [0] * len(self.kernel_size)
+        if self.padding_mode != "zeros":
+            return F.pad(x, pads, mode=self.padding_mode), none
+        if not isinstance(self.padding, str):
+            return x, list(self.padding)
+        if pads[::2] != pads[1::2]:
+            return F.pad(x, pads), none
+        return x, pads[::-2]
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
@@ -357,6 +403,33 @@ class _QuantConvTranspose(QuantLayer):
             return by_channel.transpose(0, 1)
         return by_channel.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
+    def compute_integers(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        unbatched = x.dim() == len(self.kernel_size) + 1
+        output_padding = self._output_padding_of(x, output_size)
+        x = x.unsqueeze(0) if unbatched else x
+        geometry = products.Geometry(
+            *(list(self.stride), list(self.padding), list(self.dilation), True),
+            *(list(output_padding), self.groups),
+        )
+        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
+        y = products.convolution(codes, weight, self.bias, geometry)
+        return y.squeeze(0) if unbatched else y
+
+    def why_float(self) -> str | None:
+        if (
+            self.groups > 1
+            and self.weight_quantizer
+            and self.weight_quantizer.grid_kind == UNSIGNED
+        ):
+            return "an unsigned weight of several groups has no product of codes"
+        return super().why_float()
+
+    def _output_padding_of(self, x: Tensor, output_size: list[int] | None) -> list[int]:
+        return self._output_padding(
+            *(x, output_size, self.stride, self.padding, self.kernel_size),
+            *(len(self.kernel_size), self.dilation),
+        )
+
     def compute(
         self,
         x: Tensor,
@@ -365,15 +438,7 @@ class _QuantConvTranspose(QuantLayer):
         output_size: list[int] | None = None,
     ) -> Tensor:
         dimensions = len(self.kernel_size)
-        padding = self._output_padding(
-            x,
-            output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
-            dimensions,
-            self.dilation,
-        )
+        padding = self._output_padding_of(x, output_size)
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
         return convolve(
             x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
@@ -440,3 +505,8 @@ class QuantTransposedLinear(QuantLayer):
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.transpose(0, 1), bias)
+
+    def compute_integers(self, x: Tensor) -> Tensor:
+        weight = self.weight_codes()
+        turned = replace(weight, codes=weight.codes.T, source=weight.source.T)
+        return products.linear(self.input_quantizer.codes(x), turned, self.bias)

@@ -10,6 +10,7 @@ import noisyq_fast
 from noisyq_fast import fake_quantize_ema
 
 X = torch.randn(3, 4)
+WINDOWS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [2, 1], [1, 0]
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
     "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
@@ -43,6 +44,26 @@ OPERATORS = {
         "affine",
         "clipped",
     ),
+    "fake_quantize_learned": lambda: (
+        X.clone().requires_grad_(),
+        torch.tensor([[0.3, 0.2, 0.4, 0.3]]).requires_grad_(),
+        "lsq",
+        -8,
+        7,
+        1,
+        0.5,
+    ),
+    "fake_quantize_learned_backward": lambda: (
+        torch.ones(3, 4),
+        X.clone(),
+        torch.tensor([0.0, 1.0, 0.3]),
+        "dsq",
+        0,
+        15,
+        None,
+        1.0,
+    ),
+    "quantize_learned": lambda: (X.clone(), torch.tensor([0.5]), "sat", 0, 15, None),
     "quantize_on_grid": lambda: (X.clone(), 4, 1, "affine"),
     "dequantize_on_grid": lambda: (
         torch.ones(3, 4, dtype=torch.uint8),
@@ -50,6 +71,14 @@ OPERATORS = {
         torch.ones(4, dtype=torch.uint8),
         1,
     ),
+    "adder_conv2d": lambda: (
+        torch.randn(2, 3, 5, 5, requires_grad=True),
+        torch.randn(4, 3, 3, 3, requires_grad=True),
+        [2, 1],
+        [1, 0],
+    ),
+    "adder_conv2d_input_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
+    "adder_conv2d_weight_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
 }
 
 

@@ -69,8 +69,10 @@ def test_examples_of_pages(name, count, tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", OPTIONAL)
 def test_examples_with_packages(package):
     pytest.importorskip(package, reason=f"{package} is not installed")
-    (block,) = examples("docs/guide.md", package)
-    exec(block, {})
+    blocks = examples("docs/guide.md", package)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

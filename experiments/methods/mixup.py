@@ -55,7 +55,8 @@ class MixupProcedure(Procedure):
     def step(self, batch: Batch) -> StepResult:
         device = batch.inputs.device
         alpha = torch.full((), self.alpha, device=device)
-        share = torch.distributions.Beta(alpha, alpha).sample()
+        # Checked, it would ask the device for numbers, as a recorded step cannot.
+        share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
         order = torch.rand(len(batch.inputs), device=device).argsort()
         with self.parts.autocast():
             logits = self.forwards[0](mixed_inputs(batch.inputs, share, order)).float()

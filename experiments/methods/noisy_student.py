@@ -1,5 +1,6 @@
 """Self-training with noisy student (Xie et al. 2020, arXiv 1911.04252)."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class NoisyStudent(Method):
     NOT_WITH: ClassVar[Mapping[str, str]] = {
         "prune": "whose network would have to be pruned anew for each student",
         "early_stopping": "which can end the run before its last student",
-        **dict.fromkeys(("label_smoothing", "gce", "sce"), "which takes labels of a single class"),
+        **dict.fromkeys(("label_smoothing", "gce"), "which takes labels of a single class"),
     }
 
     students: int | None = None
@@ -58,7 +59,8 @@ class NoisyStudent(Method):
     def __post_init__(self) -> None:
         require_whole("students", self.students, 1, 1000)
         confidence, share = self.student_confidence, self.student_given
-        require("student_confidence", confidence, confidence >= 0, "a number from 0")
+        accepted = 0 <= confidence < math.inf
+        require("student_confidence", confidence, accepted, "a finite number from 0")
         require("student_given", share, 0 <= share <= 1, "a share from 0 to 1")
         require_choice("student_labels", self.student_labels, get_args(Form))
 

@@ -40,11 +40,11 @@ class Snapshot(Method):
     """snapshot: how many cycles, each of which ends with a snapshot (5)."""
 
     snapshots_used: int | None = None
-    """snapshot: how many of the last snapshots predict. If not given: all."""
+    """snapshot: how many of the last snapshots predict, up to --snapshots. If not given: all."""
 
     def __post_init__(self) -> None:
         require_whole("snapshots", self.snapshots, 1, 1000)
-        require_whole("snapshots_used", self.snapshots_used, 1, 1000)
+        require_whole("snapshots_used", self.snapshots_used, 1, self.snapshots or 1000)
 
     @property
     def label(self) -> str:

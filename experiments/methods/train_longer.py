@@ -1,9 +1,9 @@
 """Train longer, generalize better (Hoffer et al. 2017, arXiv 1705.08741)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +39,8 @@ class TrainLonger(Method):
 
     def __post_init__(self) -> None:
         require_whole("ghost_batch", self.ghost_batch, 2, 2**14)
-        require("clip_norm", self.clip_norm, self.clip_norm > 0, "a number above 0")
+        clip = self.clip_norm
+        require("clip_norm", clip, 0 < clip < math.inf, "a finite number above 0")
 
     @property
     def label(self) -> str:
@@ -65,6 +66,18 @@ class LargeBatches(Procedure):
         self.factor = rate_factor(size, ghost_size)
         self.ghost_size = ghost_size
         self.clip_norm = clip_norm
+        self._check(parts.sizes)
+
+    def _check(self, sizes: Iterable[int]) -> None:
+        processes = data_parallel.size()
+        for whole in set(sizes):
+            for own in (whole // processes, -(-whole // processes)):
+                ends = [0, *ghost_ends(own, whole, self.ghost_size)]
+                if any(first == end for first, end in pairwise(ends)):
+                    raise ValueError(
+                        f"--ghost-batch: got {self.ghost_size}, which leaves a process without an "
+                        f"image of a ghost batch; takes a size that gives each of {processes} some"
+                    )
 
     def schedule(self, epoch: int, step: int) -> float:
         return self.factor * super().schedule(epoch, step)
@@ -95,7 +108,12 @@ def ghosts(batch: Batch, size: int) -> list[Batch]:
     shares are of the whole batch."""
     own = len(batch.indices)
     whole = round(own / batch.share)
-    # As many in every process.
-    ends = [round(end * own / whole) for end in accumulate(batch_sizes(whole, size))]
+    ends = ghost_ends(own, whole, size)
     parts = (x.tensor_split(ends[:-1]) for x in (batch.indices, batch.inputs, batch.labels))
     return [Batch(*part, share=len(part[0]) / whole) for part in zip(*parts, strict=True)]
+
+
+def ghost_ends(own: int, whole: int, size: int) -> list[int]:
+    """Where the ghost batches end among the `own` samples that a process has of a `whole` batch: as
+    many of them in every process."""
+    return [round(end * own / whole) for end in accumulate(batch_sizes(whole, size))]

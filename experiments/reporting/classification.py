@@ -1,6 +1,6 @@
 """The report on runs on classification."""
 
-from experiments.reporting import comparison, figures, tables
+from experiments.reporting import comparison, data_size, figures, tables
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.report import Report
 from experiments.reporting.runs import Study
@@ -15,13 +15,15 @@ REPORT = Report(
     missing), runs.csv (one line a run), summary.csv (means over seeds) and the figures: figure 1
     (loss curves), figure 2 (accuracy and gain over noise, the published curves dashed), figure 3
     (settings of quantization, dropout and pruning), memorisation over noise, and gain against
-    memorisation.
+    memorisation. Studies that differ in --train-size alone, three or more, also give accuracy over
+    the number of training images, with a line that is fitted over its logarithm.
     """,
     name="classification",
     run=FinishedRun,
     study=Study,
     summary=comparison.summary,
     section=tables.study_section,
+    across=data_size.sections,
     draw=figures.draw_all,
     folder="report",
     csv="summary.csv",

@@ -66,7 +66,8 @@ def gains(runs: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """
     pairs = pl.col("pairs")
     # Of one pair the standard deviation is null, and so is all that comes of it.
-    to_half_width = pairs.map_elements(_quantile, return_dtype=pl.Float64) / pairs.sqrt()
+    quantiles = pl.when(pairs > 1).then(pairs - 1).map_elements(quantile, return_dtype=pl.Float64)
+    to_half_width = quantiles / pairs.sqrt()
     return (
         differences(runs, names, _PAIR)
         .group_by(_POINT, maintain_order=True)
@@ -89,5 +90,7 @@ def differences(runs: pl.DataFrame, names: Sequence[str], pair: Sequence[str]) -
     return both.select(*_POINT, *(pl.col(name) - pl.col(f"{name}_of_baseline") for name in names))
 
 
-def _quantile(pairs: int) -> float | None:
-    return float(student_t.ppf((1 + CONFIDENCE) / 2, pairs - 1)) if pairs > 1 else None
+def quantile(freedom: int) -> float:
+    """By which a standard error is multiplied for half of a confidence interval: Student's t with
+    so many degrees of freedom."""
+    return float(student_t.ppf((1 + CONFIDENCE) / 2, freedom))

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.methods import BASELINE
+from experiments.reporting import data_size
 from experiments.reporting.drawing import (
     COLORS,
     PERCENT,
@@ -46,7 +47,7 @@ def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> li
                 drawn.append(save(figure, folder / f"{name}{suffix}.png"))
     if (figure := gain_against_memorisation(studies)) is not None:
         drawn.append(save(figure, folder / "gain-against-memorisation.png"))
-    return drawn
+    return drawn + data_size.draw([study for _, study, _ in studies], folder)
 
 
 def curves(study: Study) -> Figure | None:

@@ -21,6 +21,7 @@ from experiments.reporting.reading import (
     FINITE,
     POSITIVE,
     SHARE,
+    SIZE,
     Fields,
     Number,
 )
@@ -116,6 +117,8 @@ class FinishedRun:
         """The fields of the class from those of the files."""
         config.text("dataset")
         config.number("epochs", COUNT)
+        if "train_size" in config.content:
+            config.number("train_size", SIZE.or_null)
         label, data = result.text("label"), result.text("data_sha256")
         measured = {name: result.number(name, kind) for name, kind in cls.MEASURED.items()}
         is_checksum = re.fullmatch("[0-9a-f]{8,64}", data)

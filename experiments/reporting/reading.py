@@ -46,6 +46,7 @@ DIFFERENCE = Number(-1, 1, "a number from -1 to 1")
 POSITIVE = Number(0, _LARGEST_FLOAT32, "a finite number from 0")
 FINITE = Number(-_LARGEST_FLOAT32, _LARGEST_FLOAT32, "a finite number")
 COUNT = Number(0, 2**63 - 1, "a whole number from 0", whole=True)
+SIZE = Number(1, 2**63 - 1, "a whole number from 1", whole=True)
 
 
 @dataclass(frozen=True)

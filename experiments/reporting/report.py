@@ -23,6 +23,8 @@ class Report:
     study: type[Study]
     summary: Callable[[Study], pl.DataFrame]
     section: Callable[[str, Study, pl.DataFrame], str]
+    across: Callable[[list[Study]], list[str]]
+    """The sections on several studies together."""
     draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], list[Path]]
     folder: str
     """Where it is written, in the directory of the runs."""

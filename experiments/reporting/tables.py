@@ -40,7 +40,8 @@ def study_section(title: str, study: Study, summary: pl.DataFrame) -> str:
     for name, (measure, factor) in _MEASURES.items():
         if f"{measure}_mean" in summary.columns:
             mean = functools.partial(mean_cell, measure=measure, factor=factor)
-            parts.append(grid(name, study, summary, mean, budget=measure == "test_accuracy"))
+            budget = measure.startswith("test_accuracy")
+            parts.append(grid(name, study, summary, mean, budget))
     name = f"gain over the baseline, points of test accuracy, {INTERVAL}"
     parts.append(grid(name, study, summary, gain_cell, budget=True))
     parts.append(costs(study, summary))

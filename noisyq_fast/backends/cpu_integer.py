@@ -1,7 +1,9 @@
-"""Products of codes on the CPU, exact: by oneDNN's 8-bit kernels where that is proven, else by float
-products of codes; and the native passes over their sums (``csrc/cpu/sums.cpp``)."""
+"""Products of codes on the CPU, exact: by our own kernel (``csrc/cpu/convolve.cpp``) or oneDNN's,
+in 8 bits, where that is proven, else by float products of codes. And the native passes over their
+sums (``csrc/cpu/sums.cpp``)."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,9 @@ from noisyq_fast.backends.kernel_arguments import (
     address,
     channels_last_rows,
     core,
-    laid_out_like,
+    like,
 )
-from noisyq_fast.backends.native_cpu import _threads as threads
-from noisyq_fast.backends.native_cpu import backend
+from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.grid import Grid
 
 _EXACT_FLOAT = 2**24
@@ -26,7 +27,11 @@ _SHIFT = 128
 
 
 @backend.register
-def convolve_codes(
+def convolve_codes(codes: Tensor, *others: Any) -> Tensor:
+    return reference.laid_out_like(codes, _convolve_codes(codes, *others))
+
+
+def _convolve_codes(
     codes: Tensor,
     zero_point: Tensor | None,
     weight: Tensor,
@@ -76,7 +81,7 @@ def convolve_sums(
         if w is not None:
             return _convolve(codes, zero_point, w, stride, padding, dilation, True, measures)
     how = stride, padding, dilation, False, [0] * len(stride), groups
-    sums = convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
+    sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     if not measures and not reference.is_narrow(bound):
         return sums, None
     kept, *of_channels = moments(sums, bound)
@@ -219,8 +224,8 @@ def is_exact_in_8_bits(
     dilation: list[int],
     groups: int,
 ) -> bool:
-    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32 bits,
-    and a test with codes at their extremes gives the exact sums."""
+    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32
+    bits, and a test with codes at their extremes gives the exact sums."""
     if terms * 255 * 128 >= _EXACT_INT:
         return False
     return _passes(tuple(weight), tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -266,6 +271,20 @@ def has_exact_products() -> bool:
     except (RuntimeError, AttributeError):  # a private interface of PyTorch
         return False
     return torch.equal(sums.double(), x.double() @ w.double().T)
+
+
+def routes() -> dict[str, str]:
+    """How products are computed on this machine."""
+    floats = "float32 or float64 products of codes"
+    ours = core is not None and core.has_dot_products()
+    works = _passes((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    onednn = "oneDNN, 8 bits" if works else floats
+    return {
+        "conv2d": "own kernel, 8 bits (AVX512-VNNI)" if ours else onednn,
+        "conv2d, groups": onednn,
+        "linear": "oneDNN, 8 bits" if has_exact_products() else floats,
+        "others": floats,
+    }
 
 
 # What follows.
@@ -325,7 +344,7 @@ def map_sums(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     sums, rows, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
-    residual = None if residual is None else laid_out_like(sums, residual)
+    residual = None if residual is None else like(residual, sums)
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     range_ = torch.empty(2) if wants_range else None
     core.map_sums(
@@ -366,7 +385,7 @@ def grads_of_norm(
     uses_batch: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     sums, rows, channels = channels_last_rows(sums)
-    grad = laid_out_like(sums, grad)
+    grad = like(grad, sums)
     weight = None if weight is None else weight.float().contiguous()
     slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels).unbind()
     core.grads_of_norm(
@@ -393,7 +412,7 @@ def grads_of_sums(
     tilt: Tensor,
 ) -> Tensor:
     sums, rows, channels = channels_last_rows(sums)
-    grad = laid_out_like(sums, grad)
+    grad = like(grad, sums)
     out = torch.empty_like(grad)
     core.grads_of_sums(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
@@ -405,4 +424,5 @@ def grads_of_sums(
     return out
 
 
-reference.register_products(backend, convolve_codes, multiply_codes, map_sums)
+reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)
+reference.register_norm(backend)

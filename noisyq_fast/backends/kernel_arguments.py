@@ -60,6 +60,13 @@ def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return (y.copy_(x) if y.dtype == x.dtype else x.clone()), y
 
 
+def like(x: Tensor, dense: Tensor) -> Tensor:
+    """``x``, copied where it does not lie in memory like ``dense``."""
+    if x.stride() == dense.stride():
+        return x
+    return torch.empty_like(dense, dtype=x.dtype).copy_(x)
+
+
 def channels_last_rows(x: Tensor) -> tuple[Tensor, int, int]:
     """``x``, whose channels are its second axis, with these last in memory; and as how many rows of
     how many channels.
@@ -73,13 +80,6 @@ def channels_last_rows(x: Tensor) -> tuple[Tensor, int, int]:
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     channels = x.shape[1]
     return x, x.numel() // channels if channels else 0, channels
-
-
-def laid_out_like(like: Tensor, x: Tensor) -> Tensor:
-    """In the order of memory of a dense tensor."""
-    if x.stride() == like.stride():
-        return x
-    return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def mask_of(x: Tensor, masked: str) -> Tensor:

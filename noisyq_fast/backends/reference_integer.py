@@ -29,9 +29,8 @@ def convolve_codes(
     groups: int,
 ) -> Tensor:
     x, w = steps(codes, zero_point), channel_steps(weight, weight_zero_point, transposed, groups)
-    return convolved(
-        x.double(), w.double(), stride, padding, dilation, transposed, output_padding, groups
-    ).float()
+    how = stride, padding, dilation, transposed, output_padding, groups
+    return laid_out_like(codes, convolved(x.double(), w.double(), *how).float())
 
 
 @backend.register
@@ -150,7 +149,7 @@ def normalization(
 def line(
     mean: Tensor, inverse: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The batch norm with this mean, float64, and 1 / standard deviation, as a factor and a term."""
+    """The batch norm with this mean, float64, and 1 / standard deviation: a factor and a term."""
     slope = inverse.double() if weight is None else weight.double() * inverse.double()
     shift = mean * slope
     term = -shift if bias is None else bias.double() - shift
@@ -244,6 +243,14 @@ def _behind(grad: Tensor, sums: Tensor, factor: Tensor, term: Tensor, relu: bool
     return torch.where(y > 0, grad, 0)
 
 
+def laid_out_like(codes: Tensor, sums: Tensor) -> Tensor:
+    """With the channels last where the input of the convolution has them last."""
+    is_last = codes.dim() == 4 and codes.is_contiguous(memory_format=torch.channels_last)
+    return sums.contiguous(
+        memory_format=torch.channels_last if is_last else torch.contiguous_format
+    )
+
+
 def is_narrow(bound: int) -> bool:
     """Whether sums up to ``bound`` are kept as int16."""
     return bound < 2**15
@@ -275,7 +282,7 @@ def along_channels(of_channel: Tensor, sums: Tensor) -> Tensor:
 def register_products(
     backend: Backend, convolve: Callable, multiply: Callable, map_sums: Callable
 ) -> None:
-    """Registers the products with their scales, made of those of codes."""
+    """Registers the products with their scales, and batch norm, made of what they consist of."""
 
     def scaled(
         sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -300,7 +307,7 @@ def register_products(
         *geometry: Any,
     ) -> Tensor:
         sums = convolve(codes, zero_point, weight_codes, weight_zero_point, *geometry)
-        return scaled(sums, scale, weight_scale, bias, x.dtype)
+        return laid_out_like(codes, scaled(sums, scale, weight_scale, bias, x.dtype))
 
     @backend.register
     def integer_linear(
@@ -327,4 +334,55 @@ def register_products(
         return (sums * factor + term).to(x.dtype)
 
 
+def register_norm(backend: Backend) -> None:
+    """Registers batch norm of sums, made of its parts."""
+    compute = backend.functions
+
+    @backend.register
+    def statistics_of_sums(
+        sums: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        bound: int,
+    ) -> tuple[Tensor, ...]:
+        _, total, squares, _, _ = compute["moments"](sums, bound)
+        count = sums.numel() // scale.numel()
+        return compute["normalization"](total, squares, count, scale, weight, bias, eps)
+
+    @backend.register
+    def norm_of_sums(
+        product: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        sums: Tensor,
+        scale: Tensor,
+        factor: Tensor,
+        term: Tensor,
+        *_: Any,
+    ) -> Tensor:
+        y, _, _ = compute["map_sums"](sums, factor, term, None, False, False, False)
+        return torch.empty_like(product).copy_(y)
+
+    @backend.register
+    def grads_of_norm_of_sums(
+        grad: Tensor,
+        weight: Tensor | None,
+        sums: Tensor,
+        scale: Tensor,
+        factor: Tensor,
+        term: Tensor,
+        mean: Tensor,
+        inverse: Tensor,
+        uses_batch: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        line, of_weight, of_bias = compute["grads_of_norm"](
+            grad, sums, factor, term, False, mean, inverse, scale, weight, uses_batch
+        )
+        made = compute["grads_of_sums"](grad, sums, factor, term, False, mean, *line)
+        return torch.empty_like(grad).copy_(made), of_weight, of_bias
+
+
 register_products(backend, convolve_codes, multiply_codes, map_sums)
+register_norm(backend)

@@ -1,6 +1,6 @@
 """Batch norm of exact sums, with exact statistics.
 
-Over the N sums v of a channel, which are whole numbers, and the scale s they are to be multiplied by::
+Over the N sums v of a channel, which are whole numbers, and s, what they are to be multiplied by::
 
     S1  = sum v                  S2 = sum v^2            exact
     p   = rint(S1 / N)           d  = S1 - N p           exact
@@ -10,72 +10,151 @@ Over the N sums v of a channel, which are whole numbers, and the scale s they ar
     factor   = float32(weight inverse s)      term = float32(bias - mean weight inverse)
     y        = v factor + term
 
-where all that is not exact is rounded once for each operation, in float64 but for the last line, which
-is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the running
-mean includes it. Momentum, the unbiased running variance and evaluation are those of
+where all that is not exact is rounded once for each operation, in float64 but for the last line,
+which is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the
+running mean includes it. Momentum, the unbiased running variance and evaluation are those of
 `torch.nn.BatchNorm2d`.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from noisyq_fast import gradients
+from noisyq_fast._declare import declare
+from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import line
 from noisyq_fast.integer.deferred import Deferred, Norm
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 
+class _NormGradient(gradients.Gradient):
+    """That of a batch norm of sums, as in a chain."""
+
+    @staticmethod
+    def forward(ctx: Any, below_autograd: Any, product: Tensor, *others: Any) -> Tensor:
+        weight, bias, sums, scale, factor, term, mean, inverse, uses_batch = others
+        ctx.save_for_backward(weight, sums, scale, factor, term, mean, inverse)
+        ctx.uses_batch = uses_batch
+        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, sums, scale, factor, term, mean, inverse = ctx.saved_tensors
+        grad, of_weight, of_bias = torch.ops.noisyq.grads_of_norm_of_sums(
+            *(grad, weight, sums, scale, factor, term, mean, inverse, ctx.uses_batch)
+        )
+        to_weight, to_bias = ctx.needs_input_grad[2:4]
+        of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
+        of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
+        return None, grad, of_weight, of_bias, *[None] * 7
+
+
+_statistics_of_sums = declare(
+    "statistics_of_sums(Tensor sums, Tensor scale, Tensor? weight, Tensor? bias, float eps, "
+    "int bound) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    prepare=lambda *arguments: arguments,
+    shape=lambda sums, scale, *_: (
+        *(torch.empty_like(scale) for _ in range(4)),
+        *(torch.empty_like(scale, dtype=torch.float64) for _ in range(2)),
+    ),
+    gradient=None,
+)
+_norm_of_sums = declare(
+    "norm_of_sums(Tensor product, Tensor? weight, Tensor? bias, Tensor sums, Tensor scale, "
+    "Tensor factor, Tensor term, Tensor mean, Tensor inverse, bool uses_batch) -> Tensor",
+    prepare=lambda *arguments: arguments,
+    shape=lambda product, *_: torch.empty_like(product),
+    gradient=_NormGradient,
+)
+_grads_of_norm_of_sums = declare(
+    "grads_of_norm_of_sums(Tensor grad, Tensor? weight, Tensor sums, Tensor scale, Tensor factor, "
+    "Tensor term, Tensor mean, Tensor inverse, bool uses_batch) -> (Tensor, Tensor, Tensor)",
+    prepare=lambda *arguments: arguments,
+    shape=lambda grad, _, sums, scale, *__: (
+        torch.empty_like(grad),
+        torch.empty_like(scale),
+        torch.empty_like(scale),
+    ),
+    gradient=None,
+)
+
+
 class ExactBatchNorm:
-    """What a batch norm gains from `fuse_`: that of `Deferred` sums. Of other tensors it is the batch
-    norm that it was."""
+    """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it.
+    Of other tensors it is the batch norm that it was.
+
+    Attributes:
+        follows: the layer before it, in a tuple, so that it is no module of this one.
+    """
+
+    follows: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Deferred) and input.is_sums():
-            return self._of_sums(input)
+        if isinstance(input, Deferred):
+            if input.is_sums():
+                return self._of_deferred(input)
+        elif self.follows and self.follows[0].normalizes(input):
+            return input  # the layer has called `of_sums`
         return super().forward(input)
 
-    def _of_sums(self, x: Deferred) -> Deferred:
-        sums = x.chain.sums
-        uses_batch = self.training or self.running_mean is None
-        if uses_batch:
-            factor, term, mean, inverse = self._of_batch(x)
-        else:
-            mean64 = self.running_mean.double()
-            if sums.bias is not None:
-                mean64 = mean64 - sums.bias.detach().double()
-            inverse = (1 / (self.running_var.double() + self.eps).sqrt()).float()
-            factor, term = line(
-                mean64, inverse, sums.scale, _detached(self.weight), _detached(self.bias)
-            )
-            mean = (mean64 / sums.scale.double()).float()
-        norm = Norm(self.weight, self.bias, mean, inverse, uses_batch)
-        return x.normalized(norm, factor, term)
+    def of_sums(
+        self, product: Tensor, sums: Tensor, scale: Tensor, bias: Tensor | None, bound: int
+    ) -> Tensor:
+        """For a graph that is traced: of sums that are a tensor. Gradients flow to ``product``."""
+        factor, term, norm = self._line(
+            scale,
+            bias,
+            sums.numel() // scale.numel(),
+            lambda *affine: _statistics_of_sums(sums, scale, *affine, self.eps, bound),
+        )
+        of_batch = norm.uses_batch
+        return _norm_of_sums(
+            *(product, self.weight, self.bias, sums, scale),
+            *(factor, term, norm.mean, norm.inverse, of_batch),
+        )
 
-    def _of_batch(self, x: Deferred) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+    def _of_deferred(self, x: Deferred) -> Deferred:
+        def statistics(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
             sums = x.measured()
-            count = sums.values.numel() // len(sums.scale)
-            if count <= 1 and self.training:
+            compute = select("normalization", sums.values.device.type)
+            return compute(*sums.moments[:2], count, sums.scale, weight, bias, self.eps)
+
+        sums = x.chain.sums
+        count = sums.values.numel() // sums.scale.numel()
+        factor, term, norm = self._line(sums.scale, sums.bias, count, statistics)
+        return x.normalized(self, norm, factor, term)
+
+    @torch.no_grad()
+    def _line(
+        self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
+    ) -> tuple[Tensor, Tensor, Norm]:
+        """Factor and term of the sums, and the norm that they are made of."""
+        affine = [None if x is None else x.detach() for x in (self.weight, self.bias)]
+        of_batch = self.training or self.running_mean is None
+        if of_batch:
+            if self.training and count <= 1:
                 raise ValueError(
-                    "Expected more than 1 value per channel when training, got input size "
-                    f"{list(x.shape)}"
+                    "expected more than 1 value per channel in training, got a batch norm of 1"
                 )
-            *of_map, batch_mean, variance = x.chain.compute("normalization")(
-                *sums.moments[:2],
-                count,
-                sums.scale,
-                _detached(self.weight),
-                _detached(self.bias),
-                self.eps,
-            )
+            factor, term, mean, inverse, batch_mean, variance = statistics(*affine)
             if self.training and self.track_running_stats and not in_backward():
-                if sums.bias is not None:
-                    batch_mean = batch_mean + sums.bias.double()
+                if bias is not None:
+                    batch_mean = batch_mean + bias.double()
                 self._track(batch_mean, variance * (count / (count - 1)))
-        return of_map
+        else:
+            mean = self.running_mean.double()
+            if bias is not None:
+                mean = mean - bias.double()
+            inverse = (1 / (self.running_var.double() + self.eps).sqrt()).float()
+            factor, term = line(mean, inverse, scale, *affine)
+            mean = (mean / scale.double()).float()
+        return factor, term, Norm(self.weight, self.bias, mean, inverse, of_batch)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)
@@ -86,16 +165,12 @@ class ExactBatchNorm:
             running.mul_(1 - momentum).add_(momentum * batch.to(running.dtype))
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 @functools.cache
 def exact(norm: type[nn.Module]) -> type[nn.Module]:
     """The class of a batch norm with `ExactBatchNorm`."""
     namespace = {
         "__reduce_ex__": lambda self, _: (_new, (norm,), self.__getstate__()),
-        "_float_class": norm,
+        "float_class": norm,
     }
     return type(f"Exact{norm.__name__}", (ExactBatchNorm, norm), namespace)
 

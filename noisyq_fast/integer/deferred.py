@@ -1,7 +1,7 @@
 """The output of an integer layer before it is written as floats.
 
-After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how its
-values would be made,::
+After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how
+its values would be made,::
 
     y = relu(v * factor + term + residual)
 
@@ -14,16 +14,17 @@ computes the same bits whoever reads what.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noisyq_fast import gradients
+from noisyq_fast import checks, gradients
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
 from noisyq_fast.grid import Grid
@@ -39,7 +40,9 @@ class Sums:
         bias: ``[C]`` or ``None``.
         bound: no ``|v|`` is above it.
         product: what the gradient of ``v * scale + bias`` flows to; without values.
+        layer: whose sums they are.
         moments: of each channel, as from `reference_integer.moments`; ``None``: not known.
+        again: what `convolve_sums` made them of, to be saved for the backward in their place.
     """
 
     values: Tensor
@@ -47,7 +50,9 @@ class Sums:
     bias: Tensor | None
     bound: int
     product: Tensor
+    layer: nn.Module
     moments: tuple[Tensor, ...] | None = None
+    again: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +85,41 @@ class Chain:
         return select(name, self.sums.values.device.type)
 
 
+class Record:
+    """What chains went on with while `fuse_` looks: of each layer the steps, and its norms."""
+
+    def __init__(self) -> None:
+        self.steps: dict[nn.Module, list[str]] = {}
+        self.norms: dict[nn.Module, list[nn.Module]] = {}
+        self.reads: list[nn.Module] = []
+
+
+_records: list[Record] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    _records.append(Record())
+    try:
+        yield _records[-1]
+    finally:
+        _records.pop()
+
+
+def record(chain: Chain, step: str) -> None:
+    for found in _records:
+        steps = found.steps.setdefault(chain.sums.layer, [])
+        if step not in steps:
+            steps.append(step)
+
+
+def deferrable(x: Tensor) -> bool:
+    """Whether a tensor has values, and nothing traces or transforms what is computed of them."""
+    if torch.compiler.is_compiling():
+        return False
+    return isinstance(x, Deferred) or checks.is_plain(x)
+
+
 class _ChainGradient(torch.autograd.Function):
     """From the gradient of a chain's y to those of its product, norm and residual."""
 
@@ -95,9 +135,12 @@ class _ChainGradient(torch.autograd.Function):
     ) -> Tensor:
         norm = chain.norm
         of_norm = (None, None) if norm is None else (norm.mean, norm.inverse)
+        sums = chain.sums
+        of_sums = (sums.values,) if sums.again is None else sums.again[:4]
+        ctx.how = None if sums.again is None else sums.again[4:]
         ctx.save_for_backward(
-            *(chain.sums.values, chain.sums.scale, chain.factor, chain.term, *of_norm),
-            *(None if weight is None else weight.detach(), zeros),
+            *(sums.scale, chain.factor, chain.term, *of_norm),
+            *(None if weight is None else weight.detach(), zeros, *of_sums),
         )
         ctx.relu = chain.relu
         ctx.uses_batch = norm is not None and norm.uses_batch
@@ -108,7 +151,10 @@ class _ChainGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, scale, factor, term, mean, inverse, weight, zeros = ctx.saved_tensors
+        scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
+        values = of_sums[0]
+        if ctx.how is not None:
+            values, _ = ctx.compute("convolve_sums")(*of_sums, *ctx.how, False)
         relu = ctx.relu
         _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
         if zeros is not None:  # behind an addition, where the sums alone do not tell
@@ -188,7 +234,10 @@ class Deferred(Tensor):
             own._chain = replace(own._chain, sums=sums)
         return sums
 
-    def normalized(self, norm: Norm, factor: Tensor, term: Tensor) -> Deferred:
+    def normalized(self, module: nn.Module, norm: Norm, factor: Tensor, term: Tensor) -> Deferred:
+        record(self.chain, "batch norm")
+        for found in _records:
+            found.norms.setdefault(self.chain.sums.layer, []).append(module)
         chain = replace(self.chain, norm=norm, factor=factor, term=term)
         return _extended(chain, self.current()._format)
 
@@ -197,6 +246,7 @@ class Deferred(Tensor):
         chain = own._chain
         if own._values is not None or chain.relu:
             return None
+        record(chain, "ReLU")
         chain = replace(chain, relu=True)
         if chain.residual is None:
             return _extended(chain, own._format)
@@ -219,6 +269,7 @@ class Deferred(Tensor):
             or other.device != self.device
         ):
             return None
+        record(chain, "addition")
         source = other
         if isinstance(other, Deferred):
             other, source = other.values(), other.source
@@ -230,6 +281,8 @@ class Deferred(Tensor):
         """An ordinary tensor."""
         own = self.current()
         if own._values is None:
+            for found in _records:
+                found.reads += [own._chain.sums.layer] * (own._chain.norm is None)
             raw = own._raw
             if raw is None:
                 raw, _, own._extremes = _mapped(own._chain, False)
@@ -259,9 +312,10 @@ class Deferred(Tensor):
     def codes_within(self, range_: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
         """Codes, scale and zero point in a range; None where values are there to be quantized."""
         own = self.current()
-        if own._values is not None or own._raw is not None or own._chain.residual is not None:
-            return None
         chain = own._chain
+        record(chain, "quantizer")
+        if own._values is not None or own._raw is not None or chain.residual is not None:
+            return None
         return chain.compute("codes_of_sums")(
             chain.sums.values, chain.factor, chain.term, chain.relu, range_, grid
         )
@@ -344,6 +398,36 @@ def _extremes(chain: Chain) -> Tensor:
     return torch.stack([low, high.clamp(min=0)])
 
 
+class _MeanOfPixels(torch.autograd.Function):
+    """The mean over the last two axes in a fixed order: the second half is added to the first until
+    one value is left; then one division."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.sizes = x.shape
+        pixels = x.flatten(-2)
+        while pixels.shape[-1] > 1:
+            half = (pixels.shape[-1] + 1) // 2
+            first, second = pixels[..., :half], pixels[..., half:]
+            if first.shape == second.shape:
+                pixels = first + second
+            else:
+                pixels = torch.cat([first[..., :-1] + second, first[..., -1:]], -1)
+        total = pixels.squeeze(-1)
+        return total / torch.full_like(total, ctx.sizes[-2] * ctx.sizes[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        *_, height, width = ctx.sizes
+        return (grad / (height * width))[..., None, None].expand(ctx.sizes)
+
+
+def mean_of_pixels(x: Tensor, keepdim: bool = False) -> Tensor:
+    """The mean over the last two axes, equal to the bit on every device."""
+    mean = _MeanOfPixels.apply(x)
+    return mean[..., None, None] if keepdim else mean
+
+
 # What a chain goes on with: None where it does not, and values are made.
 
 
@@ -369,6 +453,22 @@ def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Tensor | None:
     return None if made is None else _in_place(x, made)
 
 
+def _mean(
+    x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
+) -> Tensor | None:
+    if not isinstance(x, Deferred) or x.dim() != 4 or dtype is not None or out is not None:
+        return None
+    if not isinstance(dim, tuple | list) or sorted(d % 4 for d in dim) != [2, 3]:
+        return None
+    return mean_of_pixels(x.values(), keepdim)
+
+
+def _pool(x: Any, output_size: Any) -> Tensor | None:
+    if not isinstance(x, Deferred) or x.dim() != 4 or output_size not in (1, (1, 1), [1, 1]):
+        return None
+    return mean_of_pixels(x.values(), keepdim=True)
+
+
 def _in_place(x: Deferred, made: Deferred) -> Deferred:
     x.current()._instead = made
     return made
@@ -387,6 +487,9 @@ _FOLLOWS: dict[Callable, Callable] = {
     Tensor.__radd__: _add,
     Tensor.add_: _add_in_place,
     Tensor.__iadd__: _add_in_place,
+    torch.mean: _mean,
+    Tensor.mean: _mean,
+    F.adaptive_avg_pool2d: _pool,
 }
 _OF_THE_SHELL = {
     Tensor.size,
@@ -396,7 +499,9 @@ _OF_THE_SHELL = {
     Tensor.is_floating_point,
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "device", "layout", "requires_grad", "is_cuda")
-        + ("is_sparse", "is_nested", "is_meta", "is_quantized", "grad_fn", "is_leaf")
+        for name in (
+            *("shape", "ndim", "device", "layout", "requires_grad", "is_cuda"),
+            *("is_sparse", "is_nested", "is_meta", "is_quantized", "grad_fn", "is_leaf"),
+        )
     ),
 }

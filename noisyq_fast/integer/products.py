@@ -1,19 +1,20 @@
 """Products of codes: exact sums of whole numbers, then one scale.
 
-For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are none)::
+For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are
+none)::
 
     acc = sum (c - z) (d - w)        exact
     v   = float32(acc)               one rounding
     y   = v * (s * t) + bias         one rounding each
 
-so that an output is the same to the bit on every backend and with every number of threads. Padding is
-the value 0, which is the code z. Gradients are those of the product of the dequantized values, and go
-straight through to the tensors that were quantized::
+so that an output is the same to the bit on every backend and with every number of threads. Padding
+is the value 0, which is the code z. Gradients are those of the product of the dequantized values,
+and go straight through to the tensors that were quantized::
 
     dx = product(dy, (d - w) t)      dw = product(dy, c - z) s      dbias = sum dy
 
-Under autocast the forward stays as it is, and these products are computed in the lower precision, in
-which codes are exact; the scales stay outside.
+Under autocast the forward stays as it is, and these products are computed in the lower precision,
+in which codes are exact; the scale of x stays outside.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
@@ -315,21 +316,37 @@ def _operands(x: Codes, weight: Codes, bias: Tensor | None) -> tuple[Tensor | No
 
 
 def deferred_convolution(
-    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, like: Tensor, measures: bool
+    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, layer: nn.Module, like: Tensor
 ) -> Tensor:
-    """`convolution`, whose values are made when something reads them; ``measures``: a batch norm of
-    the batch may follow."""
-    how = list(vars(geometry).values())
-    bound = weight.codes[0].numel() * x.largest * weight.largest
-    values, moments = select("convolve_sums", x.codes.device.type)(
-        *(x.codes, x.zero_point, weight.codes, weight.zero_point),
-        *(geometry.stride, geometry.padding, geometry.dilation, geometry.groups, bound, measures),
-    )
+    """`convolution`, whose values are made when something reads them. ``layer`` computes it."""
+    how = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    operands = x.codes, x.zero_point, weight.codes, weight.zero_point
+    made_of = (*operands, *how, bound(x, weight))
+    measures = layer.training  # a batch norm of the batch may follow
+    values, moments = select("convolve_sums", x.codes.device.type)(*made_of, measures)
     with torch.no_grad():
         scale = x.scale * weight.scale
     dtype = _autocast_dtype(x.codes.device.type)
     carrier = torch.zeros((), dtype=dtype, device=values.device).expand(values.shape)
     if torch.is_grad_enabled():
-        carrier = _Convolution.apply(lambda: carrier, *_operands(x, weight, bias), *how)
-    sums = Sums(values, scale, bias, bound, carrier, moments)
+        carrier = _Convolution.apply(
+            lambda: carrier, *_operands(x, weight, bias), *vars(geometry).values()
+        )
+    again = made_of if layer.recomputes else None
+    sums = Sums(values, scale, bias, made_of[-1], carrier, layer, moments, again)
     return Deferred.of_sums(sums, memory_format(like))
+
+
+def normalized_convolution(
+    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, norm: nn.Module
+) -> Tensor:
+    """The same with the batch norm that follows, for a graph that is traced."""
+    how = vars(geometry).values()
+    sums = convolve_codes(x.codes, x.zero_point, weight.codes, weight.zero_point, *how)
+    product = convolution(x, weight, bias, geometry)
+    return norm.of_sums(product, sums, x.scale * weight.scale, bias, bound(x, weight))
+
+
+def bound(x: Codes, weight: Codes) -> int:
+    """No sum of a convolution is larger."""
+    return weight.codes[0].numel() * x.largest * weight.largest

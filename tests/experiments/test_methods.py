@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,15 @@ INDICES = torch.arange(6)
 def test_every_method_is_on_with_its_defaults_under_its_name():
     labels = {name: run.parse(["--method", name]).label for name in methods.METHODS}
     assert labels == {
+        "hash_knn": "hash-knn48",
+        "slimmable": "slimmable",
+        "us_slimmable": "us-slimmable",
         "quant": "quant-w4a4",
+        "lsq": "lsq4",
+        "pact": "pact4",
+        "qil": "qil4",
+        "dsq": "dsq4",
+        "aqd": "aqd4",
         "dropout": "dropout0.1",
         "prune": "prune0.75",
         "weight_decay": "weight-decay0.01",
@@ -40,6 +51,15 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "defensive": "defensive0.0003",
         "noisy_student": "noisy-student3",
         "qkd": "qkd",
+        "adder": "adder",
+        "hashed": "hashed8",
+        "lcnn": "lcnn0.5",
+        "easyquant": "easyquant-w4a4",
+        "ocs": "ocs-w4a4-0.02",
+        "bitsplit": "bitsplit-w4a4",
+        "dfq": "dfq-w4a4",
+        "adabits": "adabits5-3",
+        "quantizable": "quantizable4-2",
     }
 
 
@@ -91,6 +111,22 @@ def test_an_odd_grid_has_fewer_bits():
     assert Quant(7, 4, weight_grid="odd").label == "quant-w7a4-odd-weights"
     with pytest.raises(ValueError, match="--activation-bits: got 8, takes 2 to 7 on the odd grid"):
         Quant(activation_bits=8, activation_grid="odd")
+
+
+FLOATS = [
+    (method, field.name)
+    for method in methods.METHODS.values()
+    for field in dataclasses.fields(method)
+    if "float" in str(field.type)
+]
+
+
+@pytest.mark.parametrize(("method", "option"), FLOATS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_no_file_can_hold_are_refused(method, option, value):
+    name = option.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"--{name}: got -?(inf|nan), takes "):
+        method(**{option: value})
 
 
 def test_help_says_what_every_method_does_and_where_it_departs_from_its_paper(capsys):

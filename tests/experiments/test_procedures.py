@@ -6,6 +6,9 @@ from test_training import ends_bit_identical, numbers, trainer
 
 from experiments import run
 from experiments.methods.noisy_student import NoisyStudent, targets
+from experiments.methods.train_longer import LargeBatches, ghosts
+from experiments.training import data_parallel
+from experiments.training.procedure import Batch
 from experiments.training.schedules import phases
 
 SMALL = {"epochs": 4, "train_size": 64, "batch_size": 32}
@@ -125,6 +128,23 @@ def test_large_batches_train_as_often_as_small_ones():
     assert {state["step"].item() for state in states} == {6}
 
 
+def test_every_process_needs_a_part_of_every_ghost_batch(monkeypatch):
+    options = SMALL | {"train_size": 33, "batch_size": 16}  # the last one has 17
+    for processes, size in ((2, 2), (3, 4), (4, 8)):
+        monkeypatch.setattr(data_parallel, "size", lambda processes=processes: processes)
+        ours = trainer(f"--method train_longer --ghost-batch {size}", **options)
+        batch = torch.arange(17)
+        shares = [
+            [len(ghost.indices) for ghost in ghosts(Batch(own, own, own, len(own) / 17), size)]
+            for own in batch.tensor_split(processes)
+        ]
+        assert len({len(of_rank) for of_rank in shares}) == 1
+        assert min(map(min, shares)) > 0
+        assert isinstance(ours.procedure, LargeBatches)
+    with pytest.raises(ValueError, match="--ghost-batch: got 2, which leaves a process without"):
+        trainer("--method train_longer --ghost-batch 2", **options)
+
+
 def test_default_batch_of_train_longer_is_larger_than_its_ghosts():
     config = run.parse(["--method", "train_longer"]).resolved(gpu=False, threads=1)
     assert config.batch_size == 512
@@ -144,6 +164,11 @@ def test_student_learns_what_the_teacher_is_sure_of_beside_the_given_labels():
     torch.testing.assert_close(soft, torch.tensor(expected))
     hard = targets(LOGITS, GIVEN, NoisyStudent(student_labels="hard", student_given=0.25))
     assert hard.tolist() == [[0.75, 0.25, 0], [0.75, 0, 0.25]]
+
+
+def test_students_take_any_loss_that_takes_probabilities():
+    ours, _ = trained("--method noisy_student --student-confidence 0 --loss sce")
+    assert ours.procedure.targets.max() < 1
 
 
 def test_student_of_a_teacher_that_is_sure_of_nothing_trains_as_usual():
@@ -208,6 +233,8 @@ def test_both_study_by_themselves_first():
         ("--method snapshot --swa-start 0.5", "of which a run has one procedure"),
         ("--method defensive --weight-decay 0.1", "got defensive with weight_decay, which draws"),
         ("--method noisy_student --loss gce", "got noisy_student with gce, which takes labels of"),
+        ("--snapshots 2 --snapshots-used 3", "-used: got 3, takes a whole number from 1 to 2"),
+        ("--method snapshot --snapshots-used 6", "-used: got 6, takes a whole number from 1 to 5"),
         ("--method mutual_learning --dataset synthetic-au", "takes labels that are classes"),
         ("--swa-lr 2", "--swa-lr: takes effect with --method swa or --swa-start only"),
         ("--swa-start 0", "--swa-start: got 0.0, takes a share above 0, up to 1"),

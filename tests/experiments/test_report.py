@@ -81,6 +81,17 @@ def test_human_labels_stand_at_the_noise_they_have(tmp_path):
     assert FinishedRun.read(folder).noise == 0.4021
 
 
+def test_what_training_took_stands_beside_every_accuracy(tmp_path):
+    folder = write_run(tmp_path)
+    edit(folder / "result.json", test_accuracy_at_best_validation=0.625)
+    study = only_study(tmp_path)
+    text = tables.study_section("title", study, comparison.summary(study))
+    headers = [line for line in text.splitlines() if line.startswith("| test accuracy")]
+    assert len(headers) == 2
+    assert all(f"| {tables.BUDGET} |" in header for header in headers)
+    assert "| baseline | 3 + 3 | 62.50 |" in text
+
+
 def test_table_of_accuracy_and_gain(tmp_path):
     for seed, accuracy in enumerate([0.5, 0.6]):
         write_run(tmp_path, "baseline", accuracy, seed=seed)

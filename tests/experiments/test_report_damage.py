@@ -122,6 +122,11 @@ DAMAGES = [
     (config(lr="0.1"), "/config.json: got '0.1' as lr, takes a finite number or null"),
     (config(lr=10**400), "as lr, takes a finite number"),
     (config(batch_size=True), "/config.json: got True as batch_size, takes a whole number or null"),
+    (
+        config(train_size=0),
+        "/config.json: got 0 as train_size, takes a whole number from 1 or null",
+    ),
+    (config(train_size=10**30), "as train_size, takes a whole number from 1 or null"),
     (config(another={"a": []}), "/config.json: got {'a': []} as another, takes a finite number"),
     (config(weight_bits="4"), "/config.json: malformed options: "),
     (config(weight_bits=[[]]), "/config.json: malformed options: "),

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments import data, run
 from experiments.data import digits
+from experiments.methods import METHODS
 from experiments.tasks import classification
 from experiments.tasks.classification import Classification
 from experiments.training import checkpoints
@@ -163,6 +165,63 @@ def stopped_after(epochs, out, monkeypatch, options=OPTIONS):
         patched.setattr(Checkpoints, "save", killed)
         failed(Killed, out, options)
     return asked
+
+
+# With options by which the four epochs have all phases, and what is kept between epochs is used.
+PROCEDURES = {
+    "mixup": "--prune 0.5",
+    "co_teaching": "--loss elr --forget-rate 0.4 --dropout 0.2",
+    "sam": "--loss gce --gce-threshold 0.1",
+    "swa": "--swa-start 0.3 --patience 2",
+    "snapshot": "--snapshots 3 --snapshots-used 2",
+    "train_longer": "--ghost-batch 4 --loss elr",
+    "mutual_learning": "--prune 0.5 --prune-steps 2",
+    "noisy_student": "--loss elr --dropout 0.2",
+    "qkd": "--loss gce --gce-threshold 0.1 --dropout 0.2",
+}
+
+
+def test_all_procedures_are_killed():
+    assert PROCEDURES.keys() == {n for n, m in METHODS.items() if m.REPLACES == "procedure"}
+
+
+class KilledAt:
+    """Counts the batches and evaluations of a run, and ends it in front of some of them."""
+
+    def __init__(self, patched, points=()):
+        self.count = 0
+        for name in ("_step", "_predict"):
+            patched.setattr(Trainer, name, self.wrapped(getattr(Trainer, name), points))
+
+    def wrapped(self, call, points):
+        @functools.wraps(call)
+        def wrapper(*args, **kwargs):
+            self.count += 1
+            if self.count in points:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return wrapper
+
+
+@pytest.mark.parametrize("bits", ["", "--weight-bits 4"])
+@pytest.mark.parametrize("method", PROCEDURES)
+def test_a_procedure_killed_at_random_points_ends_bit_identical(
+    method, bits, tmp_path, monkeypatch
+):
+    options = f"--method {method} {PROCEDURES[method]} {bits}"
+    options += " --epochs 4 --train-size 16 --batch-size 8 --threads 1"
+    with monkeypatch.context() as patched:
+        counted = KilledAt(patched)
+        whole = executed(tmp_path / "whole", options)
+    chance, half = random.Random(options), counted.count // 2
+    # In the second half, what was kept in the first one counts.
+    points = chance.randint(1, half), chance.randint(half + 1, counted.count)
+    with monkeypatch.context() as patched:
+        KilledAt(patched, points)
+        for _ in points:
+            failed(Killed, tmp_path / "killed", options)
+    assert executed(tmp_path / "killed", options) == whole, points
 
 
 def test_metrics_are_those_of_the_checkpoint(whole, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ REPORT = Report(
     study=ActionUnitStudy,
     summary=comparison.summary,
     section=tables.study_section,
+    across=lambda studies: [],
     draw=figure.draw_all,
     folder="report-table1",
     csv="table1.csv",

@@ -48,7 +48,7 @@ def convolve_codes(
     if not transposed and _is_taken(codes, weight) and codes.dim() == 4:
         out = _convolve(*operands, stride, padding, dilation, groups, None, torch.float32)
         if out is not None:
-            return out
+            return reference_integer.laid_out_like(codes, out)
     return reference_integer.convolve_codes(*operands, *how)
 
 
@@ -115,7 +115,7 @@ def integer_convolution(
         scales = _Scales(scale, weight_scale, bias)
         out = _convolve(*operands, stride, padding, dilation, groups, scales, x.dtype)
         if out is not None:
-            return out
+            return reference_integer.laid_out_like(codes, out)
     return reference.backend.functions["integer_convolution"](
         *(x, weight, bias, codes, scale, zero_point, masked),
         *(weight_codes, weight_scale, weight_zero_point, weight_masked),
@@ -170,7 +170,7 @@ def _convolve(
     scales: _Scales | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """None where images are smaller than the window, or offsets take more than 32 bits."""
+    """With the channels last in memory. None where images are smaller than the window, or offsets take more than 32 bits."""
     images, _, *sizes = codes.shape
     outputs, _, *window = weight.shape
     of_output = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import on_triton, reference_integer
-from noisyq_fast.backends.kernel_arguments import channels_last_rows, laid_out_like
+from noisyq_fast.backends.kernel_arguments import channels_last_rows, like
 from noisyq_fast.backends.on_triton import backend
 from noisyq_fast.backends.on_triton.tiling import Tiling
 from noisyq_fast.grid import ODD, Grid
@@ -78,7 +78,7 @@ def map_sums(
         )
     sums, _, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
-    residual = None if residual is None else laid_out_like(sums, residual)
+    residual = None if residual is None else like(residual, sums)
     zeros = sums.new_empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     tiling = on_triton._map_tiling(y, None)
     partial = sums.new_empty(2, tiling.splits, dtype=torch.int32) if wants_range else None
@@ -131,7 +131,7 @@ def grads_of_norm(
     tiling = _tiling(sums)
     partial = sums.new_empty(2 * tiling.splits, channels, dtype=torch.float64)
     _launch(
-        *(_kernels().grads_of_norm_partially, tiling, sums, laid_out_like(sums, grad)),
+        *(_kernels().grads_of_norm_partially, tiling, sums, like(grad, sums)),
         *(factor, term, mean, partial, relu),
     )
     *line, of_weight, of_bias = sums.new_empty(5, channels, dtype=torch.float32).unbind()
@@ -159,13 +159,16 @@ def grads_of_sums(
     if sums.numel() == 0:
         return torch.empty_like(sums, dtype=grad.dtype)
     sums, *_ = channels_last_rows(sums)
-    grad = laid_out_like(sums, grad)
+    grad = like(grad, sums)
     out = torch.empty_like(grad)
     _launch(
         *(_kernels().grads_of_sums, _tiling(sums), sums, grad),
         *(*(x.contiguous() for x in of_channels), out, relu),
     )
     return out
+
+
+reference_integer.register_norm(backend)
 
 
 def _float(x: Tensor | None) -> Tensor | None:

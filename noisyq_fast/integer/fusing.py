@@ -1,0 +1,136 @@
+"""Making chains of layers compute without floats between them, and undoing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from noisyq_fast.integer.batch_norm import ExactBatchNorm, exact
+from noisyq_fast.integer.deferred import Record, recording
+from noisyq_fast.layers import QuantLayer
+from noisyq_fast.quantizers import Quantizer
+from noisyq_fast.running import arguments, left_as_it_was
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Module:
+    """Makes convolutions that compute in integers, and what follows them, one chain: a batch norm,
+    an addition, a ReLU and the quantizer of the next layer.
+
+    Such a convolution hands on its exact sums. A batch norm that follows takes its statistics from
+    them, exactly (`noisyq_fast.integer.batch_norm`), and the quantizer makes its codes of them in
+    one pass; no float tensor is written between the two unless something else reads it. Then a
+    forward gives the same bits on every backend and with every number of threads, in training too.
+    The mean over all pixels, as a method or a function, is summed in a fixed order.
+
+    The model's own forward is called as before, so it may depend on its mode, on Python state and
+    on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
+    Modules, parameters, hooks and the names of the state dict stay. A `SyncBatchNorm` stays as it
+    is.
+
+    Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
+    a convolution computes its batch norm too, with the same bits, and the graph has to use the two
+    as the model does on the example. The mean over pixels is then PyTorch's.
+
+    Args:
+        model: with layers of ``quantize_model_(..., arithmetic="integer")``. Changed in place.
+        example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
+            arguments), on which it is run, in evaluation and in training, to see what follows
+            what. Ranges, statistics, modes and PyTorch's random state stay as they were.
+        recompute: save only codes for the backward, and make the sums of a convolution anew there.
+
+    Returns:
+        ``model``. `summary` shows what follows which layer.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a model without layers that compute in integers, or an example on which it does
+            not run.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> from torch import nn
+        >>> layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        >>> model = noisyq_fast.quantize_model_(nn.Sequential(*layers), arithmetic="integer")
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> print(noisyq_fast.fuse_(model, x)[0].followed_by)
+        batch norm, ReLU, quantizer
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, QuantLayer) and layer.can_defer and layer.computes_in_integers()
+    ]
+    if not layers:
+        raise ValueError(
+            f"model: got {type(model).__name__} without convolutions that compute in integers, "
+            'takes one of quantize_model_(model, arithmetic="integer")'
+        )
+    unfuse_(model)
+    norms = [norm for norm in model.modules() if type(norm) in _NORMS]
+    try:
+        for layer in layers:
+            layer.defers, layer.recomputes = True, recompute
+        for norm in norms:
+            norm.__class__ = exact(type(norm))
+        seen = [_seen(model, example, training) for training in (False, True)]
+        _pair(layers, norms, seen)
+    except BaseException:
+        unfuse_(model)
+        raise
+    return model
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Undoes `fuse_`, where it was called."""
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            for name in ("defers", "recomputes", "norm", "followed_by"):
+                vars(module).pop(name, None)
+        elif isinstance(module, ExactBatchNorm):
+            module.__class__ = module.float_class
+            vars(module).pop("follows", None)
+
+
+def _seen(model: nn.Module, example: Any, training: bool) -> Record:
+    positional, named = arguments(example)
+    with left_as_it_was(model), torch.no_grad(), recording() as found:
+        model.train(training)
+        for quantizer in model.modules():
+            if isinstance(quantizer, Quantizer):
+                quantizer.train()  # which may have seen nothing yet
+        try:
+            model(*positional, **named)
+        except Exception as error:
+            mode = "training" if training else "evaluation"
+            raise ValueError(
+                f"example: the model does not run on it in {mode}: {type(error).__name__}: {error}"
+            ) from error
+    return found
+
+
+def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) -> None:
+    for layer in layers:
+        of_modes = [found.norms.get(layer, []) for found in seen]
+        of_layer = {id(norm): norm for norms in of_modes for norm in norms}
+        read = any(layer in found.reads for found in seen)
+        steps = list(dict.fromkeys(step for found in seen for step in found.steps.get(layer, [])))
+        one_norm = len(of_layer) == 1 and all(of_modes) and not read
+        if (of_layer and not one_norm) or not {"batch norm", "quantizer"} & set(steps):
+            layer.defers = False
+            continue
+        layer.followed_by = ", ".join(steps)
+        layer.norm = tuple(of_layer.values())
+        for norm in layer.norm:
+            norm.follows = (*norm.follows, layer)
+    for norm in norms:
+        if len(norm.follows) != 1:
+            for layer in norm.follows:
+                layer.defers, layer.norm = False, ()
+            vars(norm).pop("follows", None)
+            norm.__class__ = norm.float_class
