@@ -16,6 +16,8 @@ from noisyq_fast.backends.on_triton.sums import moments
 from noisyq_fast.backends.on_triton.tiling import product_tile
 
 _EXACT_INT = 2**31
+_MOST_PLACES = 2**31 - 2**15
+"""So many are counted in 32 bits, up to the end of the last tile."""
 _SHIFT = 128
 """Between an unsigned code and the signed byte that is multiplied in its place."""
 _FEW = 16
@@ -147,10 +149,11 @@ def integer_linear(
 
 
 def _is_taken(codes: Tensor, weight: Tensor) -> bool:
-    """Whether there is something to sum, in 32 bits."""
+    """Whether there is something to sum, and sums and rows are counted in 32 bits."""
     if codes.numel() == 0 or weight.numel() == 0:
         return False
-    return weight[0].numel() * _largest(codes) * _largest(weight) < _EXACT_INT
+    largest = weight[0].numel() * _largest(codes) * _largest(weight)
+    return largest < _EXACT_INT and codes.numel() // weight.shape[1] < _MOST_PLACES
 
 
 def _largest(codes: Tensor) -> int:
@@ -170,7 +173,8 @@ def _convolve(
     scales: _Scales | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """With the channels last in memory. None where images are smaller than the window, or offsets take more than 32 bits."""
+    """With the channels last in memory. None where images are smaller than the window, or places
+    in one do not fit into 32 bits."""
     images, _, *sizes = codes.shape
     outputs, _, *window = weight.shape
     of_output = [
@@ -178,7 +182,7 @@ def _convolve(
         for size, k, s, p, d in zip(sizes, window, stride, padding, dilation, strict=True)
     ]
     last = images * of_output[0] * of_output[1], codes[0].numel(), sum(sizes) + 2 * sum(padding)
-    if min(of_output) < 1 or max(last) >= _EXACT_INT - 2**16:
+    if min(of_output) < 1 or max(last) >= _MOST_PLACES:
         return None
     out = torch.empty(
         [images, outputs, *of_output],
@@ -205,10 +209,11 @@ def _multiply(
 ) -> Tensor:
     """Every row is an image of one pixel."""
     rows = codes.shape[:-1]
-    if scales is not None and scales.of_codes.dim() > 0:
-        scales = scales._replace(of_codes=_of_rows(scales.of_codes, rows))
-    if zero_point is not None and zero_point.dim() > 0:
-        zero_point = _of_rows(zero_point, rows)
+    if _is_of_images(zero_point, scales):
+        if zero_point is not None:
+            zero_point = _of_rows(zero_point, rows)
+        if scales is not None:
+            scales = scales._replace(of_codes=_of_rows(scales.of_codes, rows))
     out = torch.empty([*rows, len(weight)], dtype=dtype, device=codes.device)
     steps = 1, 1, 0, 0, 1, 1, None
     codes = codes.contiguous()
@@ -257,8 +262,13 @@ def _launch(
         *((None,) * 3 if scales is None else _prepared(scales, outputs)),
         *(out, (pixels, *of_output, of_group), (*sizes, of_pixel * groups), window),
         *((of_sum, of_pixel), groups, tile),
-        any(x.dim() > 0 for x in (zero_point, scales and scales.of_codes) if x is not None),
+        _is_of_images(zero_point, scales),
     )
+
+
+def _is_of_images(zero_point: Tensor | None, scales: _Scales | None) -> bool:
+    of_codes = zero_point, None if scales is None else scales.of_codes
+    return any(x is not None and x.dim() > 0 for x in of_codes)
 
 
 def _signed(
