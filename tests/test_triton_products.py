@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     on_triton.unavailable() is not None, reason=str(on_triton.unavailable())
 )
 
-DRAWS = range(12)
+DRAWS = range(8)
 LIMITS = TileLimits(processors=4, on_chip=32, streamed=64)
 CODES = (torch.int8, torch.uint8)
 
