@@ -18,7 +18,8 @@ from noisyq_fast.backends import native_cpu_adder as native_cpu_adder
 from noisyq_fast.backends import native_cpu_learned as native_cpu_learned
 from noisyq_fast.backends import reference_learned as reference_learned
 from noisyq_fast.backends.backend import Backend
-from noisyq_fast.backends.on_triton import learned as _  # noqa: F401
+from noisyq_fast.backends.on_triton import learned as learned
+from noisyq_fast.backends.on_triton import products as products
 
 # In order of preference. The reference computes every operator on every device.
 BACKENDS: dict[str, Backend] = {

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import reference_integer as reference
-from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, KIND_CODES, address, core
+from noisyq_fast.backends.kernel_arguments import (
+    DTYPE_CODES,
+    KIND_CODES,
+    address,
+    channels_last_rows,
+    core,
+    like,
+)
 from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.grid import Grid
 
@@ -285,7 +292,7 @@ def routes() -> dict[str, str]:
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     is_narrow = reference.is_narrow(bound)
     kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
     found = _empty_moments(channels)
@@ -335,9 +342,9 @@ def map_sums(
     wants_zeros: bool,
     wants_range: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
-    residual = None if residual is None else _like(residual, sums)
+    residual = None if residual is None else like(residual, sums)
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     range_ = torch.empty(2) if wants_range else None
     core.map_sums(
@@ -352,7 +359,7 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([]), torch.empty([], dtype=torch.uint8)
     core.codes_of_sums(
@@ -377,8 +384,8 @@ def grads_of_norm(
     weight: Tensor | None,
     uses_batch: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    sums, rows, channels = _rows(sums)
-    grad = _like(grad, sums)
+    sums, rows, channels = channels_last_rows(sums)
+    grad = like(grad, sums)
     weight = None if weight is None else weight.float().contiguous()
     slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels).unbind()
     core.grads_of_norm(
@@ -404,8 +411,8 @@ def grads_of_sums(
     shift: Tensor,
     tilt: Tensor,
 ) -> Tensor:
-    sums, rows, channels = _rows(sums)
-    grad = _like(grad, sums)
+    sums, rows, channels = channels_last_rows(sums)
+    grad = like(grad, sums)
     out = torch.empty_like(grad)
     core.grads_of_sums(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
@@ -415,24 +422,6 @@ def grads_of_sums(
         *(out.data_ptr(), threads()),
     )
     return out
-
-
-def _rows(sums: Tensor) -> tuple[Tensor, int, int]:
-    """``sums`` with the channels last in memory, and as how many rows of how many."""
-    if sums.dim() > 2:
-        sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
-        channels = sums.shape[1]
-    else:
-        sums = sums.contiguous()
-        channels = sums.shape[-1]
-    return sums, sums.numel() // channels if channels else 0, channels
-
-
-def _like(x: Tensor, sums: Tensor) -> Tensor:
-    """In the memory format of the sums."""
-    if x.stride() == sums.stride():
-        return x
-    return torch.empty_like(sums, dtype=x.dtype).copy_(x)
 
 
 reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)
