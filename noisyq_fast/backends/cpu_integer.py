@@ -76,7 +76,7 @@ def convolve_sums(
     how = stride, padding, dilation, False, [0] * len(stride), groups
     sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     if not measures and not reference.is_narrow(bound):
-        return sums, None
+        return _rows(sums)[0], None
     kept, *of_channels = moments(sums, bound)
     return kept, tuple(of_channels) if measures else None
 
@@ -271,7 +271,7 @@ def has_exact_products() -> bool:
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = _rows(sums.float())
     is_narrow = reference.is_narrow(bound)
     kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
     found = _empty_moments(channels)

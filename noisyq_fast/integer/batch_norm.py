@@ -135,6 +135,9 @@ class ExactBatchNorm:
         self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
     ) -> tuple[Tensor, Tensor, Norm]:
         """Factor and term of the sums, and the norm that they are made of."""
+        if len(scale) != self.num_features:
+            got = f"got a layer of {len(scale)} channels before it"
+            raise ValueError(f"batch norm: {got}, takes {self.num_features}")
         affine = [None if x is None else x.detach() for x in (self.weight, self.bias)]
         of_batch = self.training or self.running_mean is None
         if of_batch:
@@ -162,7 +165,15 @@ class ExactBatchNorm:
         if momentum is None:
             momentum = 1 / float(self.num_batches_tracked)
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+            batch = _innermost(batch)
             running.mul_(1 - momentum).add_(momentum * batch.to(running.dtype))
+
+
+def _innermost(x: Tensor) -> Tensor:
+    """Without what `torch.func.grad` wraps around it, which may not go into a buffer."""
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 @functools.cache
