@@ -165,15 +165,7 @@ class ExactBatchNorm:
         if momentum is None:
             momentum = 1 / float(self.num_batches_tracked)
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            batch = _innermost(batch)
             running.mul_(1 - momentum).add_(momentum * batch.to(running.dtype))
-
-
-def _innermost(x: Tensor) -> Tensor:
-    """Without what `torch.func.grad` wraps around it, which may not go into a buffer."""
-    while torch._C._functorch.is_gradtrackingtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
 
 
 @functools.cache

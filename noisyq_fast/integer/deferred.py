@@ -232,7 +232,9 @@ class Deferred(Tensor):
                 raw = found._written() if found._values is None else found._values.detach()
                 with torch.enable_grad():
                     found._values = _Written.apply(self, lambda: raw)
-                found._raw, found._version_read = None, raw._version
+                found._raw, found._version_read = None, _version(found._values)
+                sums = replace(found._chain.sums, product=found._values)
+                found._chain = replace(found._chain, sums=sums)
         return found
 
     def _goes_on(self) -> Chain | None:
@@ -250,7 +252,7 @@ class Deferred(Tensor):
             return False
         if own._values is None:
             return True
-        if own._values._version != own._version_read:
+        if _version(own._values) != own._version_read:
             return False
         return torch.equal(own._values.detach(), _mapped(chain, False)[0])
 
@@ -338,7 +340,7 @@ class Deferred(Tensor):
             if self._carrier.requires_grad:
                 with torch.enable_grad():  # also where the first reader takes none
                     raw = _Written.apply(self._carrier, lambda: raw)
-        self._values, self._version_read = raw, 0 if raw.is_inference() else raw._version
+        self._values, self._version_read = raw, _version(raw)
 
     def range_on(self, grid: Grid) -> Tensor | None:
         """As `reference.range_of`, of the tensor as a whole; None where it is to be asked for."""
@@ -391,7 +393,7 @@ class Deferred(Tensor):
         values = self._values
         if values is None:
             return True
-        return self._carrier.requires_grad and values._version == self._version_read
+        return self._carrier.requires_grad and _version(values) == self._version_read
 
     @classmethod
     def __torch_function__(
@@ -406,6 +408,8 @@ class Deferred(Tensor):
         if func in _OF_GRAPH:
             args = pytree.tree_map(lambda x: x.source if isinstance(x, Deferred) else x, args)
             return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return _grad(*args, **kwargs)
         if func in _OF_GRADIENTS and args[0].requires_grad:
             return func(args[0]._watched(), *args[1:], **kwargs)
         follow = _FOLLOWS.get(func)
@@ -432,6 +436,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
         return x.current()._format
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _as_values(x: Any) -> Any:
@@ -543,7 +551,23 @@ def _in_place(x: Deferred, step: Callable) -> Deferred | None:
     made = step(x)
     if made is not None:
         x.current()._instead = made
+        with torch._C.DisableTorchFunctionSubclass():
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(_refuse_old_graph)
     return made
+
+
+def _refuse_old_graph(_: Any) -> None:
+    raise RuntimeError(
+        "an autograd Function got a tensor that an operation in place had changed within a chain of "
+        "fuse_: give it what the operation returns, such as x = relu_(x)"
+    )
+
+
+def _grad(outputs: Any, inputs: Any, *others: Any, **named: Any) -> tuple[Tensor, ...]:
+    outputs = pytree.tree_map(_as_values, outputs)
+    inputs = pytree.tree_map(lambda x: x._watched() if isinstance(x, Deferred) else x, inputs)
+    return torch.autograd.grad(outputs, inputs, *others, **named)
 
 
 def _mean(
