@@ -11,7 +11,7 @@ from noisyq_fast.backends import reference_integer as reference
 from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, KIND_CODES, address, core
 from noisyq_fast.backends.native_cpu import _threads as threads
 from noisyq_fast.backends.native_cpu import backend
-from noisyq_fast.grid import Grid
+from noisyq_fast.grid import ODD, Grid
 
 _EXACT_FLOAT = 2**24
 _EXACT_INT = 2**31
@@ -338,6 +338,8 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if grid.kind == ODD:
+        return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
     sums, rows, channels = _rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([]), torch.empty([], dtype=torch.uint8)
