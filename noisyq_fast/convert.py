@@ -60,10 +60,10 @@ _GRID_OPTIONS = {
 _OF_LAYERS = ("input_ranges", "arithmetic")
 """Options that concern no quantizer."""
 _OPTIONS = (
-    "arithmetic",
     *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),
     *_GRID_OPTIONS["weight"],
     *_GRID_OPTIONS["activation"],
+    "arithmetic",
 )
 
 

@@ -156,6 +156,8 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         self.input_ranges = input_ranges
         super().__init__(*args, device=device, **kwargs)
 
+    integer_axes = (None, -2)
+
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         if self.input_ranges == PER_GROUP and type(activation) is MovingAbsMax:
             activation = MovingAbsMax(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from noisyq_fast import gradients, usage
-from noisyq_fast.granularity import TOKEN, Groups, check_group_size
-from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
+from noisyq_fast.granularity import TOKEN, Axis, Groups, check_group_size
+from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.integer import products
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
@@ -66,6 +66,8 @@ class QuantLayer(nn.Module):
     arithmetic: str = FLOAT
     can_defer: bool = False
     """Whether `fuse_` can make it return a `Deferred`."""
+    integer_axes: tuple[Axis, ...] = (None, TOKEN)
+    """Those of the scales of its input with which it computes in integers."""
     # `fuse_` sets these.
     defers: bool = False
     recomputes: bool = False  # makes its sums again in the backward
@@ -175,11 +177,15 @@ class QuantLayer(nn.Module):
                 return f"{type(quantizer).__name__} of its {name} gives no codes"
             if quantizer.group_size is not None:
                 return f"its {name} has a scale for each group, which does not leave the sum"
+        if self.weight_quantizer.axis not in (None, 0):
+            return "its weight has scales that do not leave the sum"
+        if self.input_quantizer.axis not in self.integer_axes:
+            return f"its input has scales for axis {self.input_quantizer.axis!r}"
         return None
 
     def normalizes(self, output: Tensor) -> bool:
         """Whether a batch norm that follows is part of what the layer computes: where its sums
-        cannot be deferred."""
+        cannot be deferred, because its output is traced or transformed."""
         return self.defers and self.computes_in_integers() and not deferrable(output)
 
     def computes_in_integers(self) -> bool:
@@ -335,6 +341,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 class _QuantConv(QuantLayer):
     can_defer = True
+    integer_axes = (None,)
 
     def compute_integers(self, x: Tensor) -> Tensor:
         unbatched = x.dim() == len(self.kernel_size) + 1
@@ -343,16 +350,27 @@ class _QuantConv(QuantLayer):
             *(list(self.stride), padding, list(self.dilation), False),
             *([0] * len(padding), self.groups),
         )
-        operands = self.input_quantizer.codes(x), self.weight_codes(), self.bias, geometry
-        if self.defers and deferrable(x) and deferrable(operands[1].codes):
+        weight = self.weight_codes()
+        operands = self.input_quantizer.codes(x), weight, self.bias, geometry
+        if self.defers and x.dtype == torch.float32 and all(map(deferrable, (x, weight.codes))):
             y = products.deferred_convolution(*operands, self, x)
-        elif self.defers and self.norm:
-            y = products.normalized_convolution(*operands, *self.norm)
         else:
             y = products.convolution(*operands)
+            if self.norm and self.normalizes(y):
+                y = products.normalized_convolution(*operands, y, *self.norm)
             if isinstance(x, Deferred):
                 y = y.contiguous(memory_format=memory_format(x))
         return y.squeeze(0) if unbatched else y
+
+    def why_float(self) -> str | None:
+        if self.input_quantizer and self.input_quantizer.grid_kind == ODD and self._pads_before():
+            return "the zeros around its input have no code on the odd grid"
+        return super().why_float()
+
+    def _pads_before(self) -> bool:
+        """Whether there are zeros around the input that the product cannot add."""
+        pads = self._reversed_padding_repeated_twice
+        return self.padding_mode == "zeros" and pads[::2] != pads[1::2]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """The input with what the product cannot pad, and what it can. Padding before the quantizer
@@ -361,11 +379,7 @@ class _QuantConv(QuantLayer):
         none = [0] * len(self.kernel_size)
         if self.padding_mode != "zeros":
             return F.pad(x, pads, mode=self.padding_mode), none
-        if not isinstance(self.padding, str):
-            return x, list(self.padding)
-        if pads[::2] != pads[1::2]:
-            return F.pad(x, pads), none
-        return x, pads[::-2]
+        return (F.pad(x, pads), none) if self._pads_before() else (x, pads[::-2])
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
@@ -392,6 +406,8 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 class _QuantConvTranspose(QuantLayer):
     """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
+
+    integer_axes = (None,)
 
     def by_channel(self, weight: Tensor) -> Tensor:
         if self.groups == 1:

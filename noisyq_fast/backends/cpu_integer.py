@@ -18,7 +18,7 @@ from noisyq_fast.backends.kernel_arguments import (
     like,
 )
 from noisyq_fast.backends.native_cpu import backend, threads
-from noisyq_fast.grid import Grid
+from noisyq_fast.grid import ODD, Grid
 
 _EXACT_FLOAT = 2**24
 _EXACT_INT = 2**31
@@ -83,7 +83,7 @@ def convolve_sums(
     how = stride, padding, dilation, False, [0] * len(stride), groups
     sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     if not measures and not reference.is_narrow(bound):
-        return sums, None
+        return _rows(sums)[0], None
     kept, *of_channels = moments(sums, bound)
     return kept, tuple(of_channels) if measures else None
 
@@ -292,7 +292,7 @@ def routes() -> dict[str, str]:
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    sums, rows, channels = channels_last_rows(sums)
+    sums, rows, channels = channels_last_rows(sums.float())
     is_narrow = reference.is_narrow(bound)
     kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
     found = _empty_moments(channels)
@@ -359,6 +359,8 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if grid.kind == ODD:
+        return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
     sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([]), torch.empty([], dtype=torch.uint8)

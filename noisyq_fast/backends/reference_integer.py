@@ -326,7 +326,9 @@ def register_products(
         sums = multiply(codes, zero_point, weight_codes, weight_zero_point)
         if scale.dim() == 0 and weight_codes.dim() == 2:
             rows = sums.reshape(-1, sums.shape[-1])
-            return scaled(rows, scale, weight_scale, bias, x.dtype).reshape(sums.shape)
+            y = scaled(rows, scale, weight_scale, bias, x.dtype)
+            # No view, which could not be changed in place behind its gradient.
+            return torch.ops.aten._unsafe_view(y, sums.shape)
         # A scale for each token, or for each group: of the axes before the last.
         scale = scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
         factor = scale * weight_scale.reshape(*weight_codes.shape[:-2], 1, weight_codes.shape[-2])

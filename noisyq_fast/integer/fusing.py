@@ -131,6 +131,6 @@ def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) 
     for norm in norms:
         if len(norm.follows) != 1:
             for layer in norm.follows:
-                layer.defers, layer.norm = False, ()
+                layer.defers, layer.norm, layer.followed_by = False, (), ""
             vars(norm).pop("follows", None)
             norm.__class__ = norm.float_class

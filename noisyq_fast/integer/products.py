@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
@@ -176,6 +177,7 @@ def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tens
 
 class _Convolution(_Product):
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Convolution._backward(ctx, grad)
 
@@ -229,6 +231,7 @@ def _channel_values(
 
 class _Linear(_Product):
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Linear._backward(ctx, grad)
 
@@ -338,12 +341,17 @@ def deferred_convolution(
 
 
 def normalized_convolution(
-    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, norm: nn.Module
+    x: Codes,
+    weight: Codes,
+    bias: Tensor | None,
+    geometry: Geometry,
+    product: Tensor,
+    norm: nn.Module,
 ) -> Tensor:
-    """The same with the batch norm that follows, for a graph that is traced."""
+    """`convolution`, which is ``product``, with the batch norm that follows, for a graph that is
+    traced."""
     how = vars(geometry).values()
     sums = convolve_codes(x.codes, x.zero_point, weight.codes, weight.zero_point, *how)
-    product = convolution(x, weight, bias, geometry)
     return norm.of_sums(product, sums, x.scale * weight.scale, bias, bound(x, weight))
 
 

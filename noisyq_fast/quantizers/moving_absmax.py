@@ -179,22 +179,29 @@ class MovingAbsMax(Quantizer):
         running, observed = self.running, self.observed
         if in_backward():  # counted before
             running, observed = running.clone(), observed.clone()
+        source = x
+        if isinstance(x, Deferred):
+            x, source = x.written(), x.source
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
             *(x, running, observed, self.bits, self.axis, self.averaging_constant),
             *(self.grid_kind, masked_on(self.grid_kind, ste)),
         )
-        return self._codes(x, codes, scale, zero_point, masked)
+        return self._codes(source, codes, scale, zero_point, masked)
 
     def _codes_within(self, x: Tensor, range_: Tensor, ste: str) -> Codes:
         masked = masked_on(self.grid_kind, ste)
-        if isinstance(x, Deferred) and self.axis is None and x.masks_none(masked):
-            found = x.codes_within(range_, self.grid)
-            if found is not None:
-                return self._codes(x.source, *found)
+        source = x
+        if isinstance(x, Deferred):
+            source = x.source
+            if self.axis is None and x.masks_none(masked):
+                found = x.codes_within(range_, self.grid)
+                if found is not None:
+                    return self._codes(source, *found)
+            x = x.written()
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_fixed_range_on_grid(
             *(x, range_, self.bits, self.axis, self.grid_kind, masked)
         )
-        return self._codes(x, codes, scale, zero_point, masked)
+        return self._codes(source, codes, scale, zero_point, masked)
 
     @torch.no_grad()
     def set_range(self, *ends: Tensor | float) -> None:
