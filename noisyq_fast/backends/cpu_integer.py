@@ -272,11 +272,13 @@ def has_exact_products() -> bool:
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
     sums, rows, channels = _rows(sums)
-    is_narrow = reference.is_narrow(bound)
-    kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
+    kept, sums = sums, sums.float()  # which may be narrow already
+    narrows = reference.is_narrow(bound) and kept is sums
+    if narrows:
+        kept = torch.empty_like(sums, dtype=torch.int16)
     found = _empty_moments(channels)
     core.moments(
-        *(sums.data_ptr(), kept.data_ptr() if is_narrow else 0, rows, channels, bound),
+        *(sums.data_ptr(), kept.data_ptr() if narrows else 0, rows, channels, bound),
         *(*_addresses(found), threads()),
     )
     return kept, *found
@@ -405,7 +407,9 @@ def grads_of_sums(
 
 def _rows(sums: Tensor) -> tuple[Tensor, int, int]:
     """``sums`` with the channels last in memory, and as how many rows of how many."""
-    if sums.dim() > 2:
+    if sums.dim() == 4 and sums.is_contiguous(memory_format=torch.channels_last):
+        channels = sums.shape[1]
+    elif sums.dim() > 2:
         sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
         channels = sums.shape[1]
     else:

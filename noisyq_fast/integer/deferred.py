@@ -145,7 +145,6 @@ class _ChainGradient(torch.autograd.Function):
         ctx.relu = chain.relu
         ctx.uses_batch = norm is not None and norm.uses_batch
         ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
-        ctx.compute = chain.compute
         return _without_values(product.shape, product)
 
     @staticmethod
@@ -153,8 +152,12 @@ class _ChainGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
         values = of_sums[0]
+
+        def compute(name: str) -> Callable:
+            return select(name, values.device.type)
+
         if ctx.how is not None:
-            values, _ = ctx.compute("convolve_sums")(*of_sums, *ctx.how, False)
+            values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
         relu = ctx.relu
         _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
         if zeros is not None:  # behind an addition, where the sums alone do not tell
@@ -163,13 +166,13 @@ class _ChainGradient(torch.autograd.Function):
         residual = grad if to_residual else None
         of_weight = of_bias = None
         if mean is not None:
-            line, of_weight, of_bias = ctx.compute("grads_of_norm")(
+            line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
             )
-            grad = ctx.compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
+            grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
         elif relu:
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)
-            grad = ctx.compute("grads_of_sums")(
+            grad = compute("grads_of_sums")(
                 *(grad, values, factor, term, relu, zero, one, zero, zero)
             )
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
@@ -201,7 +204,8 @@ class Deferred(Tensor):
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
         term = torch.zeros_like(sums.scale) if sums.bias is None else sums.bias.detach().float()
-        return _extended(Chain(sums, sums.scale, term), format_)
+        # Nothing follows yet: the gradient is that of the product.
+        return _deferred(sums.product, Chain(sums, sums.scale, term), format_)
 
     # What continues a chain.
 
@@ -340,8 +344,7 @@ class Deferred(Tensor):
             made = follow(*args, **kwargs)
             if made is not None:
                 return made
-        args, kwargs = pytree.tree_map(_as_values, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*map(_with_values, args), **{k: _with_values(v) for k, v in kwargs.items()})
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -349,6 +352,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
         return x.current()._format
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
+
+
+def _with_values(argument: Any) -> Any:
+    if isinstance(argument, tuple | list | dict):
+        return pytree.tree_map(_as_values, argument)
+    return _as_values(argument)
 
 
 def _as_values(x: Any) -> Any:

@@ -180,7 +180,7 @@ class MovingAbsMax(Quantizer):
         if in_backward():  # counted before
             running, observed = running.clone(), observed.clone()
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
-            *(x, running, observed, self.bits, self.axis, self.averaging_constant),
+            *(_values(x), running, observed, self.bits, self.axis, self.averaging_constant),
             *(self.grid_kind, masked_on(self.grid_kind, ste)),
         )
         return self._codes(x, codes, scale, zero_point, masked)
@@ -192,7 +192,7 @@ class MovingAbsMax(Quantizer):
             if found is not None:
                 return self._codes(x.source, *found)
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_fixed_range_on_grid(
-            *(x, range_, self.bits, self.axis, self.grid_kind, masked)
+            *(_values(x), range_, self.bits, self.axis, self.grid_kind, masked)
         )
         return self._codes(x, codes, scale, zero_point, masked)
 
@@ -242,6 +242,10 @@ class MovingAbsMax(Quantizer):
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""
         return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}{frozen}"
+
+
+def _values(x: Tensor) -> Tensor:
+    return x.values() if isinstance(x, Deferred) else x
 
 
 def in_backward() -> bool:
