@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:layer .* is called several times
 
 
 class Shortcut(nn.Module):
-    """Of arXiv 1512.03385, option A: every second pixel, and zeros for the channels that are new."""
+    """Option A of arXiv 1512.03385: every second pixel, and zeros for the new channels."""
 
     def forward(self, x):
         channels = x.shape[1]

@@ -83,7 +83,7 @@ def convolve_sums(
     how = stride, padding, dilation, False, [0] * len(stride), groups
     sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     if not measures and not reference.is_narrow(bound):
-        return _rows(sums)[0], None
+        return channels_last_rows(sums)[0], None
     kept, *of_channels = moments(sums, bound)
     return kept, tuple(of_channels) if measures else None
 
@@ -292,12 +292,14 @@ def routes() -> dict[str, str]:
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    sums, rows, channels = channels_last_rows(sums.float())
-    is_narrow = reference.is_narrow(bound)
-    kept = torch.empty_like(sums, dtype=torch.int16) if is_narrow else sums
+    sums, rows, channels = channels_last_rows(sums)
+    kept, sums = sums, sums.float()  # which may be narrow already
+    narrows = reference.is_narrow(bound) and kept is sums
+    if narrows:
+        kept = torch.empty_like(sums, dtype=torch.int16)
     found = _empty_moments(channels)
     core.moments(
-        *(sums.data_ptr(), kept.data_ptr() if is_narrow else 0, rows, channels, bound),
+        *(sums.data_ptr(), kept.data_ptr() if narrows else 0, rows, channels, bound),
         *(*_addresses(found), threads()),
     )
     return kept, *found

@@ -145,7 +145,6 @@ class _ChainGradient(torch.autograd.Function):
         ctx.relu = chain.relu
         ctx.uses_batch = norm is not None and norm.uses_batch
         ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
-        ctx.compute = chain.compute
         return _without_values(product.shape, product)
 
     @staticmethod
@@ -153,8 +152,12 @@ class _ChainGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
         values = of_sums[0]
+
+        def compute(name: str) -> Callable:
+            return select(name, values.device.type)
+
         if ctx.how is not None:
-            values, _ = ctx.compute("convolve_sums")(*of_sums, *ctx.how, False)
+            values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
         relu = ctx.relu
         _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
         if zeros is not None:  # behind an addition, where the sums alone do not tell
@@ -163,13 +166,13 @@ class _ChainGradient(torch.autograd.Function):
         residual = grad if to_residual else None
         of_weight = of_bias = None
         if mean is not None:
-            line, of_weight, of_bias = ctx.compute("grads_of_norm")(
+            line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
             )
-            grad = ctx.compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
+            grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
         elif relu:
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)
-            grad = ctx.compute("grads_of_sums")(
+            grad = compute("grads_of_sums")(
                 *(grad, values, factor, term, relu, zero, one, zero, zero)
             )
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
@@ -211,7 +214,7 @@ class Deferred(Tensor):
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
         term = torch.zeros_like(sums.scale) if sums.bias is None else sums.bias.detach().float()
-        # The gradient of v * scale + bias is that of the product as it is.
+        # Nothing follows yet: the gradient is that of the product.
         return _deferred(sums.product, Chain(sums, sums.scale, term), format_)
 
     # What continues a chain.
@@ -417,8 +420,7 @@ class Deferred(Tensor):
             made = follow(*args, **kwargs)
             if made is not None:
                 return made
-        args, kwargs = pytree.tree_map(_as_values, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*map(_with_values, args), **{k: _with_values(v) for k, v in kwargs.items()})
 
     @classmethod
     def __torch_dispatch__(
@@ -440,6 +442,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+def _with_values(argument: Any) -> Any:
+    if isinstance(argument, tuple | list | dict):
+        return pytree.tree_map(_as_values, argument)
+    return _as_values(argument)
 
 
 def _as_values(x: Any) -> Any:
@@ -521,8 +529,8 @@ def mean_of_pixels(x: Tensor, keepdim: bool = False) -> Tensor:
     return mean[..., None, None] if keepdim else mean
 
 
-# What a chain goes on with: None where it does not, and values are made. The parameters are named as
-# PyTorch names them.
+# What a chain goes on with: None where it does not, and values are made. The parameters are named
+# as PyTorch names them.
 
 
 def _relu(input: Deferred, inplace: bool = False) -> Tensor | None:
@@ -559,8 +567,8 @@ def _in_place(x: Deferred, step: Callable) -> Deferred | None:
 
 def _refuse_old_graph(_: Any) -> None:
     raise RuntimeError(
-        "an autograd Function got a tensor that an operation in place had changed within a chain of "
-        "fuse_: give it what the operation returns, such as x = relu_(x)"
+        "an autograd Function got a tensor that an operation in place had changed within a chain "
+        "of fuse_: give it what the operation returns, such as x = relu_(x)"
     )
 
 

@@ -19,6 +19,7 @@ in which codes are exact; the scale of x stays outside.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ class _Product(gradients.Gradient):
     def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad[1:4]
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             dx, dw = cls.grads(
                 ctx, grad, codes, scale, zero, w_codes, w_scale, w_zero, to_x, to_weight
             )
@@ -167,6 +168,12 @@ def _autocast_dtype(device_type: str) -> torch.dtype:
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return torch.float32
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # to enter it takes as long as a small operator
 
 
 def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tensor | None:

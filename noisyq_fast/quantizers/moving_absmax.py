@@ -183,7 +183,7 @@ class MovingAbsMax(Quantizer):
         if isinstance(x, Deferred):
             x, source = x.written(), x.source
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
-            *(x, running, observed, self.bits, self.axis, self.averaging_constant),
+            *(_values(x), running, observed, self.bits, self.axis, self.averaging_constant),
             *(self.grid_kind, masked_on(self.grid_kind, ste)),
         )
         return self._codes(source, codes, scale, zero_point, masked)
@@ -199,7 +199,7 @@ class MovingAbsMax(Quantizer):
                     return self._codes(source, *found)
             x = x.written()
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_fixed_range_on_grid(
-            *(x, range_, self.bits, self.axis, self.grid_kind, masked)
+            *(_values(x), range_, self.bits, self.axis, self.grid_kind, masked)
         )
         return self._codes(source, codes, scale, zero_point, masked)
 
@@ -249,6 +249,10 @@ class MovingAbsMax(Quantizer):
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""
         return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}{frozen}"
+
+
+def _values(x: Tensor) -> Tensor:
+    return x.values() if isinstance(x, Deferred) else x
 
 
 def in_backward() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from noisyq_fast import checks
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
+from noisyq_fast.grid import grid as grid_of
 from noisyq_fast.integer.codes import Codes
 
 _STATE_FORMAT = 1
@@ -108,7 +109,7 @@ class Quantizer(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.bits, self.grid_kind)
+        return grid_of(self.bits, self.grid_kind)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
