@@ -320,14 +320,11 @@ void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight
   }
   const int64_t outputs = how.outputs;
   std::vector<int64_t> sums(2 * outputs * threads);
-  std::vector<float> ends(2 * outputs * threads);
+  // Of all threads: OpenMP may start fewer.
+  std::vector<float> lows(outputs * threads, INFINITY), highs(outputs * threads, -INFINITY);
   parallel(threads, [&](Member member) {
-    Moments own{&sums[2 * outputs * member.index], nullptr, &ends[2 * outputs * member.index],
-                nullptr};
-    own.squares = own.sum + outputs;
-    own.high = own.low + outputs;
-    std::fill(own.low, own.low + outputs, INFINITY);
-    std::fill(own.high, own.high + outputs, -INFINITY);
+    const int64_t at = outputs * member.index;
+    const Moments own{&sums[2 * at], &sums[2 * at] + outputs, &lows[at], &highs[at]};
     images<true>(task, x, are_signed, static_cast<int16_t*>(out), member, own);
   });
   for (int64_t o = 0; o < outputs; ++o) {
@@ -336,8 +333,8 @@ void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight
     for (int t = 0; t < threads; ++t) {
       sum += sums[2 * outputs * t + o];
       square += sums[2 * outputs * t + outputs + o];
-      low = std::min(low, ends[2 * outputs * t + o]);
-      high = std::max(high, ends[2 * outputs * t + outputs + o]);
+      low = std::min(low, lows[outputs * t + o]);
+      high = std::max(high, highs[outputs * t + o]);
     }
     moments.sum[o] = sum;
     moments.squares[2 * o] = square >> 32;

@@ -51,14 +51,16 @@ def _convolve_codes(
             w is not None
             and terms * 255 * 128 < _EXACT_INT
             and groups == 1
-            and has_own_kernel(codes, weight)
+            and has_own_kernel(codes, weight, padding)
         ):
             return _convolve(codes, zero_point, w, stride, padding, dilation)[0]
         if w is not None and is_exact_in_8_bits(terms, w.shape, stride, padding, dilation, groups):
             return _convolve_8_bits(codes, zero_point, w, stride, padding, dilation, groups)
     x = reference.steps(codes, zero_point)
     w = reference.channel_steps(weight, weight_zero_point, transposed, groups)
-    dtype = torch.float32 if terms * _largest(x) * _largest(w) < _EXACT_FLOAT else torch.float64
+    # Without oneDNN PyTorch takes NNPACK, which transforms float32 images: products of fractions.
+    exact = terms * _largest(x) * _largest(w) < _EXACT_FLOAT and torch.backends.mkldnn.enabled
+    dtype = torch.float32 if exact else torch.float64
     with torch.autocast("cpu", enabled=False):
         return reference.convolved(x.to(dtype), w.to(dtype), *how).float()
 
@@ -76,7 +78,7 @@ def convolve_sums(
     bound: int,
     measures: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    if reference.is_narrow(bound) and groups == 1 and has_own_kernel(codes, weight):
+    if reference.is_narrow(bound) and groups == 1 and has_own_kernel(codes, weight, padding):
         w = _as_int8(weight, weight_zero_point)
         if w is not None:
             return _convolve(codes, zero_point, w, stride, padding, dilation, True, measures)
@@ -88,13 +90,13 @@ def convolve_sums(
     return kept, tuple(of_channels) if measures else None
 
 
-def has_own_kernel(codes: Tensor, weight: Tensor) -> bool:
+def has_own_kernel(codes: Tensor, weight: Tensor, padding: list[int]) -> bool:
     return (
         core.has_dot_products()
         and codes.dim() == 4
         and codes.numel() > 0
         and weight.numel() > 0
-        and codes.shape[-1] < 2**15
+        and codes.shape[-1] + 2 * padding[-1] < 2**15
     )
 
 
@@ -116,11 +118,6 @@ def _convolve(
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)
     ]
-    if min(of_output) < 1:
-        raise ValueError(
-            f"x: got images of {sizes[0]} x {sizes[1]} pixels and padding {padding}, which are "
-            f"smaller than a kernel of {kernel[0]} x {kernel[1]} with dilation {dilation}"
-        )
     out = torch.empty(
         [images, outputs, *of_output],
         dtype=torch.int16 if narrow else torch.float32,
@@ -138,7 +135,7 @@ def _convolve(
 
 def _empty_moments(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = torch.empty(channels, dtype=torch.int64)
-    low, high = torch.empty(2, channels).unbind()
+    low, high = torch.empty(2, channels, dtype=torch.float32).unbind()
     return sums, torch.empty(channels, 2, dtype=torch.int64), low, high
 
 
@@ -153,9 +150,10 @@ def multiply_codes(
     if weight.dim() > 2 or (zero_point is not None and zero_point.dim() > 0):
         return _multiply_floats(codes, zero_point, weight, weight_zero_point)
     w = _as_int8(weight, weight_zero_point)
-    rows = codes.reshape(-1, codes.shape[-1])
+    rows = reference.as_rows(codes).contiguous()  # of others PyTorch computes wrong products
     terms = rows.shape[1]
-    if w is None or not rows.numel() or terms * 255 * 128 >= _EXACT_INT or not has_exact_products():
+    fits = terms > 1 and terms * 255 * 128 < _EXACT_INT  # of one term PyTorch's products are wrong
+    if w is None or not rows.numel() or not fits or not has_exact_products():
         return _multiply_floats(codes, zero_point, weight, weight_zero_point)
     # Of c - z = (c - 128) + (128 - z).
     shifted = codes.dtype == torch.uint8
@@ -204,7 +202,7 @@ def _convolve_8_bits(
     else:
         x, zero = codes, 0 if zero_point is None else int(zero_point)
     x = x.contiguous(memory_format=torch.channels_last)
-    ones = torch.ones(weight.shape[0])
+    ones = torch.ones(weight.shape[0], dtype=torch.float32)
     zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
     onednn = torch.ops.onednn
     packed = onednn.qconv_prepack(
@@ -293,11 +291,10 @@ def routes() -> dict[str, str]:
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
     sums, rows, channels = channels_last_rows(sums)
-    kept, sums = sums, sums.float()  # which may be narrow already
-    narrows = reference.is_narrow(bound) and kept is sums
+    kept, narrows = sums, reference.is_narrow(bound) and sums.dtype != torch.int16
     if narrows:
         kept = torch.empty_like(sums, dtype=torch.int16)
-    found = _empty_moments(channels)
+    sums, found = sums.float(), _empty_moments(channels)
     core.moments(
         *(sums.data_ptr(), kept.data_ptr() if narrows else 0, rows, channels, bound),
         *(*_addresses(found), threads()),
@@ -316,7 +313,7 @@ def normalization(
     eps: float,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
-    factor, term, mean, inverse = torch.empty(4, channels).unbind()
+    factor, term, mean, inverse = torch.empty(4, channels, dtype=torch.float32).unbind()
     batch_mean, variance = torch.empty(2, channels, dtype=torch.float64).unbind()
     weight = None if weight is None else weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -348,7 +345,7 @@ def map_sums(
     y = torch.empty_like(sums, dtype=torch.float32)
     residual = None if residual is None else like(residual, sums)
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
-    range_ = torch.empty(2) if wants_range else None
+    range_ = torch.empty(2, dtype=torch.float32) if wants_range else None
     core.map_sums(
         *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
         *(factor.data_ptr(), term.data_ptr(), address(residual), relu),
@@ -361,11 +358,11 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if grid.kind == ODD:
+    if grid.kind == ODD or not (factor.isfinite().all() and term.isfinite().all()):
         return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
     sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
-    scale, zero_point = torch.empty([]), torch.empty([], dtype=torch.uint8)
+    scale, zero_point = torch.empty([], dtype=torch.float32), torch.empty([], dtype=torch.uint8)
     core.codes_of_sums(
         *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
         *(factor.data_ptr(), term.data_ptr(), relu, range_.contiguous().data_ptr()),
@@ -391,7 +388,7 @@ def grads_of_norm(
     sums, rows, channels = channels_last_rows(sums)
     grad = like(grad, sums)
     weight = None if weight is None else weight.float().contiguous()
-    slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels).unbind()
+    slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels, dtype=torch.float32).unbind()
     core.grads_of_norm(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
         *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),

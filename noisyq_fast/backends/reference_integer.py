@@ -258,10 +258,17 @@ def is_narrow(bound: int) -> bool:
 
 def ends(y: Tensor) -> Tensor:
     """min(y, 0) and max(y, 0); the latter NaN where the former is not finite."""
-    if y.numel() == 0:
-        return y.new_zeros(2)
-    low, high = y.amin().clamp(max=0), y.amax().clamp(min=0)
+    return y.new_zeros(2) if y.numel() == 0 else range_between(y.amin(), y.amax())
+
+
+def range_between(low: Tensor, high: Tensor) -> Tensor:
+    low, high = low.clamp(max=0), high.clamp(min=0)
     return torch.stack([low, high.masked_fill(~low.isfinite(), torch.nan)])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """As a matrix, of the last axis."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def channel_axis(sums: Tensor) -> int:
@@ -325,8 +332,7 @@ def register_products(
     ) -> Tensor:
         sums = multiply(codes, zero_point, weight_codes, weight_zero_point)
         if scale.dim() == 0 and weight_codes.dim() == 2:
-            rows = sums.reshape(-1, sums.shape[-1])
-            y = scaled(rows, scale, weight_scale, bias, x.dtype)
+            y = scaled(as_rows(sums), scale, weight_scale, bias, x.dtype)
             # No view, which could not be changed in place behind its gradient.
             return torch.ops.aten._unsafe_view(y, sums.shape)
         # A scale for each token, or for each group: of the axes before the last.

@@ -55,10 +55,20 @@ class _NormGradient(gradients.Gradient):
         return None, grad, of_weight, of_bias, *[None] * 7
 
 
+LARGEST_SUM = 2**31 - 2**7
+"""The largest float below 2^31. The squares of sums up to it are exact in 64 bits."""
+
+
+def _statistics(sums: Tensor, *others: Any) -> tuple:
+    if others[-1] > LARGEST_SUM:
+        raise ValueError(f"bound: got {others[-1]}, takes up to {LARGEST_SUM}")
+    return sums, *others
+
+
 _statistics_of_sums = declare(
     "statistics_of_sums(Tensor sums, Tensor scale, Tensor? weight, Tensor? bias, float eps, "
     "int bound) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    prepare=lambda *arguments: arguments,
+    prepare=_statistics,
     shape=lambda sums, scale, *_: (
         *(torch.empty_like(scale) for _ in range(4)),
         *(torch.empty_like(scale, dtype=torch.float64) for _ in range(2)),

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from noisyq_fast import checks, gradients
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
+from noisyq_fast.backends.reference_integer import range_between
 from noisyq_fast.grid import Grid
 
 
@@ -213,7 +214,8 @@ class Deferred(Tensor):
 
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
-        term = torch.zeros_like(sums.scale) if sums.bias is None else sums.bias.detach().float()
+        bias = sums.bias
+        term = torch.zeros_like(sums.scale) if bias is None else bias.detach().float().contiguous()
         # Nothing follows yet: the gradient is that of the product.
         return _deferred(sums.product, Chain(sums, sums.scale, term), format_)
 
@@ -492,11 +494,12 @@ def _mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Ten
 
 
 def _extremes(chain: Chain) -> Tensor:
-    """min(y, 0) and max(y, 0)."""
+    """As `reference_integer.ends`."""
+    if chain.sums.values.numel() == 0:
+        return chain.factor.new_zeros(2)
     low, high = (end * chain.factor + chain.term for end in chain.sums.moments[2:])
     low, high = torch.minimum(low, high).amin(), torch.maximum(low, high).amax()
-    low = torch.zeros_like(low) if chain.relu else low.clamp(max=0)
-    return torch.stack([low, high.clamp(min=0)])
+    return range_between(low.clamp(min=0) if chain.relu else low, high)
 
 
 class _MeanOfPixels(torch.autograd.Function):

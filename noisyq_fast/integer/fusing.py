@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from noisyq_fast.integer.batch_norm import ExactBatchNorm, exact
+from noisyq_fast.integer.batch_norm import LARGEST_SUM, ExactBatchNorm, exact
 from noisyq_fast.integer.deferred import Record, recording
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments, left_as_it_was
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_MOST_TERMS = LARGEST_SUM // 255**2
 
 
 def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Module:
@@ -65,6 +66,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
         layer
         for layer in model.modules()
         if isinstance(layer, QuantLayer) and layer.can_defer and layer.computes_in_integers()
+        if layer.weight[0].numel() <= _MOST_TERMS
     ]
     if not layers:
         raise ValueError(

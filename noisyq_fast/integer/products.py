@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import channel_steps, steps
+from noisyq_fast.backends.reference_integer import as_rows, channel_steps, steps
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, Sums, memory_format
 
@@ -74,8 +74,40 @@ def _convolution(
 ) -> tuple:
     _check_codes("codes", codes, zero_point)
     _check_codes("weight", weight, weight_zero_point)
+    _check_sizes(codes, weight, *how)
     _check_terms(weight.numel())
     return codes, zero_point, weight, weight_zero_point, *how
+
+
+def _check_sizes(
+    codes: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    _: list[int],
+    groups: int,
+) -> None:
+    checked = ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+    for name, values, least in checked:
+        if min(values) < least:
+            raise ValueError(f"{name}: got {list(values)}, takes {least} or more")
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if codes.dim() != weight.dim() or codes.shape[1] != channels:
+        of = f"{codes.dim()} axes" if codes.dim() != weight.dim() else f"{codes.shape[1]} channels"
+        raise ValueError(
+            f"codes: got shape {list(codes.shape)}, so {of}, for a weight of shape "
+            f"{list(weight.shape)} in {groups} groups, takes {weight.dim()} axes and {channels} "
+            "channels"
+        )
+    kernel = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    padded = [size + 2 * p for size, p in zip(codes.shape[2:], padding, strict=True)]
+    if not transposed and any(p < k for p, k in zip(padded, kernel, strict=True)):
+        raise ValueError(
+            f"codes: got images of {list(codes.shape[2:])} pixels, {padded} with their padding, "
+            f"takes at least the kernel, {kernel} with its dilation"
+        )
 
 
 def _convolution_shape(codes: Tensor, _: object, weight: Tensor, __: object, *how: Any) -> Tensor:
@@ -265,22 +297,28 @@ class _Linear(_Product):
             if scale.dim() > 0:  # of tokens or of groups
                 g = grad.float() * scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
             if w_codes.dim() == 2:
-                x, g = x.flatten(0, -2), g.flatten(0, -2)
+                x, g = as_rows(x), as_rows(g)
             dw = (g.to(dtype).mT @ x).float()
             dw = dw * scale if scale.dim() == 0 else dw
         return dx, dw
 
     @staticmethod
     def grad_of_bias(grad: Tensor, weight: Tensor) -> Tensor:
-        return grad.sum(-2) if weight.dim() > 2 else grad.flatten(0, -2).sum(0)
+        return grad.sum(-2) if weight.dim() > 2 else as_rows(grad).sum(0)
 
 
 def _product_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple:
     codes, _, zero, _, w_codes, _, w_zero, _ = others[:8]
+    channels = w_codes.shape[:-1]
     if others[8:]:
         _convolution(codes, zero, w_codes, w_zero, *others[8:])
+        *_, transposed, _, groups = others[8:]
+        channels = [w_codes.shape[1] * groups if transposed else w_codes.shape[0]]
     else:
         _linear(codes, zero, w_codes, w_zero)
+    for name, value in (("weight_scale", others[5]), ("bias", bias)):
+        if value is not None and list(value.shape) != list(channels):
+            raise ValueError(f"{name}: got shape {list(value.shape)}, takes {list(channels)}")
     return x, weight, bias, *others
 
 
@@ -331,6 +369,7 @@ def deferred_convolution(
     """`convolution`, whose values are made when something reads them. ``layer`` computes it."""
     how = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     operands = x.codes, x.zero_point, weight.codes, weight.zero_point
+    _convolution(*operands, *vars(geometry).values())
     made_of = (*operands, *how, bound(x, weight))
     measures = layer.training  # a batch norm of the batch may follow
     values, moments = select("convolve_sums", x.codes.device.type)(*made_of, measures)
