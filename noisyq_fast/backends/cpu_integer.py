@@ -358,7 +358,7 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if grid.kind == ODD or not (factor.isfinite().all() and term.isfinite().all()):
+    if grid.kind == ODD:
         return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
     sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
@@ -369,7 +369,7 @@ def codes_of_sums(
         *(KIND_CODES[grid.kind], grid.qmax, codes.data_ptr()),
         *(scale.data_ptr(), zero_point.data_ptr(), threads()),
     )
-    return codes, scale, zero_point
+    return codes, reference.scale_of_line(scale, factor, term), zero_point
 
 
 @backend.register

@@ -20,7 +20,7 @@ from noisyq_fast.backends.kernel_arguments import (
     missing,
     write_back,
 )
-from noisyq_fast.backends.reference import CLIPPED, NOTHING, scale_of_codes
+from noisyq_fast.backends.reference import CLIPPED, NOTHING
 from noisyq_fast.grid import SIGNED, Grid
 
 NO_AVERAGE = NULL, NULL, 0.0
@@ -203,7 +203,7 @@ def quantize_fixed_range_on_grid(
         grid.qmax,
         threads(),
     )
-    return codes, scale_of_codes(x, scale, axis), zero_point, mask
+    return codes, scale, zero_point, mask
 
 
 @backend.register

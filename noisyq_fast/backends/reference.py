@@ -143,12 +143,12 @@ def quantize_fixed_range_on_grid(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     levels = Levels.of_range(range_, grid)
     mask = _mask(x, range_, grid, axis, masked)
-    scale = scale_of_codes(x, levels.scale, axis)
-    return levels.codes(x, axis), scale, levels.zero.to(torch.uint8), mask
+    return levels.codes(x, axis), levels.scale, levels.zero.to(torch.uint8), mask
 
 
 def scale_of_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     """NaN where a group holds a NaN, for which there is no code."""
+    axis = None if axis is None else axis % x.dim()
     return scale.masked_fill(_reduced(Tensor.amax, x, axis).isnan(), torch.nan)
 
 

@@ -182,9 +182,16 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes of ``relu(v * factor + term)`` in a range, their scale and their zero point."""
+    """The codes of ``relu(v * factor + term)`` in a range, their scale and their zero point. The
+    scale is NaN where a factor or a term is not finite."""
     y, _, _ = map_sums(sums, factor, term, None, relu, False, False)
-    return quantize_fixed_range_on_grid(y, range_, grid, None, NOTHING)[:3]
+    codes, scale, zero_point, _ = quantize_fixed_range_on_grid(y, range_, grid, None, NOTHING)
+    return codes, scale_of_line(scale, factor, term), zero_point
+
+
+def scale_of_line(scale: Tensor, factor: Tensor, term: Tensor) -> Tensor:
+    # 0 times what is finite is 0.
+    return scale + ((factor + term) * 0).sum()
 
 
 @backend.register

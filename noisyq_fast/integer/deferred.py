@@ -366,6 +366,11 @@ class Deferred(Tensor):
         """Whether no element would be without a gradient in its own range."""
         return masked == NOTHING or (masked == NEGATIVE and self.chain.relu)
 
+    def extremes_found(self) -> Tensor | None:
+        """min(y, 0) and max(y, 0), where values were made and these with them."""
+        own = self.current()
+        return own._extremes if own._raw is not None else None
+
     def codes_within(self, range_: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
         """Codes, scale and zero point in a range; None where values are there to be quantized."""
         own = self.current()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from noisyq_fast import checks
-from noisyq_fast.backends.reference import average_
+from noisyq_fast.backends.reference import average_, scale_of_codes
 from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
@@ -155,7 +156,12 @@ class MovingAbsMax(Quantizer):
                 self.to_empty(device=x.device)
             if self.frozen or not self.training:
                 range_ = checks.known_range(self.running, self.observed, self.grid.is_affine)
-                return self._codes_within(x, range_, self.ste)
+                made = self._codes_within(x, range_, self.ste)
+                # For a NaN there is no code; a range of the batch itself would be NaN.
+                found = x.extremes_found() if isinstance(x, Deferred) else x
+                if found is None:  # made of a line, of which the codes know
+                    return made
+                return replace(made, scale=scale_of_codes(found, made.scale, self.axis))
             ste = "identity" if self.grid_kind == SIGNED else self.ste
             batch = self._range_of_batch(x)
             if batch is None:

@@ -109,6 +109,8 @@ class Quantizer(nn.Module):
 
     @property
     def grid(self) -> Grid:
+        if torch.compiler.is_compiling():  # into whose graphs nothing cached goes
+            return Grid(self.bits, self.grid_kind)
         return grid_of(self.bits, self.grid_kind)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -204,8 +204,7 @@ def quantize_fixed_range_on_grid(
     y = row.y if masked == NOTHING else None
     arguments = range_.contiguous(), y, row.scale, row.zero, float(row.qmax), row.kind
     _map(_kernels().quantize_fixed_range, row.x, axis, *arguments)
-    scale = reference.scale_of_codes(x, row.scale, axis)
-    return row.y, scale, row.zero, _mask(row, masked)
+    return row.y, row.scale, row.zero, _mask(row, masked)
 
 
 @backend.register

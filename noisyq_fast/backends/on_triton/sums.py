@@ -105,7 +105,7 @@ def codes_of_sums(
         *(_kernels().codes_of_sums, _tiling(sums), sums, factor.contiguous(), term.contiguous()),
         *(range_.contiguous(), codes, scale, zero, float(grid.qmax), grid.kind, relu),
     )
-    return codes, scale, zero
+    return codes, reference_integer.scale_of_line(scale, factor, term), zero
 
 
 @backend.register
