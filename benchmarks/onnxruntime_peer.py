@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 try:
     import onnxruntime
+    import onnxscript  # noqa: F401  torch.onnx needs it
     from onnxruntime import quantization
 except ImportError:
     onnxruntime = None
@@ -17,17 +18,20 @@ def evaluations(model: nn.Module, seen: Tensor, images: Tensor, folder: Path) ->
     """``model`` on ``images``, with ranges calibrated on ``seen``; empty without onnxruntime."""
     if onnxruntime is None:
         return {}
-    exported, in_float, in_8_bits = (folder / name for name in ("model", "float", "int8"))
+    exported, in_float, in_8_bits = (
+        folder / name for name in ("model.onnx", "float.onnx", "int8.onnx")
+    )
     torch.onnx.export(
         *(model, images.contiguous(), exported),
         input_names=["images"],
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         dynamo=True,
+        external_data=False,
     )
     # Folds batch norms, as onnxruntime asks for before it quantizes.
     quantization.quant_pre_process(exported, in_float, skip_symbolic_shape=True)
     quantization.quantize_static(
-        *(in_float, in_8_bits, _Batches(seen)),
+        *(in_float, in_8_bits, _batches(seen)),
         per_channel=True,
         weight_type=quantization.QuantType.QInt8,
         activation_type=quantization.QuantType.QUInt8,
@@ -38,12 +42,14 @@ def evaluations(model: nn.Module, seen: Tensor, images: Tensor, folder: Path) ->
     }
 
 
-class _Batches(getattr(globals().get("quantization"), "CalibrationDataReader", object)):
-    def __init__(self, images: Tensor) -> None:
-        self.left = list(images.contiguous().split(32))
+def _batches(images: Tensor):
+    left = list(images.contiguous().split(32))
 
-    def get_next(self) -> dict | None:
-        return {"images": self.left.pop().numpy()} if self.left else None
+    class Batches(quantization.CalibrationDataReader):
+        def get_next(self) -> dict | None:
+            return {"images": left.pop().numpy()} if left else None
+
+    return Batches()
 
 
 def _evaluation(path: Path, images: Tensor) -> Call:

@@ -15,7 +15,7 @@ def test_moments_of_narrow_sums_are_those_of_the_floats(shape):
     sums = torch.randint(-BOUND, BOUND + 1, shape)
     kept, *expected = reference_integer.moments(sums.float(), BOUND)
     narrow, *found = cpu_integer.moments(sums.to(torch.int16), BOUND)
-    assert torch.equal(narrow, kept)
     assert narrow.dtype == torch.int16
+    assert torch.equal(narrow, kept)
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
