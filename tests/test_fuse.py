@@ -257,7 +257,9 @@ def test_other_grids_and_widths(grid, bits):
     make, shape, _ = NETWORKS["projection, in place"]
     options = {"activation_grid": grid, "first_last_bits": None}
     overrides = {"0": {"activation_grid": "signed"}}
-    model = fused(make(), shape, weight_bits=bits, activation_bits=bits, overrides=overrides, **options)
+    model = fused(
+        make(), shape, weight_bits=bits, activation_bits=bits, overrides=overrides, **options
+    )
     x, other = torch.randn(shape), copy.deepcopy(model)
     expected = step(other, x)
     with noisyq_fast.use_backend("reference"):
@@ -288,7 +290,11 @@ class Wide(nn.Module):
 
 def test_equal_to_the_chain_by_hand():
     """Step by step, with float64 products of codes that the quantizers give."""
-    conv, norm, last = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+    conv, norm, last = (
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1),
+    )
     with torch.no_grad():
         norm.weight.copy_(torch.randn(8))
         norm.bias.copy_(torch.randn(8))
@@ -372,7 +378,9 @@ def test_a_batch_norm_of_other_channels_is_refused():
     norm = nn.BatchNorm2d(4)
     norm.__class__ = type(model[1])
     model[1] = norm
-    with pytest.raises(ValueError, match="batch norm: got a layer of 8 channels before it, takes 4"):
+    with pytest.raises(
+        ValueError, match="batch norm: got a layer of 8 channels before it, takes 4"
+    ):
         model(torch.randn(IMAGES))
 
 
@@ -587,7 +595,9 @@ def test_functions_within_a_chain(name):
     check_between(FUNCTIONS[name])
 
 
-@pytest.mark.parametrize("name", ["multiplied in place", "add", "relu in place", "changed by .data"])
+@pytest.mark.parametrize(
+    "name", ["multiplied in place", "add", "relu in place", "changed by .data"]
+)
 def test_functions_within_a_chain_on_an_affine_grid(name):
     for training in (True, False):
         options = {"activation_grid": "affine", "first_last_bits": None}
@@ -897,12 +907,17 @@ def test_other_batch_norms_stay():
     class Own(nn.BatchNorm2d):
         pass
 
-    for norm in (nn.SyncBatchNorm(8), Own(8), nn.InstanceNorm2d(8)):
-        model = integer(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3)).eval(), X)
-        fuse_(model.eval() if isinstance(norm, nn.SyncBatchNorm) else model, X) if not isinstance(
-            norm, nn.SyncBatchNorm
-        ) else None
+    class Synchronized(nn.SyncBatchNorm):
+        """As in one process on a GPU."""
+
+        def forward(self, x):
+            return F.batch_norm(x, None, None, training=True)
+
+    for norm in (Synchronized(8), Own(8), nn.InstanceNorm2d(8)):
+        model = fused(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3)))
         assert type(model[1]) is type(norm)
+        assert followed(model) == {"0": "", "2": ""}
+        assert step(model, X)[0].isfinite().all()
 
 
 def test_a_forward_that_depends_on_its_mode_on_state_and_on_shapes():
@@ -1072,15 +1087,12 @@ def test_twice_and_undone():
     fuse_(model, X)
     assert not model[0].recomputes
     check_equal(step(copy.deepcopy(model), X), first)
-    types, attributes = [type(m) for m in unfused.modules()], [vars(m).keys() for m in unfused]
     dequantize_model_(model)
     dequantize_model_(unfused)
     assert [type(m) for m in model.modules()] == [type(m) for m in unfused.modules()]
     assert type(model[1]) is nn.BatchNorm2d
     assert [vars(m).keys() for m in model] == [vars(m).keys() for m in unfused]
     assert_same(model(X), unfused(X))
-    assert types[1:3] == [QuantConv2d, nn.BatchNorm2d]
-    assert "defers" in attributes[0] or True
 
 
 def test_copies_and_pickles():

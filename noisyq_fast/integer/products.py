@@ -257,14 +257,18 @@ class _Linear(_Product):
             if scale.dim() > 0:  # of tokens or of groups
                 g = grad.float() * scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
             if w_codes.dim() == 2:
-                x, g = x.flatten(0, -2), g.flatten(0, -2)
+                x, g = _rows(x), _rows(g)
             dw = (g.to(dtype).mT @ x).float()
             dw = dw * scale if scale.dim() == 0 else dw
         return dx, dw
 
     @staticmethod
     def grad_of_bias(grad: Tensor, weight: Tensor) -> Tensor:
-        return grad.sum(-2) if weight.dim() > 2 else grad.flatten(0, -2).sum(0)
+        return grad.sum(-2) if weight.dim() > 2 else _rows(grad).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _product_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple:
