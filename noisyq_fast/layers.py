@@ -350,9 +350,10 @@ class _QuantConv(QuantLayer):
             *(list(self.stride), padding, list(self.dilation), False),
             *([0] * len(padding), self.groups),
         )
-        weight = self.weight_codes()
-        operands = self.input_quantizer.codes(x), weight, self.bias, geometry
-        if self.defers and x.dtype == torch.float32 and all(map(deferrable, (x, weight.codes))):
+        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
+        operands = codes, weight, self.bias, geometry
+        are_plain = deferrable(codes.codes) and deferrable(weight.codes)
+        if self.defers and are_plain and x.dtype == torch.float32:
             y = products.deferred_convolution(*operands, self, x)
         else:
             y = products.convolution(*operands)

@@ -15,6 +15,8 @@ computes the same bits whoever reads what.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -409,7 +411,11 @@ class Deferred(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        compute = _uncompiled() if "torch._dynamo" in sys.modules else cls.compute_function
+        return compute(func, args, kwargs or {})
+
+    @staticmethod
+    def compute_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in _OF_THE_SHELL:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -438,6 +444,16 @@ class Deferred(Tensor):
             lambda x: x.values().detach() if isinstance(x, Deferred) else x, (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _uncompiled() -> Callable:
+    """In a compiled part of a model that gets a deferred tensor, what is done with it is no part of
+    the graph."""
+    return torch.compiler.disable(Deferred.compute_function)
+
+
+Deferred.__torch_function__.__func__._torchdynamo_disable = True
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
