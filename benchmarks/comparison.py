@@ -60,21 +60,50 @@ class Comparison:
             ]
         if self.faults:
             columns["page faults"] = [f"{self.faults[name]:.0f}" for name in medians]
-        rows = [
-            list(columns),
-            ["---", *["---:"] * (len(columns) - 1)],
-            *zip(*columns.values(), strict=True),
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-        lines = [
-            "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-            for row in rows
-        ]
+        lines = markdown(columns)
         notes = ["", *[f"\\* {name}: {note}  " for name, note in self.notes.items()]]
         return "\n".join([f"**{self.title}**", "", *lines, *(notes if self.notes else [])])
 
 
-COMPARISONS: list[Comparison] = []
+@dataclass
+class Sizes:
+    """Bytes that training steps keep, by candidate, as a table with ratios to ``ours``.
+
+    Attributes:
+        saved: for the backward.
+        peak: at most, beyond what there was before.
+    """
+
+    title: str
+    ours: str
+    saved: dict[str, int] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
+
+    def table(self) -> str:
+        columns = {"": list(self.saved)}
+        for name, sizes in (("saved for backward", self.saved), ("peak", self.peak)):
+            columns[name] = [f"{size / 2**20:.1f} MiB" for size in sizes.values()]
+            columns[f"{name}, ratio to {self.ours}"] = [
+                f"{size / sizes[self.ours]:.2f}" for size in sizes.values()
+            ]
+        return "\n".join([f"**{self.title}**", "", *markdown(columns)])
+
+
+def markdown(columns: dict[str, list[str]]) -> list[str]:
+    """The lines of a table; all columns but the first are numbers."""
+    rows = [
+        list(columns),
+        ["---", *["---:"] * (len(columns) - 1)],
+        *zip(*columns.values(), strict=True),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+
+
+COMPARISONS: list[Comparison | Sizes] = []
 
 
 def compare(
@@ -83,9 +112,10 @@ def compare(
     candidates: dict[str, Call],
     rounds: int,
     bytes_moved: int | None = None,
+    ours: str = OURS,
 ) -> None:
-    """Times candidates on the CPU, for the table at the end."""
-    comparison = Comparison(title, bytes_moved)
+    """Times candidates on the CPU, for the table at the end, which compares them with ``ours``."""
+    comparison = Comparison(title, bytes_moved, ours)
     time_in_turns(benchmark, comparison, candidates, rounds, wall_time)
     for name, call in candidates.items():
         before = page_faults()

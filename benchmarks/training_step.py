@@ -6,16 +6,19 @@ from dataclasses import dataclass
 import peers
 import torch
 import torch.nn.functional as F
-from comparison import Call
+from comparison import OURS, Call
 from torch import Tensor, nn
 from torch.ao.quantization import FusedMovingAvgObsFakeQuantize
 from torch.nn.utils import parametrize
 
-from experiments.models import ActionUnitNetwork, PerAUHead, ResNet20, SmallEncoder
+from experiments.models import ActionUnitNetwork, PerAUHead, ResNet18Cifar, ResNet20, SmallEncoder
 from experiments.tasks.au_loss import au_loss
-from noisyq_fast import GroupedLinear
+from noisyq_fast import GroupedLinear, fuse_, quantize_model_
 
 AUS = 12
+INTEGER = f"{OURS}, integer"
+FUSED = f"{OURS}, integer, fused"
+RECOMPUTE = f"{OURS}, integer, fused, recompute"
 
 
 @dataclass(frozen=True)
@@ -23,28 +26,71 @@ class Work:
     """What is trained, and on what.
 
     Attributes:
-        title: in words.
+        subject: the network, on what.
+        size: of a batch.
         network: makes it.
-        batch: makes the inputs and what `loss` takes beside the network's outputs.
+        batch: makes so many inputs, and what `loss` takes beside the network's outputs.
     """
 
-    title: str
+    subject: str
+    size: int
     network: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, ...]]
+    batch: Callable[[int], tuple[Tensor, ...]]
     loss: Callable[..., Tensor]
+
+    @property
+    def title(self) -> str:
+        return f"{self.subject}, training step, batch {self.size}"
+
+    def example(self) -> Tensor:
+        """Two inputs, in the memory format of a step."""
+        return in_format(self.batch(2)[0])
+
+
+def in_format(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 with the first layers that it has for images of 224 pixels."""
+    model = ResNet18Cifar(num_classes=1000)
+    model.conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    model.stage1 = nn.Sequential(nn.MaxPool2d(3, stride=2, padding=1), *model.stage1)
+    return model
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(256, nhead=4, dim_feedforward=1024, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 6), nn.Linear(256, 10))
 
 
 CLASSIFICATION = Work(
-    "ResNet-20 training step, batch 128",
+    "ResNet-20",
+    128,
     ResNet20,
-    lambda: (torch.randn(128, 3, 32, 32), torch.randint(10, (128,))),
+    lambda size: (torch.randn(size, 3, 32, 32), torch.randint(10, (size,))),
     F.cross_entropy,
 )
 ACTION_UNITS = Work(
-    f"{AUS} action units on faces of 64x64, small encoder, training step, batch 64",
+    f"{AUS} action units on faces of 64x64, small encoder",
+    64,
     lambda: ActionUnitNetwork(SmallEncoder(), PerAUHead(SmallEncoder.features, AUS, norm="per-au")),
-    lambda: (torch.randn(64, 3, 64, 64), torch.rand(64, AUS).round(), torch.ones(AUS)),
+    lambda size: (torch.randn(size, 3, 64, 64), torch.rand(size, AUS).round(), torch.ones(AUS)),
     au_loss,
+)
+RESNET18 = Work(
+    "ResNet-18 at 224 pixels",
+    16,
+    resnet18,
+    lambda size: (torch.randn(size, 3, 224, 224), torch.randint(1000, (size,))),
+    F.cross_entropy,
+)
+TRANSFORMER = Work(
+    "Transformer encoder, 6 layers of width 256, sequences of 128",
+    16,
+    transformer,
+    lambda size: (torch.randn(size, 128, 256), torch.randint(10, (size,))),
+    lambda tokens, labels: F.cross_entropy(tokens.mean(1), labels),
 )
 
 
@@ -54,8 +100,8 @@ def step_of(
     """A step of ``model``, in ``dtype`` as torch.autocast has it; it can be captured on a GPU."""
     model = model.to(device=device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=device == "cuda")
-    images, *targets = (tensor.to(device) for tensor in work.batch())
-    images = images.to(memory_format=torch.channels_last)
+    images, *targets = (tensor.to(device) for tensor in work.batch(work.size))
+    images = in_format(images)
     mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def step():
@@ -66,6 +112,14 @@ def step_of(
         optimizer.step()
 
     return step
+
+
+def quantized(model: nn.Module, example: Tensor, arithmetic: str = "float") -> nn.Module:
+    return quantize_model_(model, example=example, arithmetic=arithmetic)
+
+
+def fused(model: nn.Module, example: Tensor, recompute: bool = False) -> nn.Module:
+    return fuse_(quantized(model, example, "integer"), example, recompute=recompute)
 
 
 def quantized_eagerly(model: nn.Module) -> nn.Module:
@@ -115,3 +169,15 @@ class ByGroup(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize(x.transpose(0, 1)).transpose(0, 1)
+
+
+FORMS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "float": lambda model, _: model,
+    OURS: quantized,
+    INTEGER: lambda model, example: quantized(model, example, "integer"),
+    FUSED: fused,
+    RECOMPUTE: lambda model, example: fused(model, example, recompute=True),
+    "eager, detach": lambda model, _: quantized_eagerly(model),
+    "torch.ao fused": lambda model, _: quantized_by_torch_ao(model),
+}
+"""What a model is made into, from itself and an input, to train it: W4/A4 but for the float one."""

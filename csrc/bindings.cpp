@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include "dtypes.h"
+
 namespace py = pybind11;
 namespace cpu = noisyq::cpu;
 using noisyq::DType;
@@ -11,6 +13,7 @@ using noisyq::GridKind;
 using noisyq::Masked;
 using noisyq::moving_average;
 using noisyq::pointer;
+using noisyq::RuleKind;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native kernels of noisyq_fast.";
@@ -188,6 +191,70 @@ PYBIND11_MODULE(_core, m) {
                            pointer<const float>(mean), pointer<const float>(slope),
                            pointer<const float>(shift), pointer<const float>(tilt),
                            pointer<void>(out), threads);
+      },
+      release);
+
+  // The 13 numbers of a shape, and the 4 of a border, in their order.
+  using Shape = std::array<int64_t, 13>;
+  using Border = std::array<int64_t, 4>;
+
+  m.def(
+      "adder_forward",
+      [](uintptr_t x, uintptr_t w, uintptr_t y, const Shape& shape, int threads) {
+        cpu::adder_forward(pointer<const float>(x), pointer<const float>(w), pointer<float>(y),
+                           noisyq::bit_cast<cpu::AdderShape>(shape), threads);
+      },
+      release);
+
+  m.def(
+      "adder_input_gradient",
+      [](uintptr_t x, uintptr_t w, uintptr_t g, uintptr_t dx, const Shape& shape,
+         const Border& border, int threads) {
+        cpu::adder_input_gradient(pointer<const float>(x), pointer<const float>(w),
+                                  pointer<const float>(g), pointer<float>(dx),
+                                  noisyq::bit_cast<cpu::AdderShape>(shape),
+                                  noisyq::bit_cast<cpu::AdderBorder>(border), threads);
+      },
+      release);
+
+  m.def(
+      "adder_weight_gradient",
+      [](uintptr_t x, uintptr_t w, uintptr_t g, uintptr_t dw, const Shape& shape, int threads) {
+        cpu::adder_weight_gradient(pointer<const float>(x), pointer<const float>(w),
+                                   pointer<const float>(g), pointer<float>(dw),
+                                   noisyq::bit_cast<cpu::AdderShape>(shape), threads);
+      },
+      release);
+
+  m.def(
+      "fake_quantize_learned",
+      [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t y, int64_t outer,
+         int64_t channels, int64_t inner, int kind, int low, int high, int threads) {
+        cpu::fake_quantize_learned(DType{dtype}, pointer<const void>(x),
+                                   pointer<const float>(parameters), pointer<void>(y),
+                                   {outer, channels, inner}, RuleKind{kind}, low, high, threads);
+      },
+      release);
+
+  m.def(
+      "quantize_learned",
+      [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t codes, int64_t outer,
+         int64_t channels, int64_t inner, int kind, int low, int high, int threads) {
+        cpu::quantize_learned(DType{dtype}, pointer<const void>(x),
+                              pointer<const float>(parameters), pointer<int16_t>(codes),
+                              {outer, channels, inner}, RuleKind{kind}, low, high, threads);
+      },
+      release);
+
+  m.def(
+      "fake_quantize_learned_backward",
+      [](int grad_dtype, uintptr_t grad, int dtype, uintptr_t x, uintptr_t parameters,
+         uintptr_t dx, uintptr_t sums, int64_t outer, int64_t channels, int64_t inner, int kind,
+         int low, int high, int threads) {
+        cpu::fake_quantize_learned_backward(
+            DType{grad_dtype}, pointer<const void>(grad), DType{dtype}, pointer<const void>(x),
+            pointer<const float>(parameters), pointer<void>(dx), pointer<float>(sums),
+            {outer, channels, inner}, RuleKind{kind}, low, high, threads);
       },
       release);
 

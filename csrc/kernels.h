@@ -41,6 +41,21 @@ struct Mask {
   uint8_t* bits = nullptr;
 };
 
+// The rules of quantizers that learn, in the order of NAMES in noisyq_fast/rules.py.
+enum class RuleKind : int {
+  lsq,
+  pact,
+  sat,
+  aqd,
+  aqd_odd,
+  qil,
+  qil_odd,
+  dsq,
+  dorefa_original,
+  dorefa_modified,
+  dorefa_centered,
+};
+
 namespace cpu {
 
 // y = fake-quantized x with the range of each channel of x, which `average` takes in. `y` may be
@@ -140,6 +155,44 @@ void grads_of_sums(DType dtype, const void* grad, Sums v, int64_t rows, int64_t 
                    const float* factor, const float* term, bool relu, const float* mean,
                    const float* slope, const float* shift, const float* tilt, void* out,
                    int threads);
+
+// A convolution without groups and dilation.
+struct AdderShape {
+  int64_t images, rows, columns, inputs;  // of x
+  int64_t outputs, kernel_rows, kernel_columns;
+  int64_t row_stride, column_stride, row_padding, column_padding;
+  int64_t out_rows, out_columns;
+};
+
+// Zeros around a gradient.
+struct AdderBorder {
+  int64_t top, bottom, left, right;
+};
+
+// y = -sum |w - x| of x [images, rows, columns, inputs], padded, and w [outputs / 16, kernel, inputs,
+// 16], [images, out_rows, out_columns, outputs].
+void adder_forward(const float* x, const float* w, float* y, AdderShape shape, int threads);
+
+// dx = sum clip(w - x, -1, 1) g, like x: [inputs / 16, images, rows, columns, 16], not padded. w is
+// [inputs / 16, kernel, outputs, 16], and g [images, out_rows, out_columns, outputs] in its border.
+void adder_input_gradient(const float* x, const float* w, const float* g, float* dx,
+                          AdderShape shape, AdderBorder border, int threads);
+
+// dw = sum (x - w) g, like w. All as for the input's gradient, but x is padded and g has no border.
+void adder_weight_gradient(const float* x, const float* w, const float* g, float* dw,
+                           AdderShape shape, int threads);
+
+// Quantizers that learn, with the parameters of each channel: all of the first, then all of the
+// second, ... `codes` are whole numbers from `low` to `high`.
+void fake_quantize_learned(DType dtype, const void* x, const float* parameters, void* y,
+                           Layout layout, RuleKind kind, int low, int high, int threads);
+void quantize_learned(DType dtype, const void* x, const float* parameters, int16_t* codes,
+                      Layout layout, RuleKind kind, int low, int high, int threads);
+
+// The gradient by x, and its sums by each parameter.
+void fake_quantize_learned_backward(DType grad_dtype, const void* grad, DType dtype,
+                                    const void* x, const float* parameters, void* dx, float* sums,
+                                    Layout layout, RuleKind kind, int low, int high, int threads);
 
 }  // namespace cpu
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SPLIT, ORDER, STEPS, ANNOTATORS, NETWORK = 1, 2, 3, 4, 5
+SPLIT, ORDER, STEPS, ANNOTATORS, NETWORK, WIDTHS_OF_STEPS, CALIBRATION = 1, 2, 3, 4, 5, 6, 7
 
 
 def mixed(*numbers: int) -> int:

@@ -38,7 +38,8 @@ class SweepConfig:
     figure2 is all methods over the share of wrong labels, figure3 is settings of quantization,
     dropout and pruning, table1 is all methods on action units of the face, au_norm is where batch
     norm stands there, data_size is float and quantized over the number of training images, league
-    is every method in float and quantized at 40 % noise. To see what would run, and then run it:
+    is every method in float and quantized at 40 % noise, learned is quantizers that learn at 4, 3
+    and 2 bits, with 40 % noise and without. To see what would run, and then run it:
 
         python experiments/sweep.py figure2 --dry-run
         python experiments/sweep.py figure2

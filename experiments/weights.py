@@ -91,6 +91,10 @@ class Weights:
         here = _computed_with(config)
         there = here if self.computed_with is None else self.computed_with
         differing = [name for name in here | there if here.get(name) != there.get(name)]
+        for method in config.methods.values():
+            options = method.evaluation_options()
+            if method.STARTS_FROM_FLOAT and not options.keys() & there.keys():
+                differing = [name for name in differing if name not in options]
         if differing:
             had, has = (
                 ", ".join(

@@ -2,9 +2,10 @@
 
 from importlib import metadata as _metadata
 
+from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
-from noisyq_fast.calibration import calibrate
+from noisyq_fast.calibration import bitsplit, calibrate, dfq, easyquant, ocs
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
@@ -12,6 +13,7 @@ from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import fuse_
+from noisyq_fast.integer_files import load_integers, save_integers
 from noisyq_fast.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -30,9 +32,23 @@ from noisyq_fast.ops import (
     fake_quantize_many,
     quantize,
 )
-from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
+from noisyq_fast.optimizing import constrain_, parameter_groups
+from noisyq_fast.quantizers import (
+    AQD,
+    DSQ,
+    LSQ,
+    PACT,
+    QIL,
+    SAT,
+    AbsMax,
+    Fixed,
+    LearnedQuantizer,
+    MovingAbsMax,
+    Quantizer,
+)
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
+from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, split_norms_
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -40,13 +56,27 @@ except _metadata.PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AQD",
+    "DSQ",
+    "LSQ",
+    "PACT",
+    "QIL",
+    "SAT",
     "AbsMax",
+    "AdderConv2d",
+    "AdderLinear",
+    "BatchNormOfWidths",
     "Codes",
+    "Fixed",
     "Grid",
     "GroupedLinear",
     "LayerSummary",
+    "LearnedQuantizer",
+    "ManyWidths",
     "MovingAbsMax",
     "OperatorSummary",
+    "QuantAdderConv2d",
+    "QuantAdderLinear",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
@@ -60,21 +90,31 @@ __all__ = [
     "QuantMultiheadAttention",
     "Quantizer",
     "Summary",
+    "bitsplit",
     "calibrate",
+    "constrain_",
     "current_backend",
     "dequantize",
     "dequantize_model_",
+    "dfq",
     "disabled",
+    "easyquant",
     "fake_quantize",
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
     "fuse_",
     "info",
+    "load_integers",
+    "ocs",
+    "parameter_groups",
     "quantize",
     "quantize_model_",
     "register_layer",
     "reset_ranges_",
+    "save_integers",
+    "set_bits",
+    "split_norms_",
     "summary",
     "sync_ranges_",
     "use_backend",

@@ -40,7 +40,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         for name in ("key", "value"):
             setattr(self, f"{name}_quantizer", None)
             if activation is not None:
-                quantizer = activation.like().to(self.weights()[0].device)
+                quantizer = activation.like().for_input().to(self.weights()[0].device)
                 setattr(self, f"{name}_quantizer", quantizer.train(self.training))
 
     @property

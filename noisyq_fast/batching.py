@@ -179,6 +179,50 @@ def quantize_fixed_range_on_grid(
     return (codes, *of_groups, mask), (0, 0, 0, 0)
 
 
+def fake_quantize_learned(
+    info: Any, dims: Dims, x: Tensor, parameters: Tensor, *others: Any
+) -> tuple:
+    *rule, axis, gradient_scale = others
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    parameters = _parameters_of_groups(parameters, dims[1], info.batch_size)
+    operator = _operators.fake_quantize_learned
+    return groups.restored(operator(groups.x, parameters, *rule, 0, gradient_scale)), 0
+
+
+def fake_quantize_learned_backward(
+    info: Any, dims: Dims, grad: Tensor, x: Tensor, parameters: Tensor, *others: Any
+) -> tuple:
+    *rule, axis, gradient_scale = others
+    # The order of a sum is that of a sample's memory.
+    x = _for_each_sample(x, dims[1], info.batch_size)
+    order = [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride(d))]
+    back = [order.index(d) for d in range(x.dim())]
+    front = checks.front_axis(axis, torch.empty(x.shape[1:], device="meta"))
+    axis = None if front is None else order.index(front + 1) - 1
+    grad = _for_each_sample(grad, dims[0], info.batch_size).permute(order)
+    groups, grads = (
+        _Groups(values, 0, axis, info.batch_size) for values in (x.permute(order), grad)
+    )
+    of_groups = _parameters_of_groups(parameters, dims[2], info.batch_size)
+    dx, sums = _operators.fake_quantize_learned_backward(
+        grads.x.contiguous(), groups.x.contiguous(), of_groups, *rule, 0, gradient_scale
+    )
+    sums = sums.unflatten(1, groups.scale_shape).movedim(0, 1)
+    return (groups.restored(dx).permute(back), sums), (0, 0)
+
+
+def quantize_learned(info: Any, dims: Dims, x: Tensor, parameters: Tensor, *others: Any) -> tuple:
+    *rule, axis = others
+    groups = _Groups(x, dims[0], axis, info.batch_size)
+    parameters = _parameters_of_groups(parameters, dims[1], info.batch_size)
+    return groups.restored(_operators.quantize_learned(groups.x, parameters, *rule, 0)), 0
+
+
+def _parameters_of_groups(parameters: Tensor, dim: int | None, batch: int) -> Tensor:
+    """``[parameters, samples * groups of each]``"""
+    return _for_each_sample(parameters, dim, batch).movedim(1, 0).flatten(1)
+
+
 class _Groups:
     """A batch with a group for each sample, or for each channel of each sample, along its first
     axis: ``x``."""
@@ -225,29 +269,62 @@ def _whole_bytes(x: Tensor) -> Tensor:
     return F.pad(x.reshape(x.shape[0], size), (0, -size % 8))
 
 
-RULES: dict[str, Callable] = {
-    rule.__name__: rule
-    for rule in (
-        fake_quantize,
-        fake_quantize_many,
-        fake_quantize_ema,
-        fake_quantize_fixed_range,
-        fake_quantize_fixed_range_clipped,
-        zero_clipped,
-        quantize,
-        dequantize,
-        fake_quantize_on_grid,
-        fake_quantize_ema_on_grid,
-        fake_quantize_fixed_range_on_grid,
-        quantize_on_grid,
-        quantize_ema_on_grid,
-        quantize_fixed_range_on_grid,
-        dequantize_on_grid,
+def _one_by_one(name: str) -> Callable:
+    """The rule of an operator that is called for each sample."""
+
+    def rule(info: Any, dims: Dims, *arguments: Any) -> tuple:
+        operator = getattr(_operators, name)
+        samples = [
+            operator(
+                *(
+                    a.select(dim, i) if isinstance(dim, int) else a
+                    for a, dim in zip(arguments, dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(samples), 0
+
+    return rule
+
+
+RULES: dict[str, Callable] = (
+    {
+        rule.__name__: rule
+        for rule in (
+            fake_quantize,
+            fake_quantize_many,
+            fake_quantize_ema,
+            fake_quantize_fixed_range,
+            fake_quantize_fixed_range_clipped,
+            zero_clipped,
+            quantize,
+            dequantize,
+            fake_quantize_on_grid,
+            fake_quantize_ema_on_grid,
+            fake_quantize_fixed_range_on_grid,
+            quantize_on_grid,
+            quantize_ema_on_grid,
+            quantize_fixed_range_on_grid,
+            dequantize_on_grid,
+            fake_quantize_learned,
+            fake_quantize_learned_backward,
+            quantize_learned,
+        )
+    }
+    | dict.fromkeys(
+        (
+            *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
+            *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
+        ),
+        _no_products,
     )
-} | dict.fromkeys(
-    (
-        *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
-        *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
-    ),
-    _no_products,
+    | {
+        name: _one_by_one(name)
+        for name in (
+            "adder_conv2d",
+            "adder_conv2d_input_gradient",
+            "adder_conv2d_weight_gradient",
+        )
+    }
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from noisyq_fast.grid import Grid, check_bits
 from noisyq_fast.grid import grid as grid_of
+from noisyq_fast.rules import Rule, check_rule
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRAIGHT_THROUGH_ESTIMATORS = ("identity", "clipped")
@@ -218,6 +219,46 @@ def codes_on_grid(
     return codes, scale, zero_point, axis
 
 
+def learned_codes(
+    x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None
+) -> tuple[Tensor, Tensor, Rule, int | None]:
+    _dtype("x", x, FLOAT_DTYPES)
+    _dtype("parameters", parameters, (torch.float32,))
+    _same_device("parameters", parameters, x)
+    check_rule(name, low, high)
+    rule, axis = Rule(name, low, high), front_axis(axis, x)
+    shape = [rule.parameters, *([] if axis is None else [x.shape[axis]])]
+    if list(parameters.shape) != shape:
+        raise ValueError(
+            f"parameters: got shape {list(parameters.shape)}, takes {shape} of {name} for a tensor "
+            f"of shape {list(x.shape)} with axis {axis}"
+        )
+    return x, parameters, rule, axis
+
+
+def learned(
+    x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None, scale: float
+) -> tuple[Tensor, Tensor, Rule, int | None]:
+    return learned_codes(x, parameters, name, low, high, axis)  # the scale is of the gradient
+
+
+def learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    name: str,
+    low: int,
+    high: int,
+    axis: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Rule, int | None, float]:
+    _dtype("grad", grad, FLOAT_DTYPES)
+    _same_device("grad", grad, x)
+    if grad.shape != x.shape:
+        raise ValueError(f"grad: got shape {list(grad.shape)}, takes that of x, {list(x.shape)}")
+    return grad, *learned_codes(x, parameters, name, low, high, axis), scale
+
+
 def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
     """Asked only on the CPU: elsewhere the answer would stall the device."""
     if x.device.type == "cpu" and running_absmax.isnan().any():
@@ -228,6 +269,53 @@ def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
             "the ranges with noisyq_fast.calibrate(model, batches), or load a checkpoint that has "
             "them; to evaluate in float, use `with noisyq_fast.disabled(model):`"
         )
+
+
+ADDER_DTYPES = (torch.float32, torch.float64)
+Pair = tuple[int, int]
+
+
+def adder(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor, Pair, Pair]:
+    for name, value in (("x", x), ("weight", weight)):
+        _dtype(name, value, ADDER_DTYPES)
+        if value.dim() != 4:
+            raise ValueError(f"{name}: got shape {list(value.shape)}, takes four sizes")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: got {weight.dtype}, takes {x.dtype}, that of x")
+    _same_device("weight", weight, x)
+    if x.shape[1] != weight.shape[1]:
+        got = f"got {weight.shape[1]} input channels"
+        raise ValueError(f"weight: {got}, takes {x.shape[1]}, those of x")
+    if 0 in weight.shape:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, takes sizes from 1")
+    stride, padding = (stride[0], stride[-1]), (padding[0], padding[-1])
+    if min(stride) < 1 or min(padding) < 0:
+        got = f"got stride {stride} and padding {padding}"
+        raise ValueError(f"{got}, takes a stride from 1 and a padding from 0")
+    if min(output_size(x, weight, stride, padding)) < 1:
+        got = f"got {list(x.shape[2:])} with padding {padding}"
+        raise ValueError(f"x: {got}, takes at least the kernel's {list(weight.shape[2:])}")
+    return x, weight, stride, padding
+
+
+def adder_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    x, weight, stride, padding = adder(x, weight, stride, padding)
+    _dtype("grad", grad, (x.dtype,))
+    expected = [len(x), len(weight), *output_size(x, weight, stride, padding)]
+    if list(grad.shape) != expected:
+        raise ValueError(f"grad: got shape {list(grad.shape)}, takes {expected}")
+    _same_device("grad", grad, x)
+    return grad, x, weight, stride, padding
+
+
+def output_size(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> list[int]:
+    """Rows and columns that a convolution puts out."""
+    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    return [(side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides]
 
 
 # Single arguments.

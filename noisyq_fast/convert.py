@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from noisyq_fast import layers as quantized
 from noisyq_fast import usage
+from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
 from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
 from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
@@ -46,6 +47,8 @@ _LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Embedding: quantized.QuantEmbedding,
     nn.MultiheadAttention: QuantMultiheadAttention,
     GroupedLinear: QuantGroupedLinear,
+    AdderConv2d: QuantAdderConv2d,
+    AdderLinear: QuantAdderLinear,
 }
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": quantized.QuantTransposedLinear}
 """Layers of packages that are not imported for it."""
@@ -57,10 +60,10 @@ _GRID_OPTIONS = {
 _OF_LAYERS = ("input_ranges", "arithmetic")
 """Options that concern no quantizer."""
 _OPTIONS = (
-    "arithmetic",
     *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),
     *_GRID_OPTIONS["weight"],
     *_GRID_OPTIONS["activation"],
+    "arithmetic",
 )
 
 
@@ -141,7 +144,8 @@ def quantize_model_(
         ste: as for `MovingAbsMax`.
         overrides: for layers by name, the options that differ (``weight_bits``,
             ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, the
-            four of grids and granularity, ``arithmetic``, and of a `GroupedLinear` ``input_ranges``); ``None``
+            four of grids and granularity, ``arithmetic``, and of a `GroupedLinear`
+            ``input_ranges``); ``None``
             keeps a layer in float.
         input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
         weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits, ...)``;
@@ -232,7 +236,7 @@ def quantize_model_(
         name: str, bits: int | None, **others: Any
     ) -> tuple[Quantizer | None, Quantizer | None]:
         """For a layer; ``bits`` and ``others`` for all that its override does not name."""
-        chosen = _with_bits(bits, options) | others
+        chosen = _with_bits(bits, {k: v for k, v in options.items() if k not in others}) | others
         override = {k: v for k, v in overrides.get(name, {}).items() if k not in _OF_LAYERS}
         for kind in _GRID_OPTIONS.keys() & override.keys():
             chosen |= _GRID_OPTIONS[kind]
@@ -247,6 +251,10 @@ def quantize_model_(
     grids = {"weight_grid": weight_grid, "activation_grid": activation_grid}
     of_ends = {option: SIGNED for option, grid in grids.items() if grid == ODD}
     of_input = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
+    if first_last_bits is not None:
+        given = {"weight": weight, "activation": activation}
+        of_ends |= _at_ends(first_last_bits, given, {"weight": "weight", "activation": "input"})
+        of_input |= _at_ends(first_last_bits, given, {"activation": "model input"})
     inner = {name: quantizers_of(name, None) for name in layers}
     last = {name: quantizers_of(name, first_last_bits, **of_ends) for name in layers}
     of_first = of_ends | of_input
@@ -500,6 +508,17 @@ def _with_bits(bits: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
     }
     return changed | {name: bits for name in options if name.endswith("_bits")}
+
+
+def _at_ends(
+    bits: int, given: Mapping[str, object], places: Mapping[str, str]
+) -> dict[str, Quantizer]:
+    """What stands for the quantizers that were given, in the first and the last layers."""
+    return {
+        option: given[option].at_end(bits, place)
+        for option, place in places.items()
+        if isinstance(given[option], Quantizer)
+    }
 
 
 # The classes of layers.

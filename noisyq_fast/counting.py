@@ -114,7 +114,13 @@ def _flops_by_operator() -> dict[Any, Any]:
         aten.addbmm: lambda c, a, b, **_: 2 * a.numel() * b.shape[-1],
         aten._grouped_mm: _flops_of_grouped_product,
         aten._trilinear: _flops_of_bilinear_layer,
+        torch.ops.noisyq.adder_conv2d: _flops_of_adder,
     }
+
+
+def _flops_of_adder(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor) -> int:
+    """A difference whose absolute value is added counts as a product that is added."""
+    return 2 * out_val.numel() * weight[0].numel()
 
 
 def _flops_of_grouped_product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:

@@ -11,7 +11,7 @@ from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.grid import Grid
 from noisyq_fast.layers import QuantLayer
-from noisyq_fast.quantizers import MovingAbsMax
+from noisyq_fast.quantizers import LearnedQuantizer, MovingAbsMax
 
 _INFINITY = float("inf")
 
@@ -23,7 +23,9 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
     with the whole batch; ranks that start with equal ranges keep them equal. Each layer adds one
     all-reduce, of 4 bytes for each range (8 on an affine grid), to a forward in training, and
     nothing otherwise. Like `torch.nn.SyncBatchNorm`, layers compute as before where there are no
-    other ranks: in a group of one, or while `torch.distributed` is not initialized.
+    other ranks: in a group of one, or while `torch.distributed` is not initialized. Quantizers that
+    learn begin with the first batch of all ranks together; their parameters are then kept equal by
+    whatever averages gradients.
 
     Args:
         model: a module with quantized layers, such as `quantize_model_` returns. Changed in place;
@@ -62,7 +64,28 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
     for module in model.modules():
         if isinstance(module, MovingAbsMax):
             module.range_of_ranks = _RangeOfRanks(process_group, module.grid)
+        elif isinstance(module, LearnedQuantizer):
+            module.sum_of_ranks = _OfRanks(process_group, dist.ReduceOp.SUM)
+            module.max_of_ranks = _OfRanks(process_group, dist.ReduceOp.MAX)
     return model
+
+
+@dataclass(frozen=True)
+class _OfRanks:
+    """Values of all ranks, reduced: what a quantizer that learns begins with."""
+
+    process_group: dist.ProcessGroup | None
+    operation: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_OfRanks":
+        return self
+
+    @torch.no_grad()
+    def __call__(self, values: Tensor) -> Tensor:
+        if _has_other_ranks(self.process_group):
+            values = values.clone()
+            dist.all_reduce(values, self.operation, self.process_group)
+        return values
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ class _RangeOfRanks:
         A NaN becomes infinity: as a range both mean a NaN batch that is not recorded, but not
         every backend's maximum keeps a NaN.
         """
-        if not self._has_other_ranks():
+        if not _has_other_ranks(self.process_group):
             return None
         axis = checks.front_axis(axis, x)
         ends = reference.range_of(x, self.grid, axis)
@@ -97,7 +120,8 @@ class _RangeOfRanks:
             ends[0].neg_()
         return ends
 
-    def _has_other_ranks(self) -> bool:
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        return dist.get_world_size(self.process_group) > 1
+
+def _has_other_ranks(process_group: dist.ProcessGroup | None) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(process_group) > 1

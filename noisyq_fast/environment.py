@@ -22,6 +22,7 @@ class Info:
         requested: the backend asked for with `use_backend` or ``NOISYQ_BACKEND``, or ``"auto"``.
         operators: for each operator, the backend that computes it on each type of device.
         threads: how many threads operators on the CPU use.
+        products: how products of codes are computed on the CPU.
     """
 
     versions: dict[str, str]
@@ -29,6 +30,7 @@ class Info:
     requested: str
     operators: dict[str, dict[str, str]]
     threads: int
+    products: dict[str, str]
 
     def __str__(self) -> str:
         rows = [("versions", "")]
@@ -39,6 +41,8 @@ class Info:
             for name, reason in self.backends.items()
         ]
         rows += [("threads", str(self.threads))]
+        rows += [("integer products", "(on the CPU)")]
+        rows += [(f"  {name}", how) for name, how in self.products.items()]
         device_types = next(iter(self.operators.values()))
         rows += [("operators", "".join(f"{name:<12}" for name in device_types))]
         rows += [
@@ -72,4 +76,5 @@ def info() -> Info:
         requested=backends.requested(),
         operators=backends.who_computes(),
         threads=torch.get_num_threads(),
+        products=backends.cpu_integer.routes(),
     )

@@ -12,6 +12,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from noisyq_fast import checks
+from noisyq_fast.backends import reference_learned
+from noisyq_fast.rules import Rule
 
 
 class Gradient(torch.autograd.Function):
@@ -178,6 +180,75 @@ class DequantizeOnGrid(Gradient):
     def jvp(ctx: Any, _: None, codes: None, tangent: Tensor, *others: None) -> Tensor:
         codes, zero_point = ctx.saved_tensors
         return torch.ops.noisyq.dequantize_on_grid(codes, tangent, zero_point, ctx.axis)
+
+
+class Learned(Gradient):
+    """By the derivatives of the rule, which another operator takes and sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        below_autograd: Callable,
+        x: Tensor,
+        parameters: Tensor,
+        rule: str,
+        low: int,
+        high: int,
+        axis: int | None,
+        gradient_scale: float,
+    ) -> Tensor:
+        ctx.rule = rule, low, high, checks.front_axis(axis, x)
+        ctx.gradient_scale = gradient_scale
+        ctx.save_for_backward(x, parameters)
+        ctx.save_for_forward(x, parameters)
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        operator = torch.ops.noisyq.fake_quantize_learned_backward
+        dx, d_parameters = operator(grad, *ctx.saved_tensors, *ctx.rule, ctx.gradient_scale)
+        return None, dx, d_parameters, *[None] * 5
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _: None, x_tangent: Tensor, parameters_tangent: Tensor, *others: None
+    ) -> Tensor:
+        x, parameters = ctx.saved_tensors
+        *rule, axis = ctx.rule
+        by_x, *by_each = reference_learned.derivatives(x, parameters, Rule(*rule), axis)
+        tangent = torch.zeros_like(by_x) if x_tangent is None else by_x * x_tangent
+        if parameters_tangent is not None:
+            along = [-1 if d == axis else 1 for d in range(x.dim())] if axis is not None else []
+            for derivative, p in zip(by_each, parameters_tangent.unbind(), strict=True):
+                tangent = tangent + derivative * p.reshape(along)
+        return tangent.to(x.dtype)
+
+
+class Adder(Gradient):
+    """Those of AdderNet, which are no derivatives: of ``-|w - x|`` by w ``x - w``, and by x
+    ``clip(w - x, -1, 1)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        below_autograd: Callable,
+        x: Tensor,
+        weight: Tensor,
+        stride: list[int],
+        padding: list[int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.others = stride, padding
+        return below_autograd()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, of_x, of_weight, *_ = ctx.needs_input_grad
+        arguments = grad, *ctx.saved_tensors, *ctx.others
+        noisyq = torch.ops.noisyq
+        dx = noisyq.adder_conv2d_input_gradient(*arguments) if of_x else None
+        dw = noisyq.adder_conv2d_weight_gradient(*arguments) if of_weight else None
+        return None, dx, dw, None, None
 
 
 def _is_known_to_be_zero(mask: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import EllipsisType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from noisyq_fast import gradients, usage
-from noisyq_fast.granularity import TOKEN, Groups, check_group_size
-from noisyq_fast.grid import SIGNED, UNSIGNED, check_bits, check_kind
+from noisyq_fast.granularity import TOKEN, Axis, Groups, check_group_size
+from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.integer import products
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
@@ -65,17 +65,14 @@ class QuantLayer(nn.Module):
     input_quantizer: Quantizer | None
     arithmetic: str = FLOAT
     can_defer: bool = False
-    # `fuse_` sets these: what follows the layer in its chain, whether the layer returns a `Deferred`, whether its sums are made again in
-    # the backward, and the batch norm that follows, in a tuple, so that it is no module of this one.
+    """Whether `fuse_` can make it return a `Deferred`."""
+    integer_axes: tuple[Axis, ...] = (None, TOKEN)
+    """Those of the scales of its input with which it computes in integers."""
+    # `fuse_` sets these.
     defers: bool = False
-    recomputes: bool = False
-    norm: tuple[nn.Module, ...] = ()
+    recomputes: bool = False  # makes its sums again in the backward
+    norm: tuple[nn.Module, ...] = ()  # the batch norm that follows; a tuple: no module of this one
     followed_by: str = ""
-    CODE_AXES: ClassVar[dict[str, tuple[int | str | None, ...]]] = {
-        "weight": (None, 0),
-        "input": (None, TOKEN),
-    }
-    """The axes of scales that a product of codes has outside its sums."""
 
     def __init__(
         self,
@@ -114,8 +111,12 @@ class QuantLayer(nn.Module):
         """Gives the layer copies of quantizers, which have seen nothing yet."""
         self.check_granularity(weight, activation)
         device = next(self.parameters()).device
-        self.weight_quantizer = None if weight is None else weight.like().to(device)
-        self.input_quantizer = None if activation is None else activation.like().to(device)
+        if weight is not None:
+            first = self.by_channel(self.weights()[0].detach())
+            weight = weight.like().for_weight(first).to(device)
+        if activation is not None:
+            activation = activation.like().for_input().to(device)
+        self.weight_quantizer, self.input_quantizer = weight, activation
         for quantizer in self.quantizers().values():
             quantizer.train(self.training)
 
@@ -166,7 +167,7 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
     def why_float(self) -> str | None:
-        """Why a layer with ``arithmetic="integer"`` computes in float; ``None`` where it does not."""
+        """Why a layer with ``arithmetic="integer"`` computes in float; ``None``: it does not."""
         if type(self).compute_integers is QuantLayer.compute_integers:
             return "has no product of codes"
         for name, quantizer in (("weight", self.weight_quantizer), ("input", self.input_quantizer)):
@@ -176,13 +177,15 @@ class QuantLayer(nn.Module):
                 return f"{type(quantizer).__name__} of its {name} gives no codes"
             if quantizer.group_size is not None:
                 return f"its {name} has a scale for each group, which does not leave the sum"
-            if quantizer.axis not in self.CODE_AXES[name]:
-                return f"its {name} has a scale along axis {quantizer.axis}, not outside the sum"
+        if self.weight_quantizer.axis not in (None, 0):
+            return "its weight has scales that do not leave the sum"
+        if self.input_quantizer.axis not in self.integer_axes:
+            return f"its input has scales for axis {self.input_quantizer.axis!r}"
         return None
 
     def normalizes(self, output: Tensor) -> bool:
         """Whether a batch norm that follows is part of what the layer computes: where its sums
-        cannot be deferred."""
+        cannot be deferred, because its output is traced or transformed."""
         return self.defers and self.computes_in_integers() and not deferrable(output)
 
     def computes_in_integers(self) -> bool:
@@ -193,14 +196,15 @@ class QuantLayer(nn.Module):
         weight = self.weight if weight is None else weight
         if not gradients.wanted():
             weight = weight.detach()
-        made = self.weight_quantizer.codes(self.by_channel(weight))
-        scale, zero_point = made.scale, made.zero_point
-        if scale.dim() == 0:  # one for all channels
-            channels = made.codes.shape[:1]
-            scale = scale.expand(channels)
-            zero_point = None if zero_point is None else zero_point.expand(channels)
+        by_channel = self.by_channel(weight)
+        made = self.weight_quantizer.codes(by_channel)
+        scale, zero_point = (
+            x.expand(len(by_channel)).contiguous() if x is not None and x.dim() == 0 else x
+            for x in (made.scale, made.zero_point)
+        )
+        source = weight if made.source is by_channel else self.from_channels(made.source, weight)
         codes = self.from_channels(made.codes, weight)
-        return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=weight)
+        return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=source)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""
@@ -337,6 +341,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 class _QuantConv(QuantLayer):
     can_defer = True
+    integer_axes = (None,)
 
     def compute_integers(self, x: Tensor) -> Tensor:
         unbatched = x.dim() == len(self.kernel_size) + 1
@@ -345,16 +350,28 @@ class _QuantConv(QuantLayer):
             *(list(self.stride), padding, list(self.dilation), False),
             *([0] * len(padding), self.groups),
         )
-        operands = self.input_quantizer.codes(x), self.weight_codes(), self.bias, geometry
-        if self.defers and deferrable(x) and deferrable(operands[1].codes):
+        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
+        operands = codes, weight, self.bias, geometry
+        are_plain = deferrable(codes.codes) and deferrable(weight.codes)
+        if self.defers and are_plain and x.dtype == torch.float32:
             y = products.deferred_convolution(*operands, self, x)
-        elif self.defers and self.norm:
-            y = products.normalized_convolution(*operands, *self.norm)
         else:
             y = products.convolution(*operands)
+            if self.norm and self.normalizes(y):
+                y = products.normalized_convolution(*operands, y, *self.norm)
             if isinstance(x, Deferred):
                 y = y.contiguous(memory_format=memory_format(x))
         return y.squeeze(0) if unbatched else y
+
+    def why_float(self) -> str | None:
+        if self.input_quantizer and self.input_quantizer.grid_kind == ODD and self._pads_before():
+            return "the zeros around its input have no code on the odd grid"
+        return super().why_float()
+
+    def _pads_before(self) -> bool:
+        """Whether there are zeros around the input that the product cannot add."""
+        pads = self._reversed_padding_repeated_twice
+        return self.padding_mode == "zeros" and pads[::2] != pads[1::2]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """The input with what the product cannot pad, and what it can. Padding before the quantizer
@@ -363,11 +380,7 @@ class _QuantConv(QuantLayer):
         none = [0] * len(self.kernel_size)
         if self.padding_mode != "zeros":
             return F.pad(x, pads, mode=self.padding_mode), none
-        if not isinstance(self.padding, str):
-            return x, list(self.padding)
-        if pads[::2] != pads[1::2]:
-            return F.pad(x, pads), none
-        return x, pads[::-2]
+        return (F.pad(x, pads), none) if self._pads_before() else (x, pads[::-2])
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
@@ -394,6 +407,8 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 class _QuantConvTranspose(QuantLayer):
     """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
+
+    integer_axes = (None,)
 
     def by_channel(self, weight: Tensor) -> Tensor:
         if self.groups == 1:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from noisyq_fast.convert import check_not_lazy, why_not_quantized
 from noisyq_fast.counting import Work, count, parameters_of
-from noisyq_fast.layers import QuantEmbedding, QuantLayer
+from noisyq_fast.integer.batch_norm import ExactBatchNorm
+from noisyq_fast.layers import INTEGER, QuantEmbedding, QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import in_evaluation
 
@@ -40,6 +41,10 @@ class LayerSummary:
             each range of an input, all else at its own width. What several layers share counts at
             the first.
         why_float: why it, or a part of it, is float; empty where it is quantized.
+        arithmetic: ``"integer"`` where it multiplies codes; a batch norm that takes its statistics
+            from exact sums is ``"exact"``; else ``"float"``.
+        chain: what follows in its chain after `fuse_`, or, where ``arithmetic="integer"`` was asked
+            for in vain, why.
     """
 
     name: str
@@ -55,6 +60,8 @@ class LayerSummary:
     quantized_parameters: int
     size_in_bits: int
     why_float: str
+    arithmetic: str = "float"
+    chain: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,9 @@ def summary(model: nn.Module, example: Any) -> Summary:
 
     MACs are counted where PyTorch computes them, by the formulas of `torch.utils.flop_counter`.
     They are a layer's where its weight is an operand, and quantized where its weight and its input
-    are. Products of two activations, such as those of attention, and additions, poolings and the
-    like are listed as operators; they are float. Of the latter, only the calls are counted.
+    are. Those of an `AdderConv2d` or `AdderLinear` are additions of absolute differences. Products
+    of two activations, such as those of attention, and additions, poolings and the like are listed
+    as operators; they are float. Of the latter, only the calls are counted.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -229,6 +237,7 @@ def _row(
     own = parameters_of(layer)
     state = own | _buffers(layer)
     learned = [p for q in _quantizers(layer) for p in q.parameters()]
+    arithmetic, chain = _arithmetic(layer)
     bits, quantized = 0, 0
     if weight is not None:
         weights = layer.weights()
@@ -239,9 +248,11 @@ def _row(
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
         quantized = stored.count(own[key] for key in made & own.keys())
         state = {key: x for key, x in state.items() if key not in made}
-    bits += sum(map(stored.add, [*state.values(), *learned]))
+    of_range = [p for q in _quantizers(layer) if q.keeps_range for p in q.parameters()]
+    others = [p for p in learned if not any(p is r for r in of_range)]
+    bits += sum(map(stored.add, [*state.values(), *others]))
     for quantizer in _quantizers(layer):
-        if quantizer.enabled and quantizer.keeps_range:
+        if quantizer.enabled and quantizer.keeps_range and quantizer is not weight:
             bits += _SCALE_BITS * quantizer.range.numel()
     fully = weight is not None and activation is not None
     return LayerSummary(
@@ -258,7 +269,18 @@ def _row(
         quantized_parameters=quantized,
         size_in_bits=bits,
         why_float=_why_float(name, layer, work, any_quantized),
+        arithmetic=arithmetic,
+        chain=chain,
     )
+
+
+def _arithmetic(layer: nn.Module) -> tuple[str, str]:
+    if isinstance(layer, ExactBatchNorm) and layer.follows:
+        return "exact", ""
+    if not isinstance(layer, QuantLayer) or layer.arithmetic != INTEGER:
+        return "float", ""
+    why_float = layer.why_float()
+    return ("integer", layer.followed_by) if why_float is None else ("float", why_float)
 
 
 def _quantizers(layer: nn.Module) -> list[Quantizer]:
@@ -302,7 +324,8 @@ def _why_float(name: str, layer: nn.Module, work: Work, any_quantized: bool) -> 
 
 
 def _text(summary: Summary) -> str:
-    header = ("layer", "kind", "weight", "input", "calls", "MACs", "params", "size", "float")
+    header = ["layer", "kind", "weight", "input", "calls", "MACs", "params", "size", "float"]
+    any_exact = any(layer.arithmetic != "float" or layer.chain for layer in summary.layers)
     rows = [
         (
             layer.name or "(model)",
@@ -314,6 +337,7 @@ def _text(summary: Summary) -> str:
             f"{layer.parameters:,}",
             _bytes(layer.size_in_bits),
             layer.why_float,
+            _product(layer),
         )
         for layer in summary.layers
     ]
@@ -328,9 +352,13 @@ def _text(summary: Summary) -> str:
             "",
             "",
             "",
+            "",
         )
         for op in summary.operators
     ]
+    if any_exact:
+        header.append("arithmetic")
+    rows = [row[: len(header)] for row in rows]
     right = {4, 5, 6, 7}
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
@@ -344,6 +372,10 @@ def _text(summary: Summary) -> str:
     return "\n".join([lines[0], rule, *lines[1:], rule, *_sums(summary)])
 
 
+def _product(layer: LayerSummary) -> str:
+    return f"{layer.arithmetic}: {layer.chain}" if layer.chain else layer.arithmetic
+
+
 def _sums(summary: Summary) -> list[str]:
     quantized = (
         f"quantized: {_share(summary.quantized_macs, summary.macs)} of {summary.macs:,} MACs, "
@@ -352,6 +384,13 @@ def _sums(summary: Summary) -> list[str]:
         f"{_bytes(summary.float_size_in_bits)}"
     )
     lines = [quantized]
+    if any(layer.arithmetic == "integer" for layer in summary.layers):
+        exact = sum(x.quantized_macs for x in summary.layers if x.arithmetic == "integer")
+        norms = sum(layer.arithmetic == "exact" for layer in summary.layers)
+        lines.append(
+            f"exact, the same bits on every backend: {_share(exact, summary.macs)} of the MACs, "
+            f"in integers; batch norm x{norms}"
+        )
     reasons: dict[str, list[LayerSummary]] = {}
     for layer in summary.layers:
         if layer.why_float:

@@ -41,6 +41,19 @@ def backend(request):
         yield request.param
 
 
+LEARNED = [name for name in ON_CPU if "fake_quantize_learned" in BACKENDS[name].functions]
+
+
+@pytest.fixture(params=LEARNED)
+def learned_backend(request):
+    """The same for the operators of quantizers that learn, which some backends leave out."""
+    reason = BACKENDS[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with noisyq_fast.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -49,3 +49,21 @@ def every_operator_on_grid(backend, x, axis, grid):
         results += backend.fake_quantize_ema_on_grid(x, average, observed, grid, axis, 0.3, masked)
         results += [average, *([] if observed is None else [observed])]
     return results
+
+
+def every_code_on_grid(backend, x, axis, grid):
+    """The same of the operators that make codes by a range that is kept or given."""
+    shape = [2] * grid.is_affine + ([] if axis is None else [x.shape[axis]])
+    ranges = torch.full(shape, 0.7, device=x.device)
+    if grid.is_affine:
+        ranges[0] *= -0.4
+    results = []
+    for masked, weight in zip(MASKED, (None, 0.25, 0.0), strict=True):
+        results += backend.quantize_fixed_range_on_grid(x, ranges, grid, axis, masked)
+        average = ranges.clone()
+        average.view(1 + grid.is_affine, -1)[:, ::2] = float("nan")
+        shape = ranges.shape[1:] if grid.is_affine else ranges.shape
+        observed = None if weight is None else torch.full(shape, weight, device=x.device)
+        results += backend.quantize_ema_on_grid(x, average, observed, grid, axis, 0.3, masked)
+        results += [average, *([] if observed is None else [observed])]
+    return results

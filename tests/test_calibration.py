@@ -18,7 +18,7 @@ from noisyq_fast import (
     freeze_ranges_,
     quantize_model_,
 )
-from noisyq_fast.calibration import _BINS, METHODS
+from noisyq_fast.calibration.input_ranges import _BINS, METHODS
 
 
 def layer(bits=4, **options):
@@ -250,7 +250,7 @@ def test_evaluation_before_calibration_names_the_layer_and_what_to_do():
 
 
 def test_memory_stays_the_same(monkeypatch):
-    monkeypatch.setattr("noisyq_fast.calibration._AT_ONCE", 8)
+    monkeypatch.setattr("noisyq_fast.calibration.input_ranges._AT_ONCE", 8)
     x = heavy_tailed(400)
     assert range_of(x, "mse") == range_of(x, "mse", parts=3)
     monkeypatch.undo()

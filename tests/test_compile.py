@@ -16,6 +16,7 @@ ZERO = torch.tensor(7, dtype=torch.uint8)
 KERNEL = torch.randint(-128, 128, (4, 3, 3, 3), dtype=torch.int8)
 GEOMETRY = ([2, 1], [1, 1], [1, 1], False, [0, 0], 1)
 SUMS = torch.randint(-100, 101, (2, 4, 3, 2)).float()
+WINDOWS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [2, 1], [1, 0]
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
     "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
@@ -49,6 +50,26 @@ OPERATORS = {
         "affine",
         "clipped",
     ),
+    "fake_quantize_learned": lambda: (
+        X.clone().requires_grad_(),
+        torch.tensor([[0.3, 0.2, 0.4, 0.3]]).requires_grad_(),
+        "lsq",
+        -8,
+        7,
+        1,
+        0.5,
+    ),
+    "fake_quantize_learned_backward": lambda: (
+        torch.ones(3, 4),
+        X.clone(),
+        torch.tensor([0.0, 1.0, 0.3]),
+        "dsq",
+        0,
+        15,
+        None,
+        1.0,
+    ),
+    "quantize_learned": lambda: (X.clone(), torch.tensor([0.5]), "sat", 0, 15, None),
     "quantize_on_grid": lambda: (X.clone(), 4, 1, "affine"),
     "dequantize_on_grid": lambda: (
         torch.ones(3, 4, dtype=torch.uint8),
@@ -103,6 +124,14 @@ OPERATORS = {
         torch.rand(4),
         *(SUMS, *torch.rand(5, 4), True),
     ),
+    "adder_conv2d": lambda: (
+        torch.randn(2, 3, 5, 5, requires_grad=True),
+        torch.randn(4, 3, 3, 3, requires_grad=True),
+        [2, 1],
+        [1, 0],
+    ),
+    "adder_conv2d_input_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
+    "adder_conv2d_weight_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
 }
 
 

@@ -55,7 +55,9 @@ def examples(name, package=None):
     return [block for block, need in zip(blocks, needed, strict=True) if need == package]
 
 
-@pytest.mark.parametrize(("name", "count"), [("README.md", 2), ("docs/guide.md", 8)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("README.md", 2), ("docs/guide.md", 8), ("docs/integer.md", 1)]
+)
 def test_examples_of_pages(name, count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     blocks = examples(name)
@@ -69,8 +71,10 @@ def test_examples_of_pages(name, count, tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", OPTIONAL)
 def test_examples_with_packages(package):
     pytest.importorskip(package, reason=f"{package} is not installed")
-    (block,) = examples("docs/guide.md", package)
-    exec(block, {})
+    blocks = examples("docs/guide.md", package)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from assert_same import assert_same
-from every_operator import every_operator, every_operator_on_grid
+from every_operator import every_code_on_grid, every_operator, every_operator_on_grid
 from strategies import DTYPES, VALUES
 
 import noisyq_fast
@@ -92,10 +92,9 @@ def test_grids_do_not_depend_on_the_tiles(grid, dtype, limits, monkeypatch):
     images = torch.randn(2, 3, 2, 2, device=DEVICE).to(dtype, memory_format=torch.channels_last)
     matrix = torch.randn(2, 20, device=DEVICE).to(dtype)
     for x, axis in ((images, 1), (matrix, 0), (matrix[0, ::3], None), (matrix[:, :0], 0)):
-        expected, actual = (
-            every_operator_on_grid(backend, x, axis, grid) for backend in (reference, on_triton)
-        )
-        assert_same(actual, expected)
+        for every in (every_operator_on_grid, every_code_on_grid):
+            expected, actual = (every(backend, x, axis, grid) for backend in (reference, on_triton))
+            assert_same(actual, expected)
 
 
 @usable
@@ -105,10 +104,11 @@ def test_grids_of_values_that_break_quantizers(values, kind):
     with np.errstate(over="ignore"):
         x = np.asarray(values(np.random.default_rng(0), (5, 13), 127), np.float32)
     x = torch.from_numpy(x).to(DEVICE)
-    expected, actual = (
-        every_operator_on_grid(backend, x, 0, Grid(8, kind)) for backend in (reference, on_triton)
-    )
-    assert_same(actual, expected)
+    for every in (every_operator_on_grid, every_code_on_grid):
+        expected, actual = (
+            every(backend, x, 0, Grid(8, kind)) for backend in (reference, on_triton)
+        )
+        assert_same(actual, expected)
 
 
 @usable
@@ -122,11 +122,12 @@ def test_ranges_that_are_given(kind):
     x = torch.randn(len(high), 3, device=DEVICE)
     x *= torch.tensor([1.0, 1e-40, 1e38], device=DEVICE)
     for masked in (reference.NOTHING, reference.CLIPPED):
-        expected, actual = (
-            backend.fake_quantize_fixed_range_on_grid(x, ranges, grid, 0, masked)
-            for backend in (reference, on_triton)
-        )
-        assert_same(actual, expected)
+        for name in ("fake_quantize_fixed_range_on_grid", "quantize_fixed_range_on_grid"):
+            expected, actual = (
+                getattr(backend, name)(x, ranges, grid, 0, masked)
+                for backend in (reference, on_triton)
+            )
+            assert_same(actual, expected)
 
 
 @pytest.fixture

@@ -43,18 +43,14 @@ def test_machine_code(architecture, tmp_path):
     assert {kernel["name"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         variant, ptx = kernel["variant"], kernel["ptx"]
-        registers, stack, local = (
-            int(re.search(rf"{resource}:(\d+)", kernel["usage"])[1])
-            for resource in ("REG", "STACK", "LOCAL")
-        )
-        assert (stack, local) == (0, 0), variant  # No spills.
+        assert (kernel["stack"], kernel["local"]) == (0, 0), variant  # No spills.
         assert "fma.rn.f32" not in ptx, variant
         assert ".ftz" not in ptx, variant
         assert not re.search(r"div\.(full|approx)", ptx), variant
         assert ("div.rn.f32" in ptx) == (kernel["name"] not in WITHOUT_DIVISION), variant
         if kernel["wide"]:
             # The 65,536 registers of a multiprocessor hold 24 warps at least.
-            assert registers <= 80, variant
+            assert kernel["registers"] <= 80, variant
             if kernel["maps"] or kernel["name"] != "quantize_reduced":  # that reads partial results
                 assert ptx.count("ld.global.v4.b32") >= kernel["tensors"], variant
             assert ("st.global.v4.b32" in ptx) == kernel["maps"], variant
@@ -64,62 +60,29 @@ def test_machine_code(architecture, tmp_path):
 def compile_for(architecture, folder):
     """Prints what every operator launches, in every variant, as lines of JSON."""
     import torch
-    import triton
     from strategies import DTYPES
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
+    from triton_compiler import compile_instead
 
     from noisyq_fast import Grid
     from noisyq_fast.backends import on_triton as backend
-    from noisyq_fast.backends.on_triton.tiling import TileLimits
     from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
     from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
 
-    class Driver:
-        """What Triton asks about a GPU before it compiles for it."""
-
-        def get_current_target(self):
-            return GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    run = JITFunction.run
-
-    def compile_only(kernel, *arguments, grid, warmup, **options):
-        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        named = dict(zip(kernel.arg_names, arguments, strict=True))
+    def describe(name, named):
         sizes, tile = named["sizes"], named["TILE"]
-        inputs = arguments[0]
+        inputs = next(iter(named.values()))
         if not isinstance(inputs, tuple):
             inputs, sizes = [inputs], [sizes]
         dtypes = [x.dtype for x in inputs]
-        record = {
-            "name": kernel.__name__,
-            "variant": f"{kernel.__name__}: {named.get('KIND')}, {named.get('MASKED')}, {dtypes}, "
+        return {
+            "variant": f"{name}: {named.get('KIND')}, {named.get('MASKED')}, {dtypes}, "
             f"{sizes}, tile {tile}, sm_{architecture}",
             "wide": all(n == 1 or n % 16 == 0 for *layout, _ in sizes for n in layout),
             "tensors": len(inputs),
             "maps": any(named.get(output) is not None for output in ("y", "out")),
-            "ptx": compiled.asm["ptx"],
-            "usage": usage.stdout,
         }
-        print(json.dumps(record))
 
-    triton.runtime.driver.set_active(Driver())
-    JITFunction.run = compile_only
-    backend._limits = lambda device: TileLimits(processors=132)
+    compile_instead(architecture, folder, describe)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")

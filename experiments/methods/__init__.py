@@ -8,25 +8,43 @@ from typing import Annotated
 import tyro
 
 from experiments.checks import flag
+from experiments.methods.adder import Adder
+from experiments.methods.bitsplit import BitSplit
 from experiments.methods.co_teaching import CoTeaching
 from experiments.methods.defensive import Defensive
+from experiments.methods.dfq import DFQ
 from experiments.methods.dropout import Dropout
 from experiments.methods.early_stopping import EarlyStopping
+from experiments.methods.easyquant import EasyQuant
 from experiments.methods.elr import ELR
 from experiments.methods.gce import GCE
+from experiments.methods.hash_knn import HashKNN
+from experiments.methods.hashed import Hashed
 from experiments.methods.label_smoothing import LabelSmoothing
+from experiments.methods.lcnn import LCNN
+from experiments.methods.learned import (
+    ClippedActivations,
+    ClippedLevels,
+    LearnedIntervals,
+    LearnedSteps,
+    SoftQuant,
+)
+from experiments.methods.many_widths import AdaBits, Quantizable
 from experiments.methods.method import Method
 from experiments.methods.mixup import Mixup
 from experiments.methods.mutual_learning import MutualLearning
 from experiments.methods.noisy_student import NoisyStudent
+from experiments.methods.ocs import OCS
 from experiments.methods.prune import Prune
 from experiments.methods.qkd import QKD
 from experiments.methods.quant import Quant
 from experiments.methods.sam import SAM
 from experiments.methods.sce import SCE
+from experiments.methods.slimmable import Slimmable
 from experiments.methods.snapshot import Snapshot
 from experiments.methods.swa import SWA
 from experiments.methods.train_longer import TrainLonger
+from experiments.methods.us_slimmable import UniversallySlimmable
 from experiments.methods.weight_decay import WeightDecay
 
 __all__ = [
@@ -45,9 +63,17 @@ __all__ = [
 BASELINE = "baseline"
 """The task's own loss and recipe: no method at all."""
 
-# In the order in which they change the network.
+# In the order in which they change the network, after those that replace its layers.
 METHODS: dict[str, type[Method]] = {
+    "hash_knn": HashKNN,
+    "slimmable": Slimmable,
+    "us_slimmable": UniversallySlimmable,
     "quant": Quant,
+    "lsq": LearnedSteps,
+    "pact": ClippedActivations,
+    "qil": LearnedIntervals,
+    "dsq": SoftQuant,
+    "aqd": ClippedLevels,
     "dropout": Dropout,
     "prune": Prune,
     "weight_decay": WeightDecay,
@@ -66,6 +92,15 @@ METHODS: dict[str, type[Method]] = {
     "defensive": Defensive,
     "noisy_student": NoisyStudent,
     "qkd": QKD,
+    "adder": Adder,
+    "hashed": Hashed,
+    "lcnn": LCNN,
+    "easyquant": EasyQuant,
+    "ocs": OCS,
+    "bitsplit": BitSplit,
+    "dfq": DFQ,
+    "adabits": AdaBits,
+    "quantizable": Quantizable,
 }
 LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES == "loss"}
 """Those that `--loss` takes as well."""
@@ -105,10 +140,15 @@ def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
         for other, reason in method.NOT_WITH.items():
             if other in on:
                 raise ValueError(f"--method: got {name} with {other}, {reason}")
-    for what in ("loss", "procedure"):
+    for what, one in (
+        ("loss", "loss"),
+        ("procedure", "procedure"),
+        ("layers", "kind of layers"),
+        ("quantizer", "quantizer"),
+    ):
         found = [name for name, method in on.items() if what == method.REPLACES]
         if len(found) > 1:
-            raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {what}")
+            raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {one}")
 
 
 def described() -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from experiments.checks import require, require_choice
 from experiments.methods.method import Method
@@ -54,6 +55,11 @@ class Dropout(Method):
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         if self.dropout_where == "weights":
+            if any(is_parametrized(layer, "weight") for layer in layers(model)):
+                raise ValueError(
+                    "--dropout-where: got weights with a method that makes the weights from other "
+                    "parameters (adder, hashed, lcnn), takes classifier or stages"
+                )
             # Ahead of the hook that quantizes the weights, if any: that one has to see the zeros.
             model.register_forward_pre_hook(self._replace_weights, prepend=True)
             model.register_forward_hook(_put_weights_back, always_call=True)

@@ -32,7 +32,11 @@ class Method:
     out of a run's name, and stays as it is whatever the default becomes."""
 
     REPLACES: ClassVar[str | None] = None
-    """What of a run it exchanges, as only one method can: "loss" or "procedure"."""
+    """What of a run it exchanges, as only one method can: "loss", "procedure", "layers" or
+    "quantizer"."""
+
+    STARTS_FROM_FLOAT: ClassVar[bool] = False
+    """Whether --weights takes a float network's too."""
 
     NOT_WITH: ClassVar[Mapping[str, str]] = {}
     """Methods that it does not combine with, and why."""
@@ -82,6 +86,11 @@ class Method:
 
     def procedure(self, parts: Parts) -> Procedure | None:
         """How the run trains instead of the usual way, which is `Procedure`."""
+        return None
+
+    @property
+    def learned_rate(self) -> float | None:
+        """The learning rate of what quantizers learn, as a part of that of weights."""
         return None
 
     def optimizer_options(self) -> dict[str, Any]:

@@ -24,14 +24,14 @@ class QKD(Method):
     labels alone; then each also imitates the other; then the teacher stays as it is, in evaluation
     mode, and the student goes on.
 
-    With quant the student is quantized and the teacher is not, or else both are float. The loss is
-    that of the run, and `T^2 KL(p_other || p_own)` with probabilities at temperature T. The
-    quantizer is that of quant: the paper's learns its intervals. The phases share --epochs as 30,
-    100 and 70 of 200, at least one each. The teacher, which is trained beforehand in the paper,
-    learns during the first phase; it has the student's size, where the paper's may be larger
-    (unverified), other initial weights, and all other methods of the run. One optimizer, Adam, and
-    one schedule last for all phases. Two forward passes a sample and two backward, one in the last
-    phase.
+    With quant, or a quantizer that learns, the student is quantized and the teacher is not, or else
+    both are float. The loss is that of the run, and `T^2 KL(p_other || p_own)` with probabilities
+    at temperature T. The paper's quantizer learns its intervals: --qil-bits. The phases share
+    --epochs as 30, 100 and 70 of 200, at least one each. The teacher, which is trained beforehand
+    in the paper, learns during the first phase; it has the student's size, where the paper's may be
+    larger (unverified), other initial weights, and all other methods of the run. One optimizer,
+    Adam, and one schedule last for all phases. Two forward passes a sample and two backward, one in
+    the last phase.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"qkd_temperature": 2.0}
@@ -73,7 +73,8 @@ class Distillation(Procedure):
     def network(self, number: int) -> nn.Module:
         if number == 0:
             return self.parts.network()
-        float_only = {n: method for n, method in self.parts.methods.items() if n != "quant"}
+        methods = self.parts.methods.items()
+        float_only = {n: method for n, method in methods if method.REPLACES != "quantizer"}
         return replace(self.parts, methods=float_only).network(number)
 
     def begin_epoch(self, epoch: int) -> Passes:

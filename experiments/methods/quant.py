@@ -11,6 +11,7 @@ from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
 from noisyq_fast.grid import KINDS, SIGNED, most_bits
 from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.layers import ARITHMETICS, FLOAT, INTEGER
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,12 @@ class Quant(Method):
     """Quantizes weights and activations in every layer; the first and the last keep 8 bits."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_bits": 4, "activation_bits": 4}
-    LEGACY: ClassVar[Mapping[str, Any]] = {"weight_grid": SIGNED, "activation_grid": SIGNED}
+    REPLACES: ClassVar[str | None] = "quantizer"
+    LEGACY: ClassVar[Mapping[str, Any]] = {
+        "weight_grid": SIGNED,
+        "activation_grid": SIGNED,
+        "arithmetic": FLOAT,
+    }
 
     weight_bits: int | None = None
     """quant: bits of the weights, 2 to 8 (4); always 8 in the first and the last layer."""
@@ -38,7 +44,12 @@ class Quant(Method):
     """quant: the same for inputs. After a ReLU unsigned has twice the levels of signed: its b bits
     are b + 1 signed ones. The first layer stays signed where the others are unsigned."""
 
+    arithmetic: Literal[ARITHMETICS] = FLOAT
+    """quant: how products are computed. float: of fake-quantized floats. integer: of codes,
+    exactly, with exact statistics of batch norms: the same forward on every machine, and faster."""
+
     def __post_init__(self) -> None:
+        require_choice("arithmetic", self.arithmetic, ARITHMETICS)
         for what in ("weight", "activation"):
             bits, grid = getattr(self, f"{what}_bits"), getattr(self, f"{what}_grid")
             require_choice(f"{what}_grid", grid, KINDS)
@@ -54,7 +65,9 @@ class Quant(Method):
         label = f"quant-w{self.weight_bits}a{self.activation_bits}"
         if self.activation_grid != SIGNED:
             label += f"-{self.activation_grid}"
-        return label if self.weight_grid == SIGNED else f"{label}-{self.weight_grid}-weights"
+        if self.weight_grid != SIGNED:
+            label += f"-{self.weight_grid}-weights"
+        return label if self.arithmetic == FLOAT else f"{label}-{self.arithmetic}"
 
     def evaluation_options(self) -> dict[str, Any]:
         options = self.without_legacy()
@@ -62,7 +75,7 @@ class Quant(Method):
         return options
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
-        return noisyq_fast.quantize_model_(
+        model = noisyq_fast.quantize_model_(
             model,
             weight_bits=self.weight_bits,
             activation_bits=self.activation_bits,
@@ -70,5 +83,9 @@ class Quant(Method):
             weight_grid=self.weight_grid,
             activation_grid=self.activation_grid,
             example=example,
+            arithmetic=self.arithmetic,
             input_ranges=getattr(model, "input_ranges", PER_GROUP),
         )
+        if self.arithmetic == INTEGER and example is not None:
+            noisyq_fast.fuse_(model, example)
+        return model

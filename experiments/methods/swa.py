@@ -107,11 +107,17 @@ def averaged_with(average: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure_anew_(model: nn.Module, batches: Iterable[tuple[int, Tensor]]) -> None:
+def measure_anew_(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Tensor]],
+    among: Iterable[nn.Module] | None = None,
+) -> None:
     """Sets what batch norms and quantizers know of their input to the mean over batches, each with
-    its size as the weight. Of several processes, `batches` are the size of all and an own part."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    ranges = [module for module in model.modules() if isinstance(module, MovingAbsMax)]
+    its size as the weight. Of several processes, `batches` are the size of all and an own part.
+    If `among` is given, only of these modules."""
+    modules = list(model.modules() if among is None else among)
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    ranges = [module for module in modules if isinstance(module, MovingAbsMax)]
     for norm in norms:
         norm.reset_running_stats()
     for quantizer in ranges:

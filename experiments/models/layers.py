@@ -1,6 +1,7 @@
 """Which modules have weights that are trained as such: the others are norms."""
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from noisyq_fast import GroupedLinear
 
@@ -8,5 +9,10 @@ LAYERS = nn.Conv2d | nn.Linear | GroupedLinear
 
 
 def decayed(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of convolutions and linear layers: no biases and no norms."""
-    return [layer.weight for layer in model.modules() if isinstance(layer, LAYERS)]
+    """The weights of convolutions and linear layers, or what they are made from: no biases and no
+    norms."""
+    return [
+        layer.parametrizations.weight.original if is_parametrized(layer, "weight") else layer.weight
+        for layer in model.modules()
+        if isinstance(layer, LAYERS)
+    ]

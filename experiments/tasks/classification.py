@@ -87,6 +87,9 @@ class Classification(Task):
     def labels(self, part: Part) -> Tensor:
         return self._part(part)[1]
 
+    def truth(self) -> Tensor:
+        return self.true[self.trained]
+
     @property
     def classes(self) -> int:
         return len(self.dataset.class_names)

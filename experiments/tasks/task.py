@@ -69,6 +69,10 @@ class Task(ABC):
     def labels(self, part: Part) -> Tensor:
         """The given labels of a part's samples, as the loss takes them."""
 
+    def truth(self) -> Tensor | None:
+        """The true labels of the samples that are trained on; None where nobody knows."""
+        return None
+
     @property
     @abstractmethod
     def classes(self) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +20,11 @@ from experiments.training.cuda_graph import GraphedStep
 from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
 from experiments.training.history import EpochMetrics, read_history
 from experiments.training.procedure import Batch, Parts, Passes, Procedure
+from noisyq_fast.optimizing import learned_parameters
 
 _CHECK_EVERY = 20  # steps: reading a loss makes a GPU wait
+QUANTIZER = "_quantizer."
+"""In the name of what a quantizer keeps."""
 _AT_THE_END = "at the end of the training"
 
 
@@ -39,6 +42,8 @@ class Trainer:
         self.methods = config.methods
         self.history: list[EpochMetrics] = []
         self.passes = Passes(0, 0)
+        self.before: dict[str, Any] = {}
+        """What the network was worth before the procedure finished it, if that changed it."""
         self.stopped = False
 
         self.parts = Parts(config, task, device, self.methods)
@@ -67,6 +72,9 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Tensor], shapes: dict[str, dict[str, Any]]) -> None:
         """Takes the weights of another run, in the shape that its methods gave the network."""
+        if not any(QUANTIZER in name for name in state):  # those of a float network
+            own = self.model.state_dict()
+            state = {name: own[name] for name in own if QUANTIZER in name} | state
         self._load_network(self.model, state, shapes)
         self._prepare_to_train()
 
@@ -84,10 +92,11 @@ class Trainer:
     def _set_rate(self, factor: float) -> None:
         for optimizer in self.procedure.optimizers:
             for parameters in optimizer.param_groups:
+                rate = self.config.lr * factor * parameters.get("rate", 1.0)
                 if self.config.cuda_graph:
-                    parameters["lr"].fill_(self.config.lr * factor)
+                    parameters["lr"].fill_(rate)
                 else:
-                    parameters["lr"] = self.config.lr * factor
+                    parameters["lr"] = rate
 
     def _set_decay(self, factor: float) -> None:
         for optimizer in self.procedure.optimizers:
@@ -146,9 +155,7 @@ class Trainer:
             self._record_step()  # which has the old numbers in it
         loss, predicted = self._train(epoch, progress)
         after = self.procedure.end_epoch(epoch)
-        rounds = [self.procedure.PASSES] * self.procedure.rounds
-        taken = zip(self.passes, before, *rounds, after, strict=True)
-        self.passes = Passes(*map(sum, taken))
+        self._count(before, *[self.procedure.PASSES] * self.procedure.rounds, after)
         self.require_finite(self._where(epoch + 1))
         if predicted is None:
             predicted = self.task.predicted(self._predict("trained"))
@@ -165,6 +172,9 @@ class Trainer:
             learning_rate=self.config.lr * factor,
             seconds=time.perf_counter() - started,
         )
+
+    def _count(self, *passes: Passes) -> None:
+        self.passes = Passes(*map(sum, zip(self.passes, *passes, strict=True)))
 
     def _networks(self) -> Iterator[tuple[nn.Module, dict[str, dict[str, Any]]]]:
         """Each network, and the states that the methods keep for it."""
@@ -235,36 +245,60 @@ class Trainer:
 
     # What came of it.
 
-    def _predict(self, part: Part) -> Tensor | None:
+    def _predict(
+        self, part: Part, predict: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """The logits of all samples of a part; None if there are none."""
         if self.task.count(part) == 0:
             return None
         self.procedure.networks.eval()
-        return self.parts.logits(self.procedure.predict, part)
+        return self.parts.logits(predict or self.procedure.predict, part)
 
     def finish(self) -> list[str]:
-        """Lets the methods end their work; gives what they tell the user."""
+        """Lets the methods and the procedure end their work; gives what they tell the user."""
         states = self.states[0]
         lines = [method.finish(self.model, states[n]) for n, method in self.methods.items()]
-        return [line for line in lines if line]
+        if self.procedure.DEPLOYS:
+            self.before = {f"float_{name}": score for name, score in self._scores().items()}
+        self._count(self.procedure.deploy())
+        return [line for line in lines if line] + self.procedure.finish()
 
     def result(self) -> dict[str, Any]:
         """The network as it is now, on the samples trained on, held out and of the test set."""
         self.require_finite(_AT_THE_END)
+        summary = noisyq_fast.summary(self.procedure.judged, self.parts.example())
+        asked = self.procedure.predicting
+        modes = self._scores_of_modes()
+        return (
+            self._scores()
+            | self.before
+            | ({"modes": modes} if modes else {})
+            | {
+                "epochs_trained": len(self.history),
+                "forward_passes": self.passes.forward,
+                "backward_passes": self.passes.backward,
+                "parameters": asked * summary.parameters,
+                "size_in_bits": asked * summary.size_in_bits,
+                "macs": asked * summary.macs,
+            }
+        )
+
+    def _scores(self) -> dict[str, Any]:
         scores = self.task.result(
             self._predict("trained"), self._predict("held_out"), self._predict("test")
         )
+        scores |= self.procedure.result()
         require_finite_scores(scores, _AT_THE_END)
-        summary = noisyq_fast.summary(self.model, self.parts.example())
-        asked = self.procedure.predicting
-        return scores | {
-            "epochs_trained": len(self.history),
-            "forward_passes": self.passes.forward,
-            "backward_passes": self.passes.backward,
-            "parameters": asked * summary.parameters,
-            "size_in_bits": asked * summary.size_in_bits,
-            "macs": asked * summary.macs,
-        }
+        return scores
+
+    def _scores_of_modes(self) -> dict[str, dict[str, Any]]:
+        """Those of each way to predict that the procedure has beside the one it is judged by."""
+        modes = {}
+        for name, predict in self.procedure.modes().items():
+            parts = ("trained", "held_out", "test")
+            modes[name] = self.task.result(*(self._predict(part, predict) for part in parts))
+            require_finite_scores(modes[name], _AT_THE_END)
+        return modes
 
     def _line(self, metrics: EpochMetrics) -> str:
         epochs = self.config.epochs
@@ -340,7 +374,9 @@ def _load_optimizer(
     # The options are those of the configuration, wherever the checkpoint had them.
     options = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": options})
-    parameters = dict(model.named_parameters())
+    # What quantizers learn has none before it moves, as at a width that comes later.
+    idle = {id(p) for p in learned_parameters(model) if p not in optimizer.state}
+    parameters = {name: p for name, p in model.named_parameters() if id(p) not in idle}
     if len(state) != len(parameters):
         raise ValueError(f"the optimizer has {len(state)} of {len(parameters)} states")
     for name, parameter in parameters.items():

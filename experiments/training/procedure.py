@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,6 +16,8 @@ from experiments.training import data_parallel
 from experiments.training.evaluation import predict
 from experiments.training.finite import require_finite
 from experiments.training.schedules import SCHEDULES
+from noisyq_fast import constrain_
+from noisyq_fast.optimizing import learned_parameters
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
@@ -68,7 +70,8 @@ class Parts:
         seed = self.config.seed
         torch.manual_seed(mixed(seed, NETWORK, number) if number else seed)
         model = self.task.network()
-        for method in self.methods.values():
+        # One that replaces the layers comes before those that change them.
+        for method in sorted(self.methods.values(), key=lambda method: method.REPLACES != "layers"):
             model = method.network(model, self.example().cpu())
         model = model.to(self.device, memory_format=torch.channels_last)
         return data_parallel.synchronize_(model)
@@ -82,22 +85,36 @@ class Parts:
         return loss.to(self.device)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Adam, with the decoupled decay of a method in its first group, which has the weights."""
+        """Adam, with the decoupled decay of a method in its first group, which has the weights.
+        What quantizers learn is in the last one, with its own part of the learning rate."""
         weights = decayed(model)
         is_weight = {id(parameter) for parameter in weights}
-        others = [p for p in model.parameters() if id(p) not in is_weight]
+        learned = learned_parameters(model)
+        is_special = is_weight | {id(parameter) for parameter in learned}
+        others = [p for p in model.parameters() if id(p) not in is_special]
         options: dict[str, Any] = {}
+        rate = 1.0
         for method in self.methods.values():
             options |= method.optimizer_options()
-        lr = self.config.lr
-        return torch.optim.AdamW(
-            [{"params": weights, **options}, {"params": others}],
-            # A graph reads the rate from memory.
-            lr=torch.tensor(lr, device=self.device) if self.config.cuda_graph else lr,
+            rate *= method.learned_rate or 1.0
+        groups = [{"params": weights, **options}, {"params": others}]
+        if learned:
+            groups.append({"params": learned, "lr": self._rate(), "rate": rate})
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=self._rate(),
             weight_decay=0.0,  # without one it is Adam
             fused=True,
             capturable=self.config.cuda_graph,
         )
+        if learned:
+            constrain_(model, optimizer)
+        return optimizer
+
+    def _rate(self) -> float | Tensor:
+        """A graph reads the rate from memory."""
+        lr = self.config.lr
+        return torch.tensor(lr, device=self.device) if self.config.cuda_graph else lr
 
     def batches(
         self, epoch: int, rounds: int = 1
@@ -156,6 +173,8 @@ class Procedure:
     """Those of a step, of all networks together."""
     CHANGES: ClassVar[bool] = False
     """Whether a step has numbers in it that `begin_epoch` changes, other than in tensors."""
+    DEPLOYS: ClassVar[bool] = False
+    """Whether `finish` changes what is judged: the run is scored before it as well."""
 
     rounds: int = 1
     predicting: int = 1
@@ -215,9 +234,32 @@ class Procedure:
         """The logits by which the run is judged, in evaluation mode."""
         return self.networks[0](inputs)
 
+    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Other ways to predict, by name, whose results are told beside: such as widths."""
+        return {}
+
     def end_epoch(self, epoch: int) -> Passes:
         """After `epoch`, before it is evaluated; gives the passes that it took."""
         return Passes(0, 0)
+
+    def deploy(self) -> Passes:
+        """After training, makes the network that is judged of the trained one, such as a quantized
+        one; gives the passes that it took. Only where `DEPLOYS`."""
+        return Passes(0, 0)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network whose size and work are reported."""
+        return self.networks[0]
+
+    def finish(self) -> list[str]:
+        """After training, before the network is evaluated for the last time; gives lines for the
+        user."""
+        return []
+
+    def result(self) -> dict[str, Any]:
+        """What `finish` found, for the run's result."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the epochs to come depend on, beside networks, losses and optimizers."""

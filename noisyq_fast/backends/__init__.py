@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-from noisyq_fast.backends import (
-    cpu_integer,  # noqa: F401  registers functions of native_cpu
-    native_cpu,
-    native_cuda,
-    on_triton,
-    reference,
-)
+from noisyq_fast.backends import cpu_integer as cpu_integer
+from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
+from noisyq_fast.backends import native_cpu_adder as native_cpu_adder
+from noisyq_fast.backends import native_cpu_learned as native_cpu_learned
+from noisyq_fast.backends import reference_learned as reference_learned
 from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.on_triton import learned as learned
+from noisyq_fast.backends.on_triton import products as products
 
 # In order of preference. The reference computes every operator on every device.
 BACKENDS: dict[str, Backend] = {

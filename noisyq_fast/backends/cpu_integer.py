@@ -1,5 +1,6 @@
-"""Products of codes on the CPU, exact: by oneDNN's 8-bit kernels where that is proven, else by float
-products of codes; and the native passes over their sums (``csrc/cpu/sums.cpp``)."""
+"""Products of codes on the CPU, exact: by our own kernel (``csrc/cpu/convolve.cpp``) or oneDNN's,
+in 8 bits, where that is proven, else by float products of codes. And the native passes over their
+sums (``csrc/cpu/sums.cpp``)."""
 
 import functools
 from typing import Any
@@ -8,9 +9,15 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import reference_integer as reference
-from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, KIND_CODES, address, core
-from noisyq_fast.backends.native_cpu import _threads as threads
-from noisyq_fast.backends.native_cpu import backend
+from noisyq_fast.backends.kernel_arguments import (
+    DTYPE_CODES,
+    KIND_CODES,
+    address,
+    channels_last_rows,
+    core,
+    like,
+)
+from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.grid import ODD, Grid
 
 _EXACT_FLOAT = 2**24
@@ -78,7 +85,7 @@ def convolve_sums(
     how = stride, padding, dilation, False, [0] * len(stride), groups
     sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     if not measures and not reference.is_narrow(bound):
-        return sums, None
+        return channels_last_rows(sums)[0], None
     kept, *of_channels = moments(sums, bound)
     return kept, tuple(of_channels) if measures else None
 
@@ -219,8 +226,8 @@ def is_exact_in_8_bits(
     dilation: list[int],
     groups: int,
 ) -> bool:
-    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32 bits,
-    and a test with codes at their extremes gives the exact sums."""
+    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32
+    bits, and a test with codes at their extremes gives the exact sums."""
     if terms * 255 * 128 >= _EXACT_INT:
         return False
     return _passes(tuple(weight), tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -268,12 +275,26 @@ def has_exact_products() -> bool:
     return torch.equal(sums.double(), x.double() @ w.double().T)
 
 
+def routes() -> dict[str, str]:
+    """How products are computed on this machine."""
+    floats = "float32 or float64 products of codes"
+    ours = core is not None and core.has_dot_products()
+    works = _passes((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    onednn = "oneDNN, 8 bits" if works else floats
+    return {
+        "conv2d": "own kernel, 8 bits (AVX512-VNNI)" if ours else onednn,
+        "conv2d, groups": onednn,
+        "linear": "oneDNN, 8 bits" if has_exact_products() else floats,
+        "others": floats,
+    }
+
+
 # What follows.
 
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     kept, narrows = sums, reference.is_narrow(bound) and sums.dtype != torch.int16
     if narrows:
         kept = torch.empty_like(sums, dtype=torch.int16)
@@ -324,9 +345,9 @@ def map_sums(
     wants_zeros: bool,
     wants_range: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
-    residual = None if residual is None else _like(residual, sums)
+    residual = None if residual is None else like(residual, sums)
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     range_ = torch.empty(2, dtype=torch.float32) if wants_range else None
     core.map_sums(
@@ -341,9 +362,9 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if grid.kind == ODD or not (factor.isfinite().all() and term.isfinite().all()):
+    if grid.kind == ODD:
         return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
-    sums, rows, channels = _rows(sums)
+    sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([], dtype=torch.float32), torch.empty([], dtype=torch.uint8)
     core.codes_of_sums(
@@ -352,7 +373,7 @@ def codes_of_sums(
         *(KIND_CODES[grid.kind], grid.qmax, codes.data_ptr()),
         *(scale.data_ptr(), zero_point.data_ptr(), threads()),
     )
-    return codes, scale, zero_point
+    return codes, reference.scale_of_line(scale, factor, term), zero_point
 
 
 @backend.register
@@ -368,8 +389,8 @@ def grads_of_norm(
     weight: Tensor | None,
     uses_batch: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    sums, rows, channels = _rows(sums)
-    grad = _like(grad, sums)
+    sums, rows, channels = channels_last_rows(sums)
+    grad = like(grad, sums)
     weight = None if weight is None else weight.float().contiguous()
     slope, shift, tilt, of_weight, of_bias = _empty(5, channels)
     core.grads_of_norm(
@@ -395,8 +416,8 @@ def grads_of_sums(
     shift: Tensor,
     tilt: Tensor,
 ) -> Tensor:
-    sums, rows, channels = _rows(sums)
-    grad = _like(grad, sums)
+    sums, rows, channels = channels_last_rows(sums)
+    grad = like(grad, sums)
     out = torch.empty_like(grad)
     core.grads_of_sums(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
@@ -406,24 +427,6 @@ def grads_of_sums(
         *(out.data_ptr(), threads()),
     )
     return out
-
-
-def _rows(sums: Tensor) -> tuple[Tensor, int, int]:
-    """``sums`` with the channels last in memory, and as how many rows of how many."""
-    if sums.dim() > 2:
-        sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
-        channels = sums.shape[1]
-    else:
-        sums = sums.contiguous()
-        channels = sums.shape[-1]
-    return sums, sums.numel() // channels if channels else 0, channels
-
-
-def _like(x: Tensor, sums: Tensor) -> Tensor:
-    """In the memory format of the sums."""
-    if x.stride() == sums.stride():
-        return x
-    return torch.empty_like(sums, dtype=x.dtype).copy_(x)
 
 
 reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)

@@ -60,6 +60,28 @@ def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return (y.copy_(x) if y.dtype == x.dtype else x.clone()), y
 
 
+def like(x: Tensor, dense: Tensor) -> Tensor:
+    """``x``, copied where it does not lie in memory like ``dense``."""
+    if x.stride() == dense.stride():
+        return x
+    return torch.empty_like(dense, dtype=x.dtype).copy_(x)
+
+
+def channels_last_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """``x``, whose channels are its second axis, with these last in memory; and as how many rows of
+    how many channels.
+
+    Example:
+        >>> import torch
+        >>> x, rows, channels = channels_last_rows(torch.empty(2, 3, 4, 5))
+        >>> x.stride(), rows, channels
+        ((60, 1, 15, 3), 40, 3)
+    """
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    channels = x.shape[1]
+    return x, x.numel() // channels if channels else 0, channels
+
+
 def mask_of(x: Tensor, masked: str) -> Tensor:
     """Room for a bit for each element, where some are masked."""
     return x.new_empty(0 if masked == NOTHING else checks.packed_size(x), dtype=torch.uint8)

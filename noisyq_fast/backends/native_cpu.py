@@ -20,7 +20,7 @@ from noisyq_fast.backends.kernel_arguments import (
     missing,
     write_back,
 )
-from noisyq_fast.backends.reference import CLIPPED, NOTHING, scale_of_codes
+from noisyq_fast.backends.reference import CLIPPED, NOTHING
 from noisyq_fast.grid import SIGNED, Grid
 
 NO_AVERAGE = NULL, NULL, 0.0
@@ -39,7 +39,7 @@ def _mark_forked() -> None:
 os.register_at_fork(after_in_child=_mark_forked)
 
 
-def _threads() -> int:
+def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -100,7 +100,7 @@ def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
         out.data_ptr(),
         clipped.data_ptr(),
         grad.numel(),
-        _threads(),
+        threads(),
     )
     return out
 
@@ -201,9 +201,9 @@ def quantize_fixed_range_on_grid(
         *layout,
         KIND_CODES[grid.kind],
         grid.qmax,
-        _threads(),
+        threads(),
     )
-    return codes, scale_of_codes(x, scale, axis), zero_point, mask
+    return codes, scale, zero_point, mask
 
 
 @backend.register
@@ -219,7 +219,7 @@ def dequantize_on_grid(
         address(zero_point),
         y.data_ptr(),
         *channel_layout(y, axis),
-        _threads(),
+        threads(),
     )
     return y
 
@@ -253,7 +253,7 @@ def _fake_quantize(
         KIND_CODES[kind],
         qmax,
         *average,
-        _threads(),
+        threads(),
     )
     return y
 
@@ -298,7 +298,7 @@ def _fake_quantize_fixed_range(
         *channel_layout(y, axis),
         KIND_CODES[kind],
         qmax,
-        _threads(),
+        threads(),
     )
     return y
 
@@ -331,6 +331,6 @@ def _quantize(
         KIND_CODES[kind],
         qmax,
         *average,
-        _threads(),
+        threads(),
     )
     return codes, scale

@@ -141,16 +141,14 @@ def quantize_ema_on_grid(
 def quantize_fixed_range_on_grid(
     x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    levels = _Levels(range_, grid)
-    clamped = levels.clamped(x, axis) + _along_axis(levels.zero, x, axis)
-    codes = torch.empty_like(x, dtype=grid.code_dtype).copy_(clamped.nan_to_num(nan=0.0))
+    levels = Levels.of_range(range_, grid)
     mask = _mask(x, range_, grid, axis, masked)
-    scale = scale_of_codes(x, levels.scale, axis)
-    return codes, scale, levels.zero.to(torch.uint8), mask
+    return levels.codes(x, axis), levels.scale, levels.zero.to(torch.uint8), mask
 
 
 def scale_of_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     """NaN where a group holds a NaN, for which there is no code."""
+    axis = None if axis is None else axis % x.dim()
     return scale.masked_fill(_reduced(Tensor.amax, x, axis).isnan(), torch.nan)
 
 
@@ -201,19 +199,21 @@ def _signed(qmax: int) -> Grid:
     return grid_of(qmax.bit_length() + 1)
 
 
-class _Levels:
+class Levels:
     """How the values of each group are rounded: y = clamp(rounded(x), low, high) * scale, and the
-    code is clamp(...) + zero."""
+    code is clamp(...) + zero. Scales and zeros are float32."""
 
-    def __init__(self, range_: Tensor, grid: Grid) -> None:
+    @classmethod
+    def of_range(cls, range_: Tensor, grid: Grid) -> "Levels":
         if grid.is_affine:
             low, high = range_[0].clamp(max=0), range_[1].clamp(min=0)  # so that it holds 0
-            self.scale = _scale(high - low, grid.divisor)
-            self.zero = (-low / self.scale).round().nan_to_num(nan=0.0)
-        else:
-            self.scale = _scale(range_, grid.divisor)
-            self.zero = torch.zeros_like(self.scale)
-        self.grid = grid
+            scale = _scale(high - low, grid.divisor)
+            return cls(scale, (-low / scale).round().nan_to_num(nan=0.0), grid)
+        scale = _scale(range_, grid.divisor)
+        return cls(scale, torch.zeros_like(scale), grid)
+
+    def __init__(self, scale: Tensor, zero: Tensor, grid: Grid) -> None:
+        self.scale, self.zero, self.grid = scale, zero, grid
         if grid.kind == ODD:  # elsewhere an infinite scale times the code 0 is NaN
             self.scale = self.scale.masked_fill(self.scale.isinf(), torch.nan)
         self.low, self.high = grid.code_min - self.zero, grid.code_max - self.zero
@@ -227,6 +227,15 @@ class _Levels:
     def clamped(self, x: Tensor, axis: int | None) -> Tensor:
         low, high = (_along_axis(end, x, axis) for end in (self.low, self.high))
         return self.rounded(x, axis).clamp(low, high)
+
+    def values(self, x: Tensor, axis: int | None) -> Tensor:
+        values = self.clamped(x, axis) * _along_axis(self.scale, x, axis)
+        return torch.empty_like(x).copy_(values)
+
+    def codes(self, x: Tensor, axis: int | None) -> Tensor:
+        codes = self.clamped(x, axis) + _along_axis(self.zero, x, axis)
+        dtype = self.grid.code_dtype
+        return torch.empty_like(x, dtype=dtype).copy_(codes.nan_to_num(nan=0.0))
 
     def is_clipped(self, x: Tensor, axis: int | None) -> Tensor:
         rounded = self.rounded(x, axis)
@@ -242,9 +251,7 @@ def _scale(width: Tensor, divisor: float) -> Tensor:
 
 
 def _fake_quantize(x: Tensor, range_: Tensor, grid: Grid, axis: int | None) -> Tensor:
-    levels = _Levels(range_, grid)
-    values = levels.clamped(x, axis) * _along_axis(levels.scale, x, axis)
-    return torch.empty_like(x).copy_(values)
+    return Levels.of_range(range_, grid).values(x, axis)
 
 
 def _mask(x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str) -> Tensor:
@@ -253,7 +260,7 @@ def _mask(x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str) 
     if masked == NEGATIVE:
         mask = x < 0
     else:
-        mask = _Levels(range_, grid).is_clipped(x, axis)
+        mask = Levels.of_range(range_, grid).is_clipped(x, axis)
         if grid.kind == UNSIGNED:
             mask |= x < 0
     return pack_like(x, mask)

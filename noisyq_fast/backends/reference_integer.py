@@ -149,7 +149,7 @@ def normalization(
 def line(
     mean: Tensor, inverse: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The batch norm with this mean, float64, and 1 / standard deviation, as a factor and a term."""
+    """The batch norm with this mean, float64, and 1 / standard deviation: a factor and a term."""
     slope = inverse.double() if weight is None else weight.double() * inverse.double()
     shift = mean * slope
     term = -shift if bias is None else bias.double() - shift
@@ -182,9 +182,16 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes of ``relu(v * factor + term)`` in a range, their scale and their zero point."""
+    """The codes of ``relu(v * factor + term)`` in a range, their scale and their zero point. The
+    scale is NaN where a factor or a term is not finite."""
     y, _, _ = map_sums(sums, factor, term, None, relu, False, False)
-    return quantize_fixed_range_on_grid(y, range_, grid, None, NOTHING)[:3]
+    codes, scale, zero_point, _ = quantize_fixed_range_on_grid(y, range_, grid, None, NOTHING)
+    return codes, scale_of_line(scale, factor, term), zero_point
+
+
+def scale_of_line(scale: Tensor, factor: Tensor, term: Tensor) -> Tensor:
+    # 0 times what is finite is 0.
+    return scale + ((factor + term) * 0).sum()
 
 
 @backend.register
@@ -333,7 +340,9 @@ def register_products(
     ) -> Tensor:
         sums = multiply(codes, zero_point, weight_codes, weight_zero_point)
         if scale.dim() == 0 and weight_codes.dim() == 2:
-            return scaled(as_rows(sums), scale, weight_scale, bias, x.dtype).reshape(sums.shape)
+            y = scaled(as_rows(sums), scale, weight_scale, bias, x.dtype)
+            # No view, which could not be changed in place behind its gradient.
+            return torch.ops.aten._unsafe_view(y, sums.shape)
         # A scale for each token, or for each group: of the axes before the last.
         scale = scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
         factor = scale * weight_scale.reshape(*weight_codes.shape[:-2], 1, weight_codes.shape[-2])

@@ -1,6 +1,6 @@
 """Batch norm of exact sums, with exact statistics.
 
-Over the N sums v of a channel, which are whole numbers, and the scale s they are to be multiplied by::
+Over the N sums v of a channel, which are whole numbers, and s, what they are to be multiplied by::
 
     S1  = sum v                  S2 = sum v^2            exact
     p   = rint(S1 / N)           d  = S1 - N p           exact
@@ -10,9 +10,9 @@ Over the N sums v of a channel, which are whole numbers, and the scale s they ar
     factor   = float32(weight inverse s)      term = float32(bias - mean weight inverse)
     y        = v factor + term
 
-where all that is not exact is rounded once for each operation, in float64 but for the last line, which
-is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the running
-mean includes it. Momentum, the unbiased running variance and evaluation are those of
+where all that is not exact is rounded once for each operation, in float64 but for the last line,
+which is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the
+running mean includes it. Momentum, the unbiased running variance and evaluation are those of
 `torch.nn.BatchNorm2d`.
 """
 
@@ -96,8 +96,8 @@ _grads_of_norm_of_sums = declare(
 
 
 class ExactBatchNorm:
-    """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it. Of
-    other tensors it is the batch norm that it was.
+    """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it.
+    Of other tensors it is the batch norm that it was.
 
     Attributes:
         follows: the layer before it, in a tuple, so that it is no module of this one.
@@ -145,6 +145,9 @@ class ExactBatchNorm:
         self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
     ) -> tuple[Tensor, Tensor, Norm]:
         """Factor and term of the sums, and the norm that they are made of."""
+        if len(scale) != self.num_features:
+            got = f"got a layer of {len(scale)} channels before it"
+            raise ValueError(f"batch norm: {got}, takes {self.num_features}")
         affine = [None if x is None else x.detach() for x in (self.weight, self.bias)]
         of_batch = self.training or self.running_mean is None
         if of_batch:

@@ -1,7 +1,7 @@
 """The output of an integer layer before it is written as floats.
 
-After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how its
-values would be made,::
+After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how
+its values would be made,::
 
     y = relu(v * factor + term + residual)
 
@@ -15,6 +15,8 @@ computes the same bits whoever reads what.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,7 +118,7 @@ def record(chain: Chain, step: str) -> None:
 
 def deferrable(x: Tensor) -> bool:
     """Whether a tensor has values, and nothing traces or transforms what is computed of them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return isinstance(x, Deferred) or checks.is_plain(x)
 
@@ -146,7 +148,6 @@ class _ChainGradient(torch.autograd.Function):
         ctx.relu = chain.relu
         ctx.uses_batch = norm is not None and norm.uses_batch
         ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
-        ctx.compute = chain.compute
         return _without_values(product.shape, product)
 
     @staticmethod
@@ -154,8 +155,12 @@ class _ChainGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
         values = of_sums[0]
+
+        def compute(name: str) -> Callable:
+            return select(name, values.device.type)
+
         if ctx.how is not None:
-            values, _ = ctx.compute("convolve_sums")(*of_sums, *ctx.how, False)
+            values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
         relu = ctx.relu
         _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
         if zeros is not None:  # behind an addition, where the sums alone do not tell
@@ -164,13 +169,13 @@ class _ChainGradient(torch.autograd.Function):
         residual = grad if to_residual else None
         of_weight = of_bias = None
         if mean is not None:
-            line, of_weight, of_bias = ctx.compute("grads_of_norm")(
+            line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
             )
-            grad = ctx.compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
+            grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
         elif relu:
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)
-            grad = ctx.compute("grads_of_sums")(
+            grad = compute("grads_of_sums")(
                 *(grad, values, factor, term, relu, zero, one, zero, zero)
             )
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
@@ -179,11 +184,12 @@ class _ChainGradient(torch.autograd.Function):
 
 
 class _Written(torch.autograd.Function):
-    """The values of a deferred tensor, whose gradient is its own."""
+    """The values of a deferred tensor, whose gradient is its own. They are no input, so that they
+    may be changed in place."""
 
     @staticmethod
-    def forward(ctx: Any, deferred: Tensor, values: Tensor) -> Tensor:
-        return values.view_as(values)
+    def forward(ctx: Any, carrier: Tensor, values: Callable[[], Tensor]) -> Tensor:
+        return values()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -191,19 +197,29 @@ class _Written(torch.autograd.Function):
 
 
 class Deferred(Tensor):
-    """A tensor whose values are made when something reads them."""
+    """A tensor whose values are made when something reads them.
+
+    Once something outside of chains has read them, they can change without notice (by a view, by
+    NumPy), so from then on it is they that count.
+    """
 
     _chain: Chain
-    _values: Tensor | None
+    _carrier: Tensor  # what gradients flow to; without values
+    _raw: Tensor | None  # the values, while nothing but chains has read them
+    _values: Tensor | None  # and since something else has
+    _version_read: int
     _extremes: Tensor | None
     _format: torch.memory_format
     _instead: Deferred | None
+    _has_hook: bool
+    _is_passed: bool
 
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
         bias = sums.bias
         term = torch.zeros_like(sums.scale) if bias is None else bias.detach().float().contiguous()
-        return _extended(Chain(sums, sums.scale, term), format_)
+        # Nothing follows yet: the gradient is that of the product.
+        return _deferred(sums.product, Chain(sums, sums.scale, term), format_)
 
     # What continues a chain.
 
@@ -216,15 +232,36 @@ class Deferred(Tensor):
         found = self
         while found._instead is not None:
             found = found._instead
+        with torch._C.DisableTorchFunctionSubclass():
+            adopted = self.requires_grad and not found._carrier.requires_grad
+            if adopted and (found._values is None or not found._values.requires_grad):
+                # An autograd Function has returned what it made without gradients.
+                raw = found._written() if found._values is None else found._values.detach()
+                with torch.enable_grad():
+                    found._values = _Written.apply(self, lambda: raw)
+                found._raw, found._version_read = None, _version(found._values)
+                sums = replace(found._chain.sums, product=found._values)
+                found._chain = replace(found._chain, sums=sums)
         return found
 
+    def _goes_on(self) -> Chain | None:
+        """The chain, where an operation may become part of it."""
+        own = self.current()
+        if own._values is not None or own._has_hook or own._chain.relu:
+            return None
+        return own._chain
+
     def is_sums(self) -> bool:
-        """Whether nothing followed the product yet."""
+        """Whether nothing followed the product yet, and a reader of the values has left them."""
         own = self.current()
         chain = own._chain
-        return (
-            own._values is None and chain.norm is None and not chain.relu and chain.residual is None
-        )
+        if chain.norm is not None or chain.relu or chain.residual is not None:
+            return False
+        if own._values is None:
+            return True
+        if _version(own._values) != own._version_read:
+            return False
+        return torch.equal(own._values.detach(), _mapped(chain, False)[0])
 
     def measured(self) -> Sums:
         """The sums, with the moments of each channel."""
@@ -243,41 +280,57 @@ class Deferred(Tensor):
         chain = replace(self.chain, norm=norm, factor=factor, term=term)
         return _extended(chain, self.current()._format)
 
-    def rectified(self) -> Deferred:
+    def rectified(self) -> Deferred | None:
         own = self.current()
-        chain = own._chain
-        if own._values is not None or chain.relu:
+        chain = self._goes_on()
+        if chain is None:
             return None
         record(chain, "ReLU")
+        own._is_passed = chain.norm is not None
         chain = replace(chain, relu=True)
         if chain.residual is None:
             return _extended(chain, own._format)
         wants_zeros = torch.is_grad_enabled()
         values, zeros, range_ = _mapped(chain, wants_zeros)
         made = _extended(chain, own._format, zeros)
-        made._raw, made._extremes = values, range_
+        made._raw, made._extremes = values.contiguous(memory_format=own._format), range_
         return made
 
     def plus(self, other: Tensor) -> Deferred | None:
         own = self.current()
-        chain = own._chain
+        chain = self._goes_on()
         if (
-            own._values is not None
-            or chain.relu
+            chain is None
             or chain.residual is not None
-            or not isinstance(other, Tensor)
+            or not (isinstance(other, Deferred) or checks.is_plain(other))
             or other.shape != self.shape
             or other.dtype != torch.float32
             or other.device != self.device
         ):
             return None
         record(chain, "addition")
+        own._is_passed = chain.norm is not None
         source = other
         if isinstance(other, Deferred):
-            other, source = other.values(), other.source
-        return _extended(replace(chain, residual=other, residual_source=source), own._format)
+            other, source = other.written(), other.source
+        chain = replace(chain, residual=other.detach(), residual_source=source)
+        made = _extended(chain, own._format)
+        if not _records and "ReLU" not in chain.sums.layer.followed_by:
+            made._written()  # while the residual is as it is
+        return made
 
     # What ends one.
+
+    def written(self) -> Tensor:
+        """The values, for a reader that does not change them; without gradients."""
+        own = self.current()
+        return own._written() if own._values is None else own._values.detach()
+
+    def _written(self) -> Tensor:
+        if self._raw is None:
+            raw, _, self._extremes = _mapped(self._chain, False)
+            self._raw = raw.contiguous(memory_format=self._format)
+        return self._raw
 
     def values(self) -> Tensor:
         """An ordinary tensor."""
@@ -285,21 +338,25 @@ class Deferred(Tensor):
         if own._values is None:
             for found in _records:
                 found.reads += [own._chain.sums.layer] * (own._chain.norm is None)
-            raw = own._raw
-            if raw is None:
-                raw, _, own._extremes = _mapped(own._chain, False)
-            raw = raw.contiguous(memory_format=own._format)
-            with torch._C.DisableTorchFunctionSubclass():
-                own._values = (
-                    _Written.apply(own._carrier, raw) if own._carrier.requires_grad else raw
-                )
-            own._raw = None
+            own._write()
         return own._values
 
-    def range_on(self, grid: Grid) -> Tensor:
-        """As `reference.range_of`, of the tensor as a whole."""
+    def _write(self) -> None:
+        raw, self._raw = self._written(), None
+        with torch._C.DisableTorchFunctionSubclass():
+            if self._carrier.requires_grad:
+                with torch.enable_grad():  # also where the first reader takes none
+                    raw = _Written.apply(self._carrier, lambda: raw)
+        self._values, self._version_read = raw, _version(raw)
+
+    def range_on(self, grid: Grid) -> Tensor | None:
+        """As `reference.range_of`, of the tensor as a whole; None where it is to be asked for."""
         own = self.current()
-        if own._extremes is None:
+        if own._values is not None:
+            return None
+        if own._extremes is None and own._chain.residual is not None:
+            own._written()
+        elif own._extremes is None:
             own.measured()
             own._extremes = _extremes(own._chain)
         low, high = own._extremes
@@ -310,6 +367,11 @@ class Deferred(Tensor):
     def masks_none(self, masked: str) -> bool:
         """Whether no element would be without a gradient in its own range."""
         return masked == NOTHING or (masked == NEGATIVE and self.chain.relu)
+
+    def extremes_found(self) -> Tensor | None:
+        """min(y, 0) and max(y, 0), where values were made and these with them."""
+        own = self.current()
+        return own._extremes if own._raw is not None else None
 
     def codes_within(self, range_: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
         """Codes, scale and zero point in a range; None where values are there to be quantized."""
@@ -325,25 +387,73 @@ class Deferred(Tensor):
     @property
     def source(self) -> Tensor:
         """What gradients of the values flow to."""
-        return self.current()._carrier
+        own = self.current()
+        return own._carrier if own._values is None else own._values
+
+    def _watched(self) -> Tensor:
+        """What all gradients of the values pass, for a hook."""
+        own = self.current()
+        if own._is_passed:
+            raise RuntimeError(
+                "a hook or a gradient of a tensor that a chain of fuse_ has gone past: register "
+                "it before the next operation, such as in a forward hook"
+            )
+        own._has_hook = True
+        return own._carrier if own._is_as_written() else own._values
+
+    def _is_as_written(self) -> bool:
+        values = self._values
+        if values is None:
+            return True
+        return self._carrier.requires_grad and _version(values) == self._version_read
 
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        compute = _uncompiled() if "torch._dynamo" in sys.modules else cls.compute_function
+        return compute(func, args, kwargs or {})
+
+    @staticmethod
+    def compute_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in _OF_THE_SHELL:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is _DTYPE:
             return torch.float32  # of gradients it can be another
+        if func in _OF_GRAPH:
+            args = pytree.tree_map(lambda x: x.source if isinstance(x, Deferred) else x, args)
+            return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return _grad(*args, **kwargs)
+        if func in _OF_GRADIENTS and args[0].requires_grad:
+            return func(args[0]._watched(), *args[1:], **kwargs)
         follow = _FOLLOWS.get(func)
         if follow is not None:
             made = follow(*args, **kwargs)
             if made is not None:
                 return made
-        args, kwargs = pytree.tree_map(_as_values, (args, kwargs))
+        return func(*map(_with_values, args), **{k: _with_values(v) for k, v in kwargs.items()})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """For what does not ask `__torch_function__`, such as a function of TorchScript."""
+        args, kwargs = pytree.tree_map(
+            lambda x: x.values().detach() if isinstance(x, Deferred) else x, (args, kwargs or {})
+        )
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _uncompiled() -> Callable:
+    """In a compiled part of a model that gets a deferred tensor, what is done with it is no part of
+    the graph."""
+    return torch.compiler.disable(Deferred.compute_function)
+
+
+Deferred.__torch_function__.__func__._torchdynamo_disable = True
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -351,6 +461,16 @@ def memory_format(x: Tensor) -> torch.memory_format:
         return x.current()._format
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _with_values(argument: Any) -> Any:
+    if isinstance(argument, tuple | list | dict):
+        return pytree.tree_map(_as_values, argument)
+    return _as_values(argument)
 
 
 def _as_values(x: Any) -> Any:
@@ -363,10 +483,12 @@ def _without_values(shape: torch.Size, like: Tensor) -> Tensor:
 
 
 def _deferred(carrier: Tensor, chain: Chain, format_: torch.memory_format) -> Deferred:
-    made = carrier.as_subclass(Deferred)
+    with torch._C.DisableTorchFunctionSubclass():
+        made = carrier.as_subclass(Deferred)
     made._carrier = carrier
     made._chain = chain
     made._values = made._raw = made._extremes = made._instead = None
+    made._has_hook = made._is_passed = False
     made._format = format_
     return made
 
@@ -381,7 +503,7 @@ def _extended(chain: Chain, format_: torch.memory_format, zeros: Tensor | None =
             )
         else:
             carrier = _without_values(sums.product.shape, sums.product)
-        return _deferred(carrier, chain, format_)
+    return _deferred(carrier, chain, format_)
 
 
 def _mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -431,50 +553,80 @@ def mean_of_pixels(x: Tensor, keepdim: bool = False) -> Tensor:
     return mean[..., None, None] if keepdim else mean
 
 
-# What a chain goes on with: None where it does not, and values are made.
+# What a chain goes on with: None where it does not, and values are made. The parameters are named
+# as PyTorch names them.
 
 
-def _relu(x: Deferred, inplace: bool = False) -> Tensor | None:
-    made = x.rectified()
-    return _in_place(x, made) if inplace and made is not None else made
+def _relu(input: Deferred, inplace: bool = False) -> Tensor | None:
+    return _in_place(input, Deferred.rectified) if inplace else input.rectified()
 
 
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Tensor | None:
-    if alpha != 1:
+def _add(input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Tensor | None:
+    if alpha != 1 or out is not None:
         return None
-    if isinstance(x, Deferred):
-        made = x.plus(y)
+    if isinstance(input, Deferred):
+        made = input.plus(other)
         if made is not None:
             return made
-    return y.plus(x) if isinstance(y, Deferred) and isinstance(x, Tensor) else None
+    return other.plus(input) if isinstance(other, Deferred) and isinstance(input, Tensor) else None
 
 
-def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Tensor | None:
-    if alpha != 1 or not isinstance(x, Deferred):
+def _add_in_place(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
+    if alpha != 1 or not isinstance(input, Deferred):
         return None
-    made = x.plus(y)
-    return None if made is None else _in_place(x, made)
+    return _in_place(input, lambda x: x.plus(other))
+
+
+def _in_place(x: Deferred, step: Callable) -> Deferred | None:
+    if x.requires_grad and not torch.is_grad_enabled():
+        return None  # which changes values, and not whose gradient they are
+    made = step(x)
+    if made is not None:
+        x.current()._instead = made
+        with torch._C.DisableTorchFunctionSubclass():
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(_refuse_old_graph)
+    return made
+
+
+def _refuse_old_graph(_: Any) -> None:
+    raise RuntimeError(
+        "an autograd Function got a tensor that an operation in place had changed within a chain "
+        "of fuse_: give it what the operation returns, such as x = relu_(x)"
+    )
+
+
+def _grad(outputs: Any, inputs: Any, *others: Any, **named: Any) -> tuple[Tensor, ...]:
+    outputs = pytree.tree_map(_as_values, outputs)
+    inputs = pytree.tree_map(lambda x: x._watched() if isinstance(x, Deferred) else x, inputs)
+    return torch.autograd.grad(outputs, inputs, *others, **named)
 
 
 def _mean(
-    x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
+    input: Any,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
 ) -> Tensor | None:
-    if not isinstance(x, Deferred) or x.dim() != 4 or dtype is not None or out is not None:
+    dim = axis if dim is None else dim
+    if not isinstance(input, Deferred) or input.dim() != 4 or dtype is not None or out is not None:
         return None
     if not isinstance(dim, tuple | list) or sorted(d % 4 for d in dim) != [2, 3]:
         return None
-    return mean_of_pixels(x.values(), keepdim)
+    return mean_of_pixels(input.values(), keepdim)
 
 
-def _pool(x: Any, output_size: Any) -> Tensor | None:
-    if not isinstance(x, Deferred) or x.dim() != 4 or output_size not in (1, (1, 1), [1, 1]):
+def _pool(input: Any, output_size: Any) -> Tensor | None:
+    if (
+        not isinstance(input, Deferred)
+        or input.dim() != 4
+        or output_size not in (1, (1, 1), [1, 1])
+    ):
         return None
-    return mean_of_pixels(x.values(), keepdim=True)
-
-
-def _in_place(x: Deferred, made: Deferred) -> Deferred:
-    x.current()._instead = made
-    return made
+    return mean_of_pixels(input.values(), keepdim=True)
 
 
 _DTYPE = Tensor.dtype.__get__
@@ -482,8 +634,8 @@ _FOLLOWS: dict[Callable, Callable] = {
     F.relu: _relu,
     torch.relu: _relu,
     Tensor.relu: _relu,
-    torch.relu_: lambda x: _relu(x, True),
-    Tensor.relu_: lambda x: _relu(x, True),
+    torch.relu_: lambda input: _relu(input, True),
+    Tensor.relu_: lambda input: _relu(input, True),
     torch.add: _add,
     Tensor.add: _add,
     Tensor.__add__: _add,
@@ -499,10 +651,15 @@ _OF_THE_SHELL = {
     Tensor.dim,
     Tensor.numel,
     Tensor.__len__,
+    Tensor.__hash__,
     Tensor.is_floating_point,
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "device", "layout", "requires_grad", "is_cuda")
-        + ("is_sparse", "is_nested", "is_meta", "is_quantized", "grad_fn", "is_leaf")
+        for name in (
+            *("shape", "ndim", "device", "layout", "is_cuda"),
+            *("is_sparse", "is_nested", "is_meta", "is_quantized"),
+        )
     ),
 }
+_OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__}

@@ -18,29 +18,29 @@ _MOST_TERMS = LARGEST_SUM // 255**2
 
 
 def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Module:
-    """Makes convolutions that compute in integers, and what follows them, one chain: a batch norm, an
-    addition, a ReLU and the quantizer of the next layer.
+    """Makes convolutions that compute in integers, and what follows them, one chain: a batch norm,
+    an addition, a ReLU and the quantizer of the next layer.
 
     Such a convolution hands on its exact sums. A batch norm that follows takes its statistics from
-    them, exactly (`noisyq_fast.integer.batch_norm`), and the quantizer makes its codes of them in one
-    pass; no float tensor is written between the two unless something else reads it. Then a forward
-    gives the same bits on every backend and with every number of threads, in training too. The mean
-    over all pixels, as a method, a function or a module, is summed in a fixed order.
+    them, exactly (`noisyq_fast.integer.batch_norm`), and the quantizer makes its codes of them in
+    one pass; no float tensor is written between the two unless something else reads it. Then a
+    forward gives the same bits on every backend and with every number of threads, in training too.
+    The mean over all pixels, as a method or a function, is summed in a fixed order.
 
-    The model's own forward is called as before, so it may depend on its mode, on Python state and on
-    shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values, and the
-    chain goes on from there. Modules, parameters, hooks and the names of the state dict stay. A
-    `SyncBatchNorm` stays as it is.
+    The model's own forward is called as before, so it may depend on its mode, on Python state and
+    on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
+    Modules, parameters, hooks and the names of the state dict stay. A `SyncBatchNorm` stays as it
+    is.
 
-    Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there a
-    convolution computes its batch norm too, with the same bits. The graph then has to use the two as
-    the model does on the example.
+    Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
+    a convolution computes its batch norm too, with the same bits, and the graph has to use the two
+    as the model does on the example. The mean over pixels is then PyTorch's.
 
     Args:
         model: with layers of ``quantize_model_(..., arithmetic="integer")``. Changed in place.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
-            arguments), on which it is run, in evaluation and in training, to see what follows what.
-            The model stays as it was: ranges, statistics, modes, and PyTorch's random state too.
+            arguments), on which it is run, in evaluation and in training, to see what follows
+            what. Ranges, statistics, modes and PyTorch's random state stay as they were.
         recompute: save only codes for the backward, and make the sums of a convolution anew there.
 
     Returns:
@@ -54,8 +54,8 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
     Example:
         >>> import torch, noisyq_fast
         >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
-        >>> model = noisyq_fast.quantize_model_(model, arithmetic="integer")
+        >>> layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        >>> model = noisyq_fast.quantize_model_(nn.Sequential(*layers), arithmetic="integer")
         >>> x = torch.randn(2, 3, 8, 8)
         >>> print(noisyq_fast.fuse_(model, x)[0].followed_by)
         batch norm, ReLU, quantizer
@@ -70,8 +70,8 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
     ]
     if not layers:
         raise ValueError(
-            f"model: got {type(model).__name__} without convolutions that compute in integers, takes "
-            'one of quantize_model_(model, arithmetic="integer")'
+            f"model: got {type(model).__name__} without convolutions that compute in integers, "
+            'takes one of quantize_model_(model, arithmetic="integer")'
         )
     unfuse_(model)
     norms = [norm for norm in model.modules() if type(norm) in _NORMS]
@@ -133,6 +133,6 @@ def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) 
     for norm in norms:
         if len(norm.follows) != 1:
             for layer in norm.follows:
-                layer.defers, layer.norm = False, ()
+                layer.defers, layer.norm, layer.followed_by = False, (), ""
             vars(norm).pop("follows", None)
             norm.__class__ = norm.float_class

@@ -1,28 +1,31 @@
 """Products of codes: exact sums of whole numbers, then one scale.
 
-For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are none)::
+For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are
+none)::
 
     acc = sum (c - z) (d - w)        exact
     v   = float32(acc)               one rounding
     y   = v * (s * t) + bias         one rounding each
 
-so that an output is the same to the bit on every backend and with every number of threads. Padding is
-the value 0, which is the code z. Gradients are those of the product of the dequantized values, and go
-straight through to the tensors that were quantized::
+so that an output is the same to the bit on every backend and with every number of threads. Padding
+is the value 0, which is the code z. Gradients are those of the product of the dequantized values,
+and go straight through to the tensors that were quantized::
 
     dx = product(dy, (d - w) t)      dw = product(dy, c - z) s      dbias = sum dy
 
-Under autocast the forward stays as it is, and these products are computed in the lower precision, in
-which codes are exact; the scales stay outside.
+Under autocast the forward stays as it is, and these products are computed in the lower precision,
+in which codes are exact; the scale of x stays outside.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
@@ -182,7 +185,7 @@ class _Product(gradients.Gradient):
     def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad[1:4]
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             dx, dw = cls.grads(
                 ctx, grad, codes, scale, zero, w_codes, w_scale, w_zero, to_x, to_weight
             )
@@ -202,6 +205,12 @@ def _autocast_dtype(device_type: str) -> torch.dtype:
     return torch.float32
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # to enter it takes as long as a small operator
+
+
 def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tensor | None:
     if grad is None or masked is None or masked.numel() == 0:
         return grad
@@ -210,6 +219,7 @@ def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tens
 
 class _Convolution(_Product):
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Convolution._backward(ctx, grad)
 
@@ -263,6 +273,7 @@ def _channel_values(
 
 class _Linear(_Product):
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Linear._backward(ctx, grad)
 
@@ -379,12 +390,17 @@ def deferred_convolution(
 
 
 def normalized_convolution(
-    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, norm: nn.Module
+    x: Codes,
+    weight: Codes,
+    bias: Tensor | None,
+    geometry: Geometry,
+    product: Tensor,
+    norm: nn.Module,
 ) -> Tensor:
-    """The same with the batch norm that follows, for a graph that is traced."""
+    """`convolution`, which is ``product``, with the batch norm that follows, for a graph that is
+    traced."""
     how = vars(geometry).values()
     sums = convolve_codes(x.codes, x.zero_point, weight.codes, weight.zero_point, *how)
-    product = convolution(x, weight, bias, geometry)
     return norm.of_sums(product, sums, x.scale * weight.scale, bias, bound(x, weight))
 
 

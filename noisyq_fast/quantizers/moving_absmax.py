@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from noisyq_fast import checks
-from noisyq_fast.backends.reference import average_
+from noisyq_fast.backends.reference import average_, scale_of_codes
 from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
@@ -155,7 +156,12 @@ class MovingAbsMax(Quantizer):
                 self.to_empty(device=x.device)
             if self.frozen or not self.training:
                 range_ = checks.known_range(self.running, self.observed, self.grid.is_affine)
-                return self._codes_within(x, range_, self.ste)
+                made = self._codes_within(x, range_, self.ste)
+                # For a NaN there is no code; a range of the batch itself would be NaN.
+                found = x.extremes_found() if isinstance(x, Deferred) else x
+                if found is None:  # made of a line, of which the codes know
+                    return made
+                return replace(made, scale=scale_of_codes(found, made.scale, self.axis))
             ste = "identity" if self.grid_kind == SIGNED else self.ste
             batch = self._range_of_batch(x)
             if batch is None:
@@ -179,22 +185,29 @@ class MovingAbsMax(Quantizer):
         running, observed = self.running, self.observed
         if in_backward():  # counted before
             running, observed = running.clone(), observed.clone()
+        source = x
+        if isinstance(x, Deferred):
+            x, source = x.written(), x.source
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
-            *(x, running, observed, self.bits, self.axis, self.averaging_constant),
+            *(_values(x), running, observed, self.bits, self.axis, self.averaging_constant),
             *(self.grid_kind, masked_on(self.grid_kind, ste)),
         )
-        return self._codes(x, codes, scale, zero_point, masked)
+        return self._codes(source, codes, scale, zero_point, masked)
 
     def _codes_within(self, x: Tensor, range_: Tensor, ste: str) -> Codes:
         masked = masked_on(self.grid_kind, ste)
-        if isinstance(x, Deferred) and self.axis is None and x.masks_none(masked):
-            found = x.codes_within(range_, self.grid)
-            if found is not None:
-                return self._codes(x.source, *found)
+        source = x
+        if isinstance(x, Deferred):
+            source = x.source
+            if self.axis is None and x.masks_none(masked):
+                found = x.codes_within(range_, self.grid)
+                if found is not None:
+                    return self._codes(source, *found)
+            x = x.written()
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_fixed_range_on_grid(
-            *(x, range_, self.bits, self.axis, self.grid_kind, masked)
+            *(_values(x), range_, self.bits, self.axis, self.grid_kind, masked)
         )
-        return self._codes(x, codes, scale, zero_point, masked)
+        return self._codes(source, codes, scale, zero_point, masked)
 
     @torch.no_grad()
     def set_range(self, *ends: Tensor | float) -> None:
@@ -242,6 +255,10 @@ class MovingAbsMax(Quantizer):
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""
         return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}{frozen}"
+
+
+def _values(x: Tensor) -> Tensor:
+    return x.values() if isinstance(x, Deferred) else x
 
 
 def in_backward() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from noisyq_fast import checks
 from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
+from noisyq_fast.grid import grid as grid_of
 from noisyq_fast.integer.codes import Codes
 
 _STATE_FORMAT = 1
@@ -67,6 +68,11 @@ class Quantizer(nn.Module):
 
     KIND: ClassVar[int] = 0
     """A number that tells the subclass in a state dict; 0 for those outside this package."""
+    REMEDY: ClassVar[str] = (
+        "use the signed or the affine grid here, such as with "
+        "overrides={...: {'activation_grid': 'affine'}}"
+    )
+    """What to do about values that an unsigned grid makes 0."""
     keeps_range: ClassVar[bool] = False
     """Whether it has a range that is calibrated, frozen and reset."""
     gives_codes: ClassVar[bool] = False
@@ -103,7 +109,9 @@ class Quantizer(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.bits, self.grid_kind)
+        if torch.compiler.is_compiling():  # into whose graphs nothing cached goes
+            return Grid(self.bits, self.grid_kind)
+        return grid_of(self.bits, self.grid_kind)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -165,8 +173,7 @@ class Quantizer(nn.Module):
         self._left_to_look_at = 0
         warnings.warn(
             f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid "
-            "makes 0, without a gradient; use the signed or the affine grid here, such as with "
-            "overrides={...: {'activation_grid': 'affine'}}",
+            f"makes 0, without a gradient; {self.REMEDY}",
             stacklevel=2,
         )
 
@@ -185,6 +192,21 @@ class Quantizer(nn.Module):
         quantizer._left_to_look_at = _BATCHES_LOOKED_AT if self.grid_kind == UNSIGNED else 0
         quantizer.reset()
         return quantizer
+
+    # What a layer tells its own copy.
+
+    def for_weight(self, weight: Tensor) -> Quantizer:
+        """This quantizer, or one in its place, for a weight with its output channels first."""
+        return self
+
+    def for_input(self) -> Quantizer:
+        """The same for the input of a layer."""
+        return self
+
+    def at_end(self, bits: int, place: str) -> Quantizer:
+        """What stands for it in the first and the last layers of a model, with other bits. The
+        place is a ``"weight"``, an ``"input"`` or, with values below 0, the ``"model input"``."""
+        return self.like(bits=bits)
 
     def extra_repr(self) -> str:
         axis = f"group_size={self.group_size}" if self.group_size else f"axis={self.axis!r}"

@@ -15,7 +15,7 @@ from experiments.tasks.classification_options import ClassificationOptions
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("method", "magic", "--method: got magic, takes one of baseline, quant"),
+        ("method", "magic", "--method: got magic, takes one of baseline, .*, quant, "),
         ("dataset", "mnist", "--dataset: got mnist, takes one of digits, cifar10"),
         ("noise_kind", "pink", "--noise-kind: got pink, takes one of symmetric"),
         (

@@ -24,7 +24,15 @@ INDICES = torch.arange(6)
 def test_every_method_is_on_with_its_defaults_under_its_name():
     labels = {name: run.parse(["--method", name]).label for name in methods.METHODS}
     assert labels == {
+        "hash_knn": "hash-knn48",
+        "slimmable": "slimmable",
+        "us_slimmable": "us-slimmable",
         "quant": "quant-w4a4",
+        "lsq": "lsq4",
+        "pact": "pact4",
+        "qil": "qil4",
+        "dsq": "dsq4",
+        "aqd": "aqd4",
         "dropout": "dropout0.1",
         "prune": "prune0.75",
         "weight_decay": "weight-decay0.01",
@@ -43,6 +51,15 @@ def test_every_method_is_on_with_its_defaults_under_its_name():
         "defensive": "defensive0.0003",
         "noisy_student": "noisy-student3",
         "qkd": "qkd",
+        "adder": "adder",
+        "hashed": "hashed8",
+        "lcnn": "lcnn0.5",
+        "easyquant": "easyquant-w4a4",
+        "ocs": "ocs-w4a4-0.02",
+        "bitsplit": "bitsplit-w4a4",
+        "dfq": "dfq-w4a4",
+        "adabits": "adabits5-3",
+        "quantizable": "quantizable4-2",
     }
 
 

@@ -18,6 +18,7 @@ from experiments import data, run, sweep
 from experiments.config import RunConfig
 from experiments.data import digits
 from experiments.methods import BASELINE, METHODS
+from experiments.methods.post_training import PostTraining
 from experiments.output import RunFolder
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import Grid
@@ -217,7 +218,7 @@ def test_missing_file_names_what_there_is(main):
         2,
         "",
         "error: figure4: no such file; those that come along are "
-        "au_norm, data_size, figure2, figure3, league, table1\n",
+        "au_norm, data_size, figure2, figure3, league, learned, table1\n",
     )
 
 
@@ -232,10 +233,10 @@ def test_missing_file_names_what_there_is(main):
         ("figure3", "smoke", 20, 20),
         ("figure3", "small", 20 * 3, 20),
         ("figure3", "full", 20 * 11 * 5, 20 * 11),
-        # In float and quantized: nothing, 18 methods, truncated gce, and nothing in large batches.
-        ("league", "smoke", 42, 42),
-        ("league", "small", 42 * 3, 42),
-        ("league", "full", 42 * 5, 42),
+        # In float and quantized: nothing, 29 methods, truncated gce, and nothing in large batches.
+        ("league", "smoke", 65, 65),
+        ("league", "small", 65 * 3, 65),
+        ("league", "full", 65 * 5, 65),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
@@ -245,14 +246,15 @@ def test_shipped_grids(name, scale, count, at_first):
     assert at_first == count or runs[at_first]["seed"] == 1
     for options in runs:
         assert options["noise-seed"] == options["seed"]
-        assert (options["validation"], options["threads"]) == (0.1, 1)
+        validation = None if name == "learned" else 0.1
+        assert (options.get("validation"), options["threads"]) == (validation, 1)
 
 
 def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
     small_cifar10 = dataclasses.replace(digits.load(), name="cifar10")
     monkeypatch.setitem(data.DATASETS, "cifar10", lambda data_dir, download: small_cifar10)
     names = {}
-    for file in ("figure2", "figure3", "league"):
+    for file in ("figure2", "figure3", "league", "post_training"):
         for scale in ("smoke", "small"):
             arguments = (file, "--scale", scale, "--only", "seed=0", "--dry-run", "--")
             status, output, errors = main(*arguments, "--train-size", 64, "--epochs", 4)
@@ -269,7 +271,8 @@ def test_the_league_has_every_method_in_float_and_quantized():
     runs = list(Grid.read(sweep.SHIPPED / "league.toml", "smoke").runs())
     assert {run["method"] for run in runs} == {"baseline", *METHODS}
     quantized = {run["method"] for run in runs if run.get("weight-bits") == 4}
-    assert quantized == METHODS.keys() - {"quant"}
+    afterwards = {name for name, method in METHODS.items() if issubclass(method, PostTraining)}
+    assert quantized == METHODS.keys() - {"quant"} - afterwards
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "full"])

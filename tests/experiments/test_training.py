@@ -11,7 +11,7 @@ from experiments.tasks.classification import Classification
 from experiments.training.loop import NonFiniteLoss, Trainer
 
 EVERY_METHOD = ["baseline", *(name for name, method in METHODS.items() if not method.REPLACES)]
-# Losses and procedures, also together with methods that change the network.
+# Losses, procedures and layers, also together with methods that change the network.
 EXCHANGED = [
     "--loss gce --gce-threshold 0.5",
     "--loss sce --label-smoothing 0.1",
@@ -24,6 +24,15 @@ EXCHANGED = [
     "--method mutual_learning --weight-bits 4 --prune 0.5",
     "--method noisy_student --students 1 --weight-bits 4 --dropout 0.1 --loss elr",
     "--method qkd --weight-bits 4",
+    "--method hash_knn --hash-bits 12 --hash-agreement 0 --weight-bits 4 --prune 0.5 --loss elr",
+    "--method slimmable --weight-bits 4 --slim-widths 1 0.5 --slim-distillation",
+    "--method us_slimmable --weight-bits 4 --us-widths 3 --dropout 0.1 --loss elr",
+    "--method adder --weight-bits 4 --activation-bits 4",
+    "--method hashed --dropout 0.1",
+    "--method co_teaching --compression 4 --weight-bits 4",
+    "--method lcnn --lcnn-sparsity 0.4 --weight-bits 4 --activation-bits 4",
+    "--method swa --swa-start 0.5 --lcnn-dictionary 0.5",
+    "--method dfq --patience 2 --dropout 0.1 --loss gce",
 ]
 
 
@@ -319,6 +328,9 @@ def test_compiled_run_is_close_to_the_plain_one():
         ("--method train_longer --ghost-batch 8", (16, 16)),
         ("--method mutual_learning", (8, 8)),
         ("--method noisy_student", (7, 4)),  # three teachers
+        ("--method hash_knn", (5, 4)),  # the neighbours vote once
+        ("--method slimmable --slim-widths 0.5 1", (8, 8)),
+        ("--method us_slimmable --us-widths 3", (12, 12)),
         ("--method qkd", (8, 7)),  # in the last epoch the teacher learns no more
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import checks
+from noisyq_fast.backends import reference
 from noisyq_fast.backends.backend import Backend
 from noisyq_fast.backends.kernel_arguments import (
     channel_layout,
@@ -170,14 +171,40 @@ def fake_quantize_fixed_range_on_grid(
 
 @backend.register
 def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    x, codes = dense(x, grid.code_dtype)
-    scale = _for_each_channel(x, axis, torch.float32)
-    zero_point = _for_each_channel(x, axis, torch.uint8)
+    row = _row_of_codes(x, grid, axis)
+    _quantize_alone(row)
+    return row.y, row.scale, row.zero
+
+
+@backend.register
+def quantize_ema_on_grid(
+    x: Tensor,
+    running_range: Tensor,
+    observed: Tensor | None,
+    grid: Grid,
+    axis: int | None,
+    averaging_constant: float,
+    masked: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    running, weight = running_range.contiguous(), contiguous(observed)
+    row = _row_of_codes(x, grid, axis)._replace(running=running, observed=weight)
+    mask = _quantize_and_mask(row, masked, averaging_constant)
+    write_back(running, running_range)
+    write_back(weight, observed)
+    return row.y, row.scale, row.zero, mask
+
+
+@backend.register
+def quantize_fixed_range_on_grid(
+    x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.numel() == 0:
-        scale.fill_(FLT_MIN)
-        zero_point.zero_()
-    _quantize_alone(_Row(x, codes, grid.qmax, axis, grid.kind, scale=scale, zero=zero_point))
-    return codes, scale, zero_point
+        return reference.quantize_fixed_range_on_grid(x, range_, grid, axis, masked)
+    row = _row_of_codes(x, grid, axis)
+    y = row.y if masked == NOTHING else None
+    arguments = range_.contiguous(), y, row.scale, row.zero, float(row.qmax), row.kind
+    _map(_kernels().quantize_fixed_range, row.x, axis, *arguments)
+    return row.y, row.scale, row.zero, _mask(row, masked)
 
 
 @backend.register
@@ -222,14 +249,31 @@ def _fake_quantize(
 ) -> tuple[Tensor, Tensor]:
     x, y = dense(x)
     row = _Row(x, y, grid.qmax, axis, grid.kind, running=running, observed=observed)
-    if masked == NOTHING:
-        _quantize_alone(row, averaging_constant)
-        return y, _no_mask(x)
-    # First the scales: the bits of a mask lie in the order of memory, and a channel may not.
+    if masked != NOTHING:
+        scale, zero = (_for_each_channel(x, axis, dtype) for dtype in (torch.float32, torch.uint8))
+        row = row._replace(scale=scale, zero=zero)
+    return y, _quantize_and_mask(row, masked, averaging_constant)
+
+
+def _row_of_codes(x: Tensor, grid: Grid, axis: int | None) -> _Row:
+    """With room for codes, their scales and their zero points."""
+    x, codes = dense(x, grid.code_dtype)
     scale, zero = (_for_each_channel(x, axis, dtype) for dtype in (torch.float32, torch.uint8))
-    row = row._replace(scale=scale, zero=zero)
-    _quantize_alone(row._replace(y=None), averaging_constant)
-    return y, _quantize_masked(row, masked)
+    if x.numel() == 0:
+        scale.fill_(FLT_MIN)
+        zero.zero_()
+    return _Row(x, codes, grid.qmax, axis, grid.kind, scale=scale, zero=zero)
+
+
+def _quantize_and_mask(row: _Row, masked: str, averaging_constant: float) -> Tensor:
+    # First the scales: the bits of a mask lie in the order of memory, and a channel may not.
+    y = row.y if masked == NOTHING else None
+    _quantize_alone(row._replace(y=y), averaging_constant)
+    return _mask(row, masked)
+
+
+def _mask(row: _Row, masked: str) -> Tensor:
+    return _no_mask(row.x) if masked == NOTHING else _quantize_masked(row, masked)
 
 
 def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
@@ -301,7 +345,8 @@ def _fake_quantize_fixed_range(
     x: Tensor, range_: Tensor, kind: str, qmax: int, axis: int | None
 ) -> Tensor:
     x, y = dense(x)
-    _map(_kernels().quantize_fixed_range, x, axis, range_.contiguous(), y, float(qmax), kind)
+    arguments = range_.contiguous(), y, None, None, float(qmax), kind
+    _map(_kernels().quantize_fixed_range, x, axis, *arguments)
     return y
 
 

@@ -122,8 +122,7 @@ def quantized(rounded, scale, zero, qmax, KIND: tl.constexpr, dtype: tl.constexp
     low, high = code_ends(zero, qmax, KIND)
     steps = tl.clamp(rounded, low, high, propagate_nan=tl.PropagateNan.ALL)
     if (dtype == tl.int8) or (dtype == tl.uint8):
-        code = tl.where(steps == steps, steps, 0.0).to(tl.int32) + zero.to(tl.int32)
-        return code.to(dtype)
+        return tl.where(steps == steps, steps + zero, 0.0).to(tl.int32).to(dtype)
     return from_float(steps * scale, dtype)
 
 

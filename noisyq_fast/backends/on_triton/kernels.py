@@ -85,6 +85,14 @@ def _store_ends(range_, low, high, channel, exists, KIND: tl.constexpr, channels
 
 
 @triton.jit
+def _store_levels(scale, zero, scales, zeros, channel, exists):
+    if scale is not None:
+        tl.store(scale + channel, scales, exists)
+    if zero is not None:
+        tl.store(zero + channel, zeros.to(tl.int32).to(tl.uint8), exists)
+
+
+@triton.jit
 def _largest_of_tile(keys):
     """The largest key of each channel of a tile."""
     return tl.max(tl.max(keys, 2), 0)
@@ -124,10 +132,7 @@ def _record(
     scales, zeros = levels_of(low, high, qmax, KIND)
     if tl.program_id(1) == 0:
         channel, exists = channels_of_program(sizes, TILE)
-        if scale is not None:
-            tl.store(scale + channel, scales, exists)
-        if zero is not None:
-            tl.store(zero + channel, zeros.to(tl.int32).to(tl.uint8), exists)
+        _store_levels(scale, zero, scales, zeros, channel, exists)
         if running is not None:
             known_low, known_high = load_ends(running, channel, exists, KIND, sizes[1])
             if observed is not None:
@@ -311,12 +316,17 @@ def quantize_reduced(
 
 
 @triton.jit
-def quantize_fixed_range(x, range_, y, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
+def quantize_fixed_range(
+    x, range_, y, scale, zero, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr
+):
     """With a range for each channel that is known before."""
     channel, exists = channels_of_program(sizes, TILE)
     low, high = load_ends(range_, channel, exists, KIND, sizes[1])
     scales, zeros = levels_of(low, high, qmax, KIND)
-    _quantize_tiles(x, y, scales, zeros, qmax, KIND, sizes, TILE)
+    if tl.program_id(1) == 0:
+        _store_levels(scale, zero, scales, zeros, channel, exists)
+    if y is not None:
+        _quantize_tiles(x, y, scales, zeros, qmax, KIND, sizes, TILE)
 
 
 @triton.jit

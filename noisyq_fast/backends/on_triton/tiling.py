@@ -95,6 +95,25 @@ def absmax_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
     return on_chip if on_chip.tiles == 1 else map_tiling(layout, itemsize, limits)
 
 
+@lru_cache(maxsize=4096)
+def product_tile(rows: int, columns: int, terms: int, limits: TileLimits) -> Box:
+    """A tile of a product of matrices, as (rows, columns, terms): the largest of which there are
+    enough to fill the machine.
+
+    Example:
+        >>> product_tile(128 * 32 * 32, 64, 576, TileLimits(processors=132))
+        (128, 64, 64)
+        >>> product_tile(128, 10, 64, TileLimits(processors=132))
+        (16, 16, 64)
+    """
+    row_tile, column_tile = 128, min(max(_power_of_2(columns), 16), 128)
+    while (
+        row_tile > 16 and _tiles(rows, row_tile) * _tiles(columns, column_tile) < limits.processors
+    ):
+        row_tile //= 2
+    return row_tile, column_tile, min(max(_power_of_2(terms), 32), 64)
+
+
 def _tiling(layout: Box, itemsize: int, limits: TileLimits, limit: int) -> Tiling:
     outer, channels, inner = layout
     if channels == 1:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast.quantizers import Quantizer
+from noisyq_fast.quantizers import LearnedQuantizer, Quantizer
 from noisyq_fast.ranges import disabled, named_quantizers
 from noisyq_fast.running import arguments, in_evaluation
 
-METHODS = ("absmax", "percentile", "mse")
+METHODS = ("absmax", "percentile", "mse", "initial")
 _BITS = 14
 _BINS = 2**_BITS
 _AT_ONCE = 2**22
@@ -25,7 +25,7 @@ _CANDIDATES = [2 ** (-k / 32) for k in range(257)]
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    method: str = "absmax",
+    method: str = "initial",
     percentile: float = 99.9,
 ) -> nn.Module:
     """Sets the input ranges of a converted model from batches of inputs, such as those of a
@@ -39,8 +39,10 @@ def calibrate(
         percentile  range = the smallest that at least `percentile` % of all |x| do not exceed
         mse         range = argmin over r of sum (x - fake_quantize(x, r))^2,
                     r = m * 2^(-k/32), k = 0, 1, ..., 256 (the larger of equals)
+        initial     absmax; of a quantizer that learns, where its parameters begin by themselves,
+                    from the first batch, and from the weight
 
-    For the last two, values are counted in equal bins, at least 8192 from 0 to ``m``, so that
+    For percentile and mse, values are counted in equal bins, at least 8192 from 0 to ``m``, so that
     memory stays the same however many batches there are (256 KiB for each range). The percentile
     is the outer edge of its bin, at most ``m``; the squared error is that of the bins' centers. The
     result is the same in whatever batches the same values come.
@@ -54,8 +56,8 @@ def calibrate(
             arguments, on the model's device. Labels left out: ``(x for x, _ in loader)``. For a
             progress bar, wrap them: ``tqdm(loader)``. A few hundred samples are usual. Calibrate
             before `DistributedDataParallel`, which then gives all ranks the ranges of the first.
-        method: ``"absmax"``, ``"percentile"`` or ``"mse"``. The wider the codes, the closer all
-            three; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
+        method: ``"absmax"``, ``"percentile"``, ``"mse"`` or ``"initial"``. The wider the codes, the
+            closer the first three; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
         percentile: of method ``"percentile"``, above 0, up to 100.
 
     Returns:
@@ -81,10 +83,13 @@ def calibrate(
     if not quantizers:
         raise ValueError("model: got quantizers that keep no range, so there is none to calibrate")
     _check(batches, method, percentile)
-    seen = {name: _Seen(counted=method != "absmax") for name in quantizers}
+    seen = {name: _Seen(counted=method in ("percentile", "mse")) for name in quantizers}
+    begins: dict[str, Sequence[Tensor]] = {}
     not_finite: list[str] = []
 
     def see(name: str, quantizer: Quantizer, args: tuple[Tensor]) -> None:
+        if method == "initial" and isinstance(quantizer, LearnedQuantizer) and name not in begins:
+            begins[name] = quantizer.initial(args[0].detach())
         if not seen[name].add(quantizer.by_range(args[0].detach())):
             not_finite.append(name)
 
@@ -107,7 +112,9 @@ def calibrate(
             "batches: got none, takes one or more (a generator gives its batches only once)"
         )
     for name, quantizer in quantizers.items():
-        if seen[name].low is not None:
+        if name in begins:
+            quantizer.begin(begins[name])
+        elif seen[name].low is not None:
             quantizer.set_bounds(*_bounds(quantizer, seen[name], method, percentile))
     _warn_of_uncalled({name for name in seen if seen[name].low is None}, set(seen))
     return model
@@ -228,7 +235,7 @@ def _bounds(
     quantizer: Quantizer, seen: _Seen, method: str, percentile: float
 ) -> tuple[Tensor, Tensor]:
     low, high = quantizer.bounds(seen.low, seen.high)
-    if method == "absmax":
+    if method in ("absmax", "initial"):
         return low, high
     if method == "percentile":
         factor = _percentile(seen, low, high, percentile)

@@ -1,0 +1,88 @@
+"""The Triton kernels of quantizers that learn (`learned_kernels`), launched on dense memory."""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from noisyq_fast.backends.kernel_arguments import channel_layout, dense, like
+from noisyq_fast.backends.on_triton import _launch, _map, backend
+from noisyq_fast.rules import CHUNK, Rule
+
+# Of a program: each chunk has 64 sums of its own, so that a few share a warp.
+_CHUNKS = 4
+
+
+@backend.register
+def fake_quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
+    return _mapped(x, parameters, rule, axis, x.dtype)
+
+
+@backend.register
+def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
+    return _mapped(x, parameters, rule, axis, torch.int16)
+
+
+@backend.register
+def fake_quantize_learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    rule: Rule,
+    axis: int | None,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(parameters)
+    x, grad = like(x, dx), like(grad, dx)
+    outer, channels, inner = channel_layout(dx, axis)
+    size = outer * inner
+    chunks = -(-size // CHUNK)
+    partial = torch.empty(rule.parameters * channels, chunks, device=x.device)
+    lies_together = outer == 1 or channels == 1
+    _launch(
+        x,
+        _kernels().learned_backward,
+        (-(-chunks // _CHUNKS), channels),
+        4,
+        grad,
+        x,
+        parameters.contiguous(),
+        dx,
+        partial,
+        float(rule.low),
+        float(rule.high),
+        channels,
+        None if lies_together else inner,
+        size,
+        chunks,
+        rule.name,
+        rule.parameters,
+        _CHUNKS,
+    )
+    while partial.shape[1] > 1:
+        rows, count = partial.shape
+        sums = torch.empty(rows, -(-count // CHUNK), device=x.device)
+        grid = sums.shape[1], rows
+        _launch(x, _kernels().sum_chunks, grid, 1, partial, sums, count, sums.shape[1])
+        partial = sums
+    return dx, partial.reshape(parameters.shape) * gradient_scale
+
+
+def _mapped(
+    x: Tensor, parameters: Tensor, rule: Rule, axis: int | None, dtype: torch.dtype
+) -> Tensor:
+    x, y = dense(x, dtype)
+    ends = float(rule.low), float(rule.high)
+    arguments = parameters.contiguous(), y, *ends, rule.name, rule.parameters
+    _map(_kernels().quantize_learned, x, axis, *arguments)
+    return y
+
+
+@cache
+def _kernels() -> ModuleType:
+    from noisyq_fast.backends.on_triton import learned_kernels
+
+    return learned_kernels

@@ -1,0 +1,302 @@
+"""Products of codes by the Triton kernels (`product_kernels`), where a bound proves that their sums
+fit into 32 bits; the reference computes the others, and those of other dimensions."""
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from noisyq_fast.backends import on_triton, reference, reference_integer
+from noisyq_fast.backends.kernel_arguments import contiguous
+from noisyq_fast.backends.on_triton import backend
+from noisyq_fast.backends.on_triton.sums import moments
+from noisyq_fast.backends.on_triton.tiling import product_tile
+
+_EXACT_INT = 2**31
+_MOST_PLACES = 2**31 - 2**15
+"""So many are counted in 32 bits, up to the end of the last tile."""
+_SHIFT = 128
+"""Between an unsigned code and the signed byte that is multiplied in its place."""
+_FEW = 16
+"""Channels of a group for which products of matrices are mostly padding."""
+
+
+class _Scales(NamedTuple):
+    """What sums are to be multiplied by, and what is added then."""
+
+    of_codes: Tensor
+    of_weight: Tensor
+    bias: Tensor | None
+
+
+@backend.register
+def convolve_codes(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    operands = codes, zero_point, weight, weight_zero_point
+    how = stride, padding, dilation, transposed, output_padding, groups
+    if not transposed and _is_taken(codes, weight) and codes.dim() == 4:
+        out = _convolve(*operands, stride, padding, dilation, groups, None, torch.float32)
+        if out is not None:
+            return reference_integer.laid_out_like(codes, out)
+    return reference_integer.convolve_codes(*operands, *how)
+
+
+@backend.register
+def convolve_sums(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    bound: int,
+    measures: bool,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    operands = codes, zero_point, weight, weight_zero_point
+    how = stride, padding, dilation, groups
+    is_narrow = reference_integer.is_narrow(bound)
+    sums = None
+    if _is_taken(codes, weight) and codes.dim() == 4:
+        sums = _convolve(*operands, *how, None, torch.int16 if is_narrow else torch.float32)
+    if sums is None:
+        return reference_integer.convolve_sums(*operands, *how, bound, measures)
+    if not measures:
+        return sums, None
+    kept, *of_channels = moments(sums, bound)
+    return kept, tuple(of_channels)
+
+
+@backend.register
+def multiply_codes(
+    codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
+) -> Tensor:
+    operands = codes, zero_point, weight, weight_zero_point
+    if weight.dim() == 2 and _is_taken(codes, weight):
+        return _multiply(*operands, None, torch.float32)
+    return reference_integer.multiply_codes(*operands)
+
+
+@backend.register
+def integer_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    masked: Tensor | None,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_masked: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    is_taken = _is_taken(codes, weight_codes) and codes.dim() == 4 and scale.dim() == 0
+    if is_taken and not transposed:
+        operands = codes, zero_point, weight_codes, weight_zero_point
+        scales = _Scales(scale, weight_scale, bias)
+        out = _convolve(*operands, stride, padding, dilation, groups, scales, x.dtype)
+        if out is not None:
+            return reference_integer.laid_out_like(codes, out)
+    return reference.backend.functions["integer_convolution"](
+        *(x, weight, bias, codes, scale, zero_point, masked),
+        *(weight_codes, weight_scale, weight_zero_point, weight_masked),
+        *(stride, padding, dilation, transposed, output_padding, groups),
+    )
+
+
+@backend.register
+def integer_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    masked: Tensor | None,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_masked: Tensor | None,
+) -> Tensor:
+    if weight_codes.dim() == 2 and _is_taken(codes, weight_codes):
+        scales = _Scales(scale, weight_scale, bias)
+        return _multiply(codes, zero_point, weight_codes, weight_zero_point, scales, x.dtype)
+    return reference.backend.functions["integer_linear"](
+        *(x, weight, bias, codes, scale, zero_point, masked),
+        *(weight_codes, weight_scale, weight_zero_point, weight_masked),
+    )
+
+
+def _is_taken(codes: Tensor, weight: Tensor) -> bool:
+    """Whether there is something to sum, and sums and rows are counted in 32 bits."""
+    if codes.numel() == 0 or weight.numel() == 0:
+        return False
+    largest = weight[0].numel() * _largest(codes) * _largest(weight)
+    return largest < _EXACT_INT and codes.numel() // weight.shape[1] < _MOST_PLACES
+
+
+def _largest(codes: Tensor) -> int:
+    """No code less its zero point has a larger magnitude."""
+    return 128 if codes.dtype == torch.int8 else 255
+
+
+def _convolve(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    scales: _Scales | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """With the channels last in memory. None where images are smaller than the window, or places
+    in one do not fit into 32 bits."""
+    images, _, *sizes = codes.shape
+    outputs, _, *window = weight.shape
+    of_output = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(sizes, window, stride, padding, dilation, strict=True)
+    ]
+    last = images * of_output[0] * of_output[1], codes[0].numel(), sum(sizes) + 2 * sum(padding)
+    if min(of_output) < 1 or max(last) >= _MOST_PLACES:
+        return None
+    out = torch.empty(
+        [images, outputs, *of_output],
+        dtype=dtype,
+        device=codes.device,
+        memory_format=torch.channels_last,
+    )
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    steps = *stride, *padding, *dilation, None if window == [1, 1] else window[1]
+    _launch(
+        *(codes, zero_point, weight, weight_zero_point),
+        *(sizes, of_output, steps, groups, scales, out),
+    )
+    return out
+
+
+def _multiply(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    scales: _Scales | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Every row is an image of one pixel."""
+    rows = codes.shape[:-1]
+    if _is_of_images(zero_point, scales):
+        if zero_point is not None:
+            zero_point = _of_rows(zero_point, rows)
+        if scales is not None:
+            scales = scales._replace(of_codes=_of_rows(scales.of_codes, rows))
+    out = torch.empty([*rows, len(weight)], dtype=dtype, device=codes.device)
+    steps = 1, 1, 0, 0, 1, 1, None
+    codes = codes.contiguous()
+    _launch(codes, zero_point, weight, weight_zero_point, (1, 1), (1, 1), steps, 1, scales, out)
+    return out
+
+
+def _of_rows(x: Tensor, rows: torch.Size) -> Tensor:
+    """A value for each of ``rows``, of one for each index of its first axes."""
+    return x.reshape([*x.shape, *[1] * (len(rows) - x.dim())]).expand(rows).reshape(-1)
+
+
+def _launch(
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    sizes: Sequence[int],
+    of_output: Sequence[int],
+    window: tuple[int | None, ...],
+    groups: int,
+    scales: _Scales | None,
+    out: Tensor,
+) -> None:
+    outputs, of_pixel, *_ = weight.shape
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1)
+    weight = weight.reshape(outputs, -1).contiguous()
+    of_sum = weight.shape[1]
+    of_group = outputs // groups
+    pixels = out.numel() // outputs
+
+    is_few = groups > 1 and min(of_pixel, of_group) < _FEW
+    if is_few:
+        kernel, columns, operands = _kernels().multiply_few, outputs, (weight, weight_zero_point)
+    else:
+        kernel, columns = _kernels().multiply, of_group
+        operands = _signed(weight, weight_zero_point, codes.dtype == torch.uint8)
+    tile = product_tile(pixels, columns, of_sum, on_triton._limits(codes.device))
+    on_triton._launch(
+        codes,
+        kernel,
+        (-(-pixels // tile[0]) * -(-columns // tile[1]), 1 if is_few else groups),
+        max(tile[0] * tile[1] // 2048, min(tile[0] // 16, 4)),
+        *(codes, contiguous(zero_point), *operands),
+        *((None,) * 3 if scales is None else _prepared(scales, outputs)),
+        *(out, (pixels, *of_output, of_group), (*sizes, of_pixel * groups), window),
+        *((of_sum, of_pixel), groups, tile),
+        _is_of_images(zero_point, scales),
+    )
+
+
+def _is_of_images(zero_point: Tensor | None, scales: _Scales | None) -> bool:
+    of_codes = zero_point, None if scales is None else scales.of_codes
+    return any(x is not None and x.dim() > 0 for x in of_codes)
+
+
+def _signed(
+    weight: Tensor, zero_point: Tensor | None, codes_are_unsigned: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of a weight [outputs, terms] as signed bytes: these, their zero points, and the sums of each
+    output channel; without the latter where they are not needed."""
+    if weight.dtype == torch.uint8:
+        weight = (weight ^ _SHIFT).view(torch.int8)
+        if zero_point is None:
+            zero_point = torch.zeros(len(weight), dtype=torch.uint8, device=weight.device)
+        zero_point = zero_point.to(torch.int32) - _SHIFT
+    sums = None
+    if codes_are_unsigned:
+        sums = weight.sum(1, dtype=torch.int32)
+        if zero_point is not None:
+            sums = sums - weight.shape[1] * zero_point
+    return weight, zero_point, sums
+
+
+def _prepared(scales: _Scales, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    bias = None if scales.bias is None else scales.bias.float().contiguous()
+    return scales.of_codes.contiguous(), scales.of_weight.expand(outputs).contiguous(), bias
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Imported when first needed, like the others."""
+    from noisyq_fast.backends.on_triton import product_kernels
+
+    return product_kernels

@@ -1,0 +1,200 @@
+"""What follows products of codes, by the Triton kernels (`sum_kernels`); where there are no
+elements, by the reference."""
+
+import struct
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from noisyq_fast.backends import on_triton, reference_integer
+from noisyq_fast.backends.kernel_arguments import channels_last_rows, like
+from noisyq_fast.backends.on_triton import backend
+from noisyq_fast.backends.on_triton.tiling import Tiling
+from noisyq_fast.grid import ODD, Grid
+
+
+@backend.register
+def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
+    if sums.numel() == 0:
+        return reference_integer.moments(sums, bound)
+    sums, _, channels = channels_last_rows(sums)
+    is_narrow = reference_integer.is_narrow(bound)
+    kept = sums
+    if is_narrow and sums.dtype != torch.int16:
+        kept = torch.empty_like(sums, dtype=torch.int16)
+    tiling = _tiling(sums)
+    wholes = sums.new_empty(3 * tiling.splits, channels, dtype=torch.int64)
+    ends = sums.new_empty(2 * tiling.splits, channels, dtype=torch.float32)
+    _launch(
+        *(_kernels().moments_partially, tiling, sums, None if kept is sums else kept),
+        *(wholes, ends, not is_narrow),
+    )
+    total, squares = (sums.new_empty(channels, *n, dtype=torch.int64) for n in ((), (2,)))
+    low, high = sums.new_empty(2, channels, dtype=torch.float32).unbind()
+    found = total, squares, low, high
+    _finish(_kernels().moments, wholes, ends, *found, tiling.splits, channels=channels)
+    return kept, *found
+
+
+@backend.register
+def normalization(
+    sum_: Tensor,
+    squares: Tensor,
+    count: int,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    channels = len(sum_)
+    found = (
+        *scale.new_empty(4, channels).unbind(),
+        *scale.new_empty(2, channels, dtype=torch.float64).unbind(),
+    )
+    (bits,) = struct.unpack("q", struct.pack("d", eps))  # Triton's own floats are float32.
+    _finish(
+        *(_kernels().normalization, sum_.contiguous(), squares.contiguous(), scale.contiguous()),
+        *(_float(weight), _float(bias), *found, count, bits),
+        channels=channels,
+    )
+    return found
+
+
+@backend.register
+def map_sums(
+    sums: Tensor,
+    factor: Tensor,
+    term: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    wants_zeros: bool,
+    wants_range: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if sums.numel() == 0:
+        return reference_integer.map_sums(
+            sums, factor, term, residual, relu, wants_zeros, wants_range
+        )
+    sums, _, channels = channels_last_rows(sums)
+    y = torch.empty_like(sums, dtype=torch.float32)
+    residual = None if residual is None else like(residual, sums)
+    zeros = sums.new_empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
+    tiling = on_triton._map_tiling(y, None)
+    partial = sums.new_empty(2, tiling.splits, dtype=torch.int32) if wants_range else None
+    range_ = sums.new_empty(2, dtype=torch.float32) if wants_range else None
+    _launch(
+        *(_kernels().map_sums, tiling, sums, factor.contiguous(), term.contiguous()),
+        *(residual, y, zeros, partial, relu, channels),
+    )
+    if wants_range:
+        _finish(_kernels().ends_of_map, partial, range_, tiling.splits)
+    return y, zeros, range_
+
+
+@backend.register
+def codes_of_sums(
+    sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    if sums.numel() == 0 or grid.kind == ODD:
+        return reference_integer.codes_of_sums(sums, factor, term, relu, range_, grid)
+    sums, *_ = channels_last_rows(sums)
+    codes = torch.empty_like(sums, dtype=grid.code_dtype)
+    scale, zero = (sums.new_empty([], dtype=dtype) for dtype in (torch.float32, torch.uint8))
+    _launch(
+        *(_kernels().codes_of_sums, _tiling(sums), sums, factor.contiguous(), term.contiguous()),
+        *(range_.contiguous(), codes, scale, zero, float(grid.qmax), grid.kind, relu),
+    )
+    return codes, reference_integer.scale_of_line(scale, factor, term), zero
+
+
+@backend.register
+def grads_of_norm(
+    grad: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    term: Tensor,
+    relu: bool,
+    mean: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    uses_batch: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    of_channels = factor, term, mean, inverse, scale
+    if sums.numel() == 0:
+        return reference_integer.grads_of_norm(
+            grad, sums, factor, term, relu, *of_channels[2:], weight, uses_batch
+        )
+    factor, term, mean, inverse, scale = (x.contiguous() for x in of_channels)
+    sums, rows, channels = channels_last_rows(sums)
+    tiling = _tiling(sums)
+    partial = sums.new_empty(2 * tiling.splits, channels, dtype=torch.float64)
+    _launch(
+        *(_kernels().grads_of_norm_partially, tiling, sums, like(grad, sums)),
+        *(factor, term, mean, partial, relu),
+    )
+    *line, of_weight, of_bias = sums.new_empty(5, channels, dtype=torch.float32).unbind()
+    _finish(
+        *(_kernels().grads_of_norm, partial, inverse, scale, _float(weight)),
+        *(*line, of_weight, of_bias, rows, uses_batch, tiling.splits),
+        channels=channels,
+    )
+    return tuple(line), of_weight, of_bias
+
+
+@backend.register
+def grads_of_sums(
+    grad: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    term: Tensor,
+    relu: bool,
+    mean: Tensor,
+    slope: Tensor,
+    shift: Tensor,
+    tilt: Tensor,
+) -> Tensor:
+    of_channels = factor, term, mean, slope, shift, tilt
+    if sums.numel() == 0:
+        return torch.empty_like(sums, dtype=grad.dtype)
+    sums, *_ = channels_last_rows(sums)
+    grad = like(grad, sums)
+    out = torch.empty_like(grad)
+    _launch(
+        *(_kernels().grads_of_sums, _tiling(sums), sums, grad),
+        *(*(x.contiguous() for x in of_channels), out, relu),
+    )
+    return out
+
+
+reference_integer.register_norm(backend)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _tiling(sums: Tensor) -> Tiling:
+    return on_triton._map_tiling(sums, 1)
+
+
+def _launch(kernel: object, tiling: Tiling, *arguments: object) -> None:
+    # Sums in 64 bits take many registers.
+    on_triton._launch_tiled(kernel, tiling, *arguments, warps=2 * tiling.warps)
+
+
+def _finish(kernel: object, *arguments: object, channels: int | None = None) -> None:
+    """Puts together what the programs of a launch found: a value each, or one of each channel."""
+    sizes, tile, programs = (), 1024, 1
+    if channels is not None:
+        sizes, tile, programs = (channels,), (32, 32), -(-channels // 32)
+    on_triton._launch(arguments[0], kernel, (programs,), 4, *arguments, *sizes, tile)
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Imported when first needed, like the others."""
+    from noisyq_fast.backends.on_triton import sum_kernels
+
+    return sum_kernels

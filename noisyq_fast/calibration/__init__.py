@@ -1,0 +1,9 @@
+"""What is done to a network between its training and its use, with inputs but without labels."""
+
+from noisyq_fast.calibration.bitsplit import bitsplit
+from noisyq_fast.calibration.dfq import dfq
+from noisyq_fast.calibration.easyquant import easyquant
+from noisyq_fast.calibration.input_ranges import METHODS, calibrate
+from noisyq_fast.calibration.ocs import ocs
+
+__all__ = ["METHODS", "bitsplit", "calibrate", "dfq", "easyquant", "ocs"]

@@ -1,0 +1,215 @@
+"""Data-free quantization (Nagel et al. 2019, arXiv 1906.04721): channels of equal size, and biases
+that make up for the mean error of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from noisyq_fast.calibration.folding import Normal, changeable, replace_module_, with_bias_
+from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, shown
+from noisyq_fast.calibration.tracing import Step
+from noisyq_fast.calibration.typical import RELU, Typical, typical_inputs
+from noisyq_fast.layers import DEFAULT_BITS
+from noisyq_fast.quantizers import AbsMax
+
+_SWEEPS = 1000
+_CHANNELWISE = (
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    *(F.dropout, F.dropout2d, torch.mean, Tensor.mean, torch.flatten, Tensor.flatten),
+    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous),
+)
+"""What lets a positive factor of a channel pass, if the channels stay where they are."""
+
+
+@torch.no_grad()
+def dfq(
+    model: nn.Module,
+    inputs: Iterable[Any],
+    *,
+    correct: bool = True,
+    progress: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Quantizes a float network without data, with one scale for all weights of a layer.
+
+    1. Batch norms are folded into the layers before them, and ReLU6 become ReLU.
+    2. *Equalisation*: where a layer alone reads what another makes, also behind a ReLU, the weights
+       of channel ``i`` of the first are divided, and those of the second multiplied, by
+       ``s_i = sqrt(r1_i / r2_i)``, with ``r`` the largest weight of the channel in each: the
+       network computes the same, and both have the same range. Over all pairs until nothing
+       changes.
+    3. *Absorption*: a channel that is normally at least ``c = beta - 3 |gamma|`` above 0 (from its
+       batch norm) has a bias that is smaller by ``c``, and the second layer a bias that makes up
+       for it: but for rare values, and for borders that are padded with zeros.
+    4. Input ranges are ``beta +- 6 |gamma|``, behind a ReLU from 0. Where branches add, so do means
+       and variances.
+    5. *Correction*: the mean of what the error of the weights makes of the input, of which the
+       batch norm tells the mean, is taken off the bias.
+
+    An input that no batch norm tells of, such as that of the network, has its range from
+    ``inputs``, and no correction.
+
+    Args:
+        model: a float network, which stays as it is.
+        inputs: as for `calibrate`. One is enough: it tells how layers are connected, and the range
+            of the network's own input.
+        correct: whether to do step 5. Where the channels differ in size and cannot be equalised, it
+            can make things worse.
+        progress: whether to show a bar; ``None``: where stderr is a terminal.
+        **options: of `quantize_model_`, but for those of grids and quantizers of weights.
+
+    Returns:
+        a quantized copy, in evaluation mode.
+
+    Raises:
+        TypeError, ValueError: as for `easyquant`.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> noisyq_fast.dfq(model, [torch.randn(1, 8)], weight_bits=6, first_last_bits=None)[2]
+        QuantLinear(in_features=8, out_features=2, bias=True, W6/A4)
+    """
+    weight = AbsMax(options.get("weight_bits", DEFAULT_BITS), axis=None)
+    both = PostTraining(model, inputs, options, weight, change_=_equalize_and_absorb_)
+    typical = typical_inputs(both.trace, both.normal)
+    for layer in shown(both.layers(), "dfq", progress):
+        if both.trace.once(layer.name) and (known := typical.get(layer.name)):
+            _set_range(layer, known)
+            if correct:
+                _correct_(layer, known)
+    return both.quantized
+
+
+def _equalize_and_absorb_(both: PostTraining) -> None:
+    for module in list(both.float.modules()):
+        if isinstance(module, nn.ReLU6):
+            replace_module_(both.float, module, nn.ReLU())
+    layers, found = changeable(both.float), pairs(both)
+    equalize_([(layers[a], layers[b], both.normal.get(a)) for a, b in found])
+    for first, second in found:
+        if first in both.normal:
+            absorb_(layers[first], layers[second], both.normal[first])
+
+
+# Pairs of layers.
+
+
+def pairs(both: PostTraining) -> list[tuple[str, str]]:
+    """Names of layers, the second of which alone reads what the first makes, also behind a ReLU."""
+    layers = changeable(both.float)
+    found = []
+    for step in both.trace.of_layers():
+        second = _after(both, step) if step.layer in layers else None
+        if second is None or second not in layers or not both.trace.once(step.layer):
+            continue
+        if both.trace.once(second) and _inputs_of(layers[second]) == len(layers[step.layer].weight):
+            found.append((step.layer, second))
+    return found
+
+
+def _after(both: PostTraining, step: Step) -> str | None:
+    """The layer that alone reads the output of a step, behind what lets positive factors pass."""
+    channels = step.outputs[0].shape[1:2]
+    folded = step.layer in both.normal
+    while (following := both.trace.only_reader(step.outputs[0])) is not None:
+        passes = following.function in (*RELU, *_CHANNELWISE)
+        if following.layer is not None:
+            passes = folded or isinstance(both.trace.layers[following.layer], nn.ReLU6)
+            if not passes:
+                return following.layer
+        if not passes or following.outputs[0].shape[1:2] != channels:
+            return None
+        step, folded = following, False
+    return None
+
+
+def _inputs_of(layer: nn.Module) -> int:
+    return layer.weight.shape[1] * getattr(layer, "groups", 1)
+
+
+def _by_input(layer: nn.Module) -> Tensor:
+    """A view of the weight as ``[groups, inputs, outputs, ...]``."""
+    return layer.weight.data.unflatten(0, (getattr(layer, "groups", 1), -1)).transpose(1, 2)
+
+
+def _along(values: Tensor, dimensions: int) -> Tensor:
+    """Values of channels, before other dimensions."""
+    return values.view(*values.shape, *[1] * (dimensions - values.dim()))
+
+
+# Equalisation and absorption.
+
+Pair = tuple[nn.Module, nn.Module, Normal | None]
+"""Two layers, and what a batch norm told of the first one's output."""
+
+
+def equalize_(found: list[Pair]) -> int:
+    """Equalises pairs of layers in turn until nothing changes; gives the number of sweeps."""
+    for sweep in range(1, _SWEEPS + 1):
+        largest = 0.0
+        for first, second, normal in found:
+            factor = equalize_pair_(first, second, normal)
+            largest = max(largest, float((factor - 1).abs().max()))
+        if not found or largest <= 16 * torch.finfo(factor.dtype).eps:
+            return sweep
+    return _SWEEPS
+
+
+def equalize_pair_(first: nn.Module, second: nn.Module, normal: Normal | None = None) -> Tensor:
+    """Divides the output channels of a layer and multiplies the input channels of the next, so that
+    both have the same largest weight; gives the divisors. Channels without weights stay."""
+    weight, reads = first.weight.data, _by_input(second)
+    groups, inputs = reads.shape[:2]
+    r1 = weight.flatten(1).abs().amax(1)
+    r2 = reads.flatten(2).abs().amax(2).flatten()
+    alive = (r1 > 0) & (r2 > 0)
+    factor = torch.where(alive, (r1 / torch.where(alive, r2, 1.0)).sqrt(), 1.0)
+    weight.div_(_along(factor, weight.dim()))
+    reads.mul_(_along(factor.view(groups, inputs), reads.dim()))
+    if first.bias is not None:
+        first.bias.data.div_(factor)
+    if normal is not None:
+        normal.mean.div_(factor)
+        normal.std.div_(factor)
+    return factor
+
+
+def absorb_(first: nn.Module, second: nn.Module, normal: Normal) -> Tensor:
+    """Moves what a channel normally exceeds into the bias of the next layer; gives how much."""
+    surplus = (normal.mean - 3 * normal.std).clamp(min=0)
+    with_bias_(first).sub_(surplus)
+    with_bias_(second).add_(through(second, second.weight.data, surplus))
+    normal.mean.sub_(surplus)
+    return surplus
+
+
+def through(layer: nn.Module, weight: Tensor, channels: Tensor) -> Tensor:
+    """What a layer with this weight makes of an input whose channels have one value each."""
+    groups = getattr(layer, "groups", 1)
+    taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    inputs = channels.view(groups, -1, 1)
+    return (taps.unflatten(0, (groups, -1)) @ inputs).flatten()
+
+
+# Ranges and correction.
+
+
+def _set_range(layer: LinearLayer, known: Typical) -> None:
+    quantizer = layer.quantized.input_quantizer
+    if quantizer is not None and quantizer.keeps_range:
+        quantizer.set_bounds(*quantizer.bounds(known.low.min().view(1), known.high.max().view(1)))
+
+
+def _correct_(layer: LinearLayer, known: Typical) -> None:
+    quantized = layer.quantized
+    error = quantized.quantized_weight() - quantized.weight
+    with_bias_(quantized).sub_(through(quantized, error, known.mean))

@@ -1,0 +1,91 @@
+"""Batch norms that a layer before them can do on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from noisyq_fast.calibration.tracing import Trace
+
+LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Their weights have the output channels first, and the input channels of a group second."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """What a batch norm says of each channel of its output: mean and standard deviation."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def changeable(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers and convolutions by name whose weight is a parameter of theirs alone."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR)
+        and not is_parametrized(module)
+        and owners.get(id(module._parameters.get("weight")), 0) == 1
+    }
+
+
+@torch.no_grad()
+def fold_batch_norms_(model: nn.Module, trace: Trace) -> dict[str, Normal]:
+    """Makes layers do the batch norm that alone reads their output, with the statistics that it has
+    in evaluation; what was a batch norm is a `torch.nn.Identity`.
+
+    Returns:
+        for each such layer by name, what its output is like.
+    """
+    layers, modules = changeable(model), dict(model.named_modules())
+    found = {}
+    for step in trace.of_layers():
+        layer = layers.get(step.layer)
+        after = trace.only_reader(step.outputs[0])
+        norm = None if after is None else modules.get(after.layer)
+        if layer is None or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+            continue
+        if not trace.once(step.layer) or not trace.once(after.layer):
+            continue
+        if isinstance(layer, nn.Linear) and len(step.outputs[0].shape) != 2:
+            continue  # the norm's channels are another axis
+        found[step.layer] = _fold_(layer, norm)
+        replace_module_(model, norm, nn.Identity())
+    return found
+
+
+def _fold_(layer: nn.Module, norm: _BatchNorm) -> Normal:
+    mean, variance = norm.running_mean, norm.running_var
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    factor = gamma * (variance + norm.eps).rsqrt()
+    layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.dim() - 1)).to(layer.weight.dtype))
+    bias = with_bias_(layer)
+    bias.copy_((bias - mean) * factor + beta)
+    return Normal(beta.clone(), gamma.abs())
+
+
+def with_bias_(layer: nn.Module) -> Tensor:
+    """The bias of a layer, which gets one of zeros if it has none."""
+    if layer.bias is None:
+        zeros = layer.weight.new_zeros(len(layer.weight))
+        layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
+    return layer.bias.data
+
+
+def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, under all names that it has."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+    new.train(model.training)

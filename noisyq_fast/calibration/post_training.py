@@ -1,0 +1,235 @@
+"""What post-training methods share: a float network with folded batch norms and its quantized copy,
+and of a layer the linear problem that it solves on some inputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from tqdm import tqdm
+
+from noisyq_fast.calibration.folding import changeable, fold_batch_norms_
+from noisyq_fast.calibration.input_ranges import calibrate
+from noisyq_fast.calibration.tracing import Trace
+from noisyq_fast.convert import quantize_model_, why_not_quantized
+from noisyq_fast.layers import QuantLayer
+from noisyq_fast.quantizers import Fixed, Quantizer
+from noisyq_fast.running import arguments
+
+_OWN = ("weight", "weight_grid", "weight_group_size", "activation", "activation_granularity")
+_TAKES = [
+    name
+    for name in inspect.signature(quantize_model_).parameters
+    if name not in (*_OWN, "model", "example")
+]
+
+
+class PostTraining:
+    """A float network and its quantized copy, both in evaluation mode.
+
+    Args:
+        model: float; left as it is.
+        inputs: of the model, as for `calibrate`, without labels. All batches are kept.
+        options: of `quantize_model_`.
+        weight: as for `quantize_model_`.
+        change_: what is done to the float copy before it is quantized, such as to equalise it.
+
+    Attributes:
+        batches: the inputs, as a list.
+        float: a copy of the model, in which layers do the batch norms after them.
+        normal: by names of layers, what their output is like, where a batch norm told it.
+        trace: of the model before its batch norms were folded.
+        quantized: a quantized copy of that, with input ranges of the inputs of the float network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Iterable[Any],
+        options: Mapping[str, Any],
+        weight: Quantizer | None = None,
+        change_: Callable[[PostTraining], None] | None = None,
+    ) -> None:
+        _check(options)
+        if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
+            raise TypeError(
+                f"inputs: got {type(inputs).__name__}, takes an iterable of inputs, such as a list "
+                "with one input of the model"
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+        if any(isinstance(module, QuantLayer) for module in model.modules()):
+            raise ValueError("model: got quantized layers, takes a float model")
+        self.batches = list(inputs)
+        if not self.batches:
+            raise ValueError("inputs: got none, takes one or more")
+        self.float = copy.deepcopy(model).eval()
+        layers = {name: m for name, m in self.float.named_modules() if _is_step(m)}
+        self.trace = Trace.of(self.float, layers, self.batches[0])
+        self.normal = fold_batch_norms_(self.float, self.trace)
+        if change_ is not None:
+            change_(self)
+        self.quantized = copy.deepcopy(self.float)
+        given = {} if weight is None else {"weight": weight}
+        quantize_model_(self.quantized, **options | given, example=self.batches[0])
+        if any(m.keeps_range for m in self.quantized.modules() if isinstance(m, Quantizer)):
+            calibrate(self.quantized, self.batches)
+
+    def converted(self) -> dict[str, nn.Module]:
+        """The float layers that are quantized in the copy, by name."""
+        layers = dict(self.float.named_modules())
+        modules = self.quantized.named_modules()
+        return {name: layers[name] for name, m in modules if isinstance(m, QuantLayer)}
+
+    def layers(self) -> list[LinearLayer]:
+        """The linear layers and convolutions with a quantized weight, in the order of execution."""
+        found = changeable(self.float).keys() & self.converted().keys()
+        names = dict.fromkeys(step.layer for step in self.trace.of_layers())
+        layers = [LinearLayer(self, name) for name in names if name in found]
+        return [layer for layer in layers if layer.quantized.weight_quantizer is not None]
+
+
+def shown(layers: list[LinearLayer], what: str, progress: bool | None) -> Iterable[LinearLayer]:
+    """The same behind a progress bar, on stderr; None shows it where that is a terminal."""
+    off = None if progress is None else not progress
+    return tqdm(layers, what, unit="layer", disable=off, file=sys.stderr)
+
+
+class LinearLayer:
+    """A layer ``y = W x`` for each group of channels: a linear layer has one group, a convolution
+    as many as it says, and each of its output positions is a sample.
+
+    Attributes:
+        float, quantized: the layer in both networks.
+        weight: ``[groups, outputs, inputs]``, float.
+    """
+
+    def __init__(self, both: PostTraining, name: str) -> None:
+        self.both, self.name = both, name
+        self.float = both.float.get_submodule(name)
+        self.quantized: QuantLayer = both.quantized.get_submodule(name)
+        self.groups = getattr(self.float, "groups", 1)
+        self.weight = self.float.weight.detach().flatten(1).unflatten(0, (self.groups, -1))
+
+    def inputs(self, positions: int) -> tuple[Tensor, Tensor]:
+        """What the layer sees in the float network and in the quantized one, before its own
+        quantizer, as ``[groups, samples, inputs]``: all samples or about so many, at the same
+        random positions."""
+        of_float = self._seen(self.both.float, self.float, positions)
+        return of_float, self._seen(self.both.quantized, self.quantized, positions)
+
+    def _seen(self, model: nn.Module, layer: nn.Module, positions: int) -> Tensor:
+        calls = self.both.trace.calls[self.name]
+        each = -(-positions // (len(self.both.batches) * calls))
+        generator = torch.Generator().manual_seed(0)
+        found: list[Tensor] = []
+
+        def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            found.append(samples(self.float, x, each, generator))
+            if len(found) % calls == 0:
+                raise _Seen
+
+        hook = layer.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            for batch in self.both.batches:
+                args, kwargs = arguments(batch)
+                with torch.no_grad():
+                    try:
+                        model(*args, **kwargs)
+                    except _Seen:
+                        continue
+        finally:
+            hook.remove()
+        return torch.cat(found, 1)
+
+    def quantized_inputs(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """Inputs as the layer's quantizer makes them, with its range times a factor."""
+        quantizer = self.quantized.input_quantizer
+        if quantizer is None:
+            return x
+        if not quantizer.keeps_range:
+            return quantizer(x)
+        low, high = self.range
+        within = quantizer.fake_quantize_within(x.reshape(1, -1), factor * low, factor * high)
+        return within.view_as(x)
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The ends of the input range, ``[1]``."""
+        quantizer = self.quantized.input_quantizer
+        ends = quantizer.range.reshape(-1)
+        if quantizer.grid.is_affine:
+            return ends[:1], ends[1:]
+        return (torch.zeros_like(ends) if quantizer.grid.is_unsigned else -ends), ends
+
+    def set_weight_scale(self, scale: Tensor) -> None:
+        """Gives each output channel a scale, ``[groups, outputs]``, or all of them one, ``[]``."""
+        before = self.quantized.weight_quantizer
+        of_all = scale.dim() == 0
+        scale = scale.float()
+        fixed = Fixed(scale if of_all else scale.flatten(), before.bits, None if of_all else 0)
+        fixed.name = before.name
+        self.quantized.weight_quantizer = fixed.eval()
+
+    def set_weight(self, weight: Tensor) -> None:
+        self.quantized.weight.data.copy_(weight.reshape(self.quantized.weight.shape))
+
+
+class _Seen(Exception):
+    """Ends a forward whose rest nobody needs."""
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if unknown := [name for name in options if name not in _TAKES]:
+        raise TypeError(f"options: got {', '.join(unknown)}, takes {', '.join(_TAKES)}")
+    overrides = options.get("overrides")
+    for name, override in overrides.items() if isinstance(overrides, Mapping) else ():
+        if isinstance(override, Mapping) and (own := [o for o in override if o in _OWN]):
+            raise TypeError(
+                f"overrides[{name!r}]: got {', '.join(own)}, which the method chooses itself"
+            )
+
+
+def _is_step(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm | nn.ReLU6) or why_not_quantized(module) is not None
+
+
+def samples(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The inputs of a linear layer or convolution, ``[groups, samples, inputs]``: those of all
+    outputs, or of ``count`` at random."""
+    if not isinstance(layer, _ConvNd):
+        flat = x.detach().reshape(1, -1, x.shape[-1])
+        return flat if flat.shape[1] <= count else flat[:, _chosen(flat.shape[1], count, generator)]
+    windows = _windows(layer, x.detach())  # [batch, *positions, channels, *kernel]
+    dimensions = len(layer.kernel_size)
+    shape = windows.shape[: dimensions + 1]
+    total = shape.numel()
+    chosen = torch.arange(total) if total <= count else _chosen(total, count, generator)
+    rows = windows[torch.unravel_index(chosen.to(x.device), shape)].flatten(1)
+    return rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)
+
+
+def _windows(layer: _ConvNd, x: Tensor) -> Tensor:
+    dimensions = len(layer.kernel_size)
+    if x.dim() == dimensions + 1:
+        x = x.unsqueeze(0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    for d, (size, step, apart) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2
+    ):
+        x = x.unfold(d, (size - 1) * apart + 1, step)[..., ::apart]
+    return x.movedim(1, dimensions + 1)
+
+
+def _chosen(total: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(total, generator=generator)[:count]

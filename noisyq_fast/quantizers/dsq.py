@@ -1,0 +1,74 @@
+"""Differentiable soft quantization (Gong et al. 2019, arXiv 1908.05033)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from noisyq_fast import rules
+from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer
+
+# At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.
+_ALPHA_ENDS = 1e-3, 0.5
+
+
+class DSQ(LearnedQuantizer):
+    """Rounds to ``2^b`` values from l to u; the gradient is that of a tanh in each cell: steeper
+    than 1 where the value jumps from one to the next, flatter between, and 1 in the mean.
+
+    l and u begin at the least and the largest value. They and alpha have no factor of their
+    gradients: a smaller rate than that of weights is advisable.
+
+    Args:
+        bits: width of the codes, 2..8.
+        alpha: where the shape of the cells begins, above 0, up to 0.5, where it is nearly that of
+            straight-through rounding.
+        learn_alpha: whether it is learned; popular implementations fix it at 0.4.
+
+    Attributes:
+        low, high, alpha: the parameters.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> noisyq_fast.DSQ(bits=2)(torch.tensor([-1.0, 0.4, 0.6, 2.0])).detach()
+        tensor([-1.,  0.,  1.,  2.])
+    """
+
+    KIND: ClassVar[int] = 8
+
+    def __init__(self, bits: int = 4, *, alpha: float = 0.2, learn_alpha: bool = True) -> None:
+        least, most = _ALPHA_ENDS
+        if not least <= alpha <= most:
+            raise ValueError(f"alpha: got {alpha}, takes {least} to {most}")
+        self.first_alpha = alpha
+        self.learn_alpha = learn_alpha
+        super().__init__(bits, signed=True)
+
+    @property
+    def rule(self) -> str:
+        return rules.DSQ
+
+    @property
+    def code_ends(self) -> tuple[int, int]:
+        return 0, (1 << self.bits) - 1
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.within(-self.largest(-x), self.largest(x))
+
+    def within(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        return low, high, torch.full_like(low, self.first_alpha)
+
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return low, high
+
+    def constrain(self) -> None:
+        """l < u, and alpha between 0.001 and 0.5."""
+        self.high.data.copy_(torch.maximum(self.high, self.low + LEAST))
+        self.alpha.data.clamp_(*_ALPHA_ENDS)
+
+    def _allocate(self, shape: list[int]) -> None:
+        super()._allocate(shape)
+        self.alpha.requires_grad_(self.learn_alpha)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, alpha={self.first_alpha}"

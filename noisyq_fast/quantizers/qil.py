@@ -1,0 +1,98 @@
+"""Quantization interval learning (Jung et al. 2018, arXiv 1808.05779)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from noisyq_fast import rules
+from noisyq_fast.quantizers.absmax import AbsMax
+from noisyq_fast.quantizers.learned import LEAST, WEIGHT, LearnedQuantizer, quotient
+from noisyq_fast.quantizers.moving_absmax import MovingAbsMax
+from noisyq_fast.quantizers.quantizer import Quantizer
+
+
+class QIL(LearnedQuantizer):
+    """Learns the interval from c - d to c + d: what is below becomes 0, what is above 1, and what
+    is between is spread over 0 to 1, of weights with the exponent g and the sign of the weight.
+
+    Nothing scales values back: weights lie in -1 to 1 and inputs in 0 to 1 however large they were,
+    so that a batch norm has to follow. The first and the last layers of a model, before the last of
+    which there is none, take `AbsMax` and `MovingAbsMax` instead.
+
+    Interval and exponent begin at c = d = max|x| / 2, where nothing is pruned or clipped, and 1.
+    Weights that are pruned have no gradient: they return only when the interval moves.
+
+    Args:
+        bits: width of the codes, 2..8.
+        exponent: whether g is learned; ``None``: of 2 bits only, as in the paper (unverified).
+            Where it is not, it is 1.
+
+    Attributes:
+        center, distance, exponent: the parameters c, d and, of weights, g.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> quantizer = noisyq_fast.QIL(bits=2)
+        >>> quantizer(torch.tensor([0.0, 1.2, 3.0])).detach()
+        tensor([0.0000, 0.3333, 1.0000])
+    """
+
+    KIND: ClassVar[int] = 7
+
+    def __init__(self, bits: int = 4, *, exponent: bool | None = None) -> None:
+        self.learns_exponent = exponent
+        super().__init__(bits)
+
+    @property
+    def rule(self) -> str:
+        return rules.QIL_ODD if self.role == WEIGHT else rules.QIL
+
+    @property
+    def code_ends(self) -> tuple[int, int]:
+        if self.role == WEIGHT:
+            return 1 - (1 << self.bits - 1), (1 << self.bits - 1) - 1
+        return 0, (1 << self.bits) - 1
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self._of_largest(self.largest(x.abs()))
+
+    def within(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        return self._of_largest(high)
+
+    def _of_largest(self, largest: Tensor) -> tuple[Tensor, ...]:
+        half = 0.5 * largest.clamp(min=LEAST)
+        return (half, half, torch.ones_like(half))[: len(self.learned())]
+
+    def constrain(self) -> None:
+        """d > 0, 0 <= c - d, so that 0 stays 0, and g > 0."""
+        self.distance.data.clamp_(min=LEAST)
+        self.center.data.copy_(torch.maximum(self.center, self.distance))
+        if self.role == WEIGHT:
+            self.exponent.data.clamp_(min=0.05)
+
+    def _allocate(self, shape: list[int]) -> None:
+        super()._allocate(shape)
+        self._set_learning()
+
+    def at_end(self, bits: int, place: str) -> Quantizer:
+        return AbsMax(bits) if place == "weight" else MovingAbsMax(bits)
+
+    def set_bits(self, bits: int | None) -> None:
+        """Goes on with other bits and the same interval; ``None`` is float."""
+        self.enabled = bits is not None
+        if bits is not None:
+            self.bits = bits
+            self._set_learning()
+
+    def _set_learning(self) -> None:
+        if self.role == WEIGHT:
+            learns = self.bits == 2 if self.learns_exponent is None else self.learns_exponent
+            self.exponent.requires_grad_(learns)
+
+    def code_scale(self) -> Tensor:
+        return quotient(torch.ones_like(self.center), float(self.code_ends[1]))
+
+    def extra_repr(self) -> str:
+        exponent = "" if self.learns_exponent is None else f", exponent={self.learns_exponent}"
+        return f"{super().extra_repr()}{exponent}"

@@ -1,0 +1,126 @@
+"""The weights of DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160), with the scale of scale-adjusted
+training (Jin et al. 2019, arXiv 1912.10207)."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from noisyq_fast import gradients, rules
+from noisyq_fast.grid import FULL
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.quantizers.quantizer import Quantizer
+
+ROUNDINGS = {
+    "modified": rules.DOREFA_MODIFIED,
+    "centered": rules.DOREFA_CENTERED,
+    "original": rules.DOREFA_ORIGINAL,
+}
+
+
+class SAT(Quantizer):
+    """For weights: rounds ``tanh(w) / max|tanh w|`` to levels Q from -1 to 1. Learns nothing.
+
+    With ``rescale`` what is given out is ``Q / (sqrt(n_out) std(Q))``, where n_out is the number of
+    output channels times that of kernel positions, and std the unbiased deviation over the whole
+    weight, from exact sums of whole numbers; without a gradient. A batch norm behind the layer
+    takes the scale away again, but for the size of steps. The scale stays in evaluation: in the
+    authors' code the last layer drops it there, which changes losses and no decision.
+
+    Args:
+        bits: width of the codes, 2..8.
+        rounding: ``"modified"``, the default of the authors' code:
+            ``2 min(floor(2^b u), 2^b - 1) / 2^b - 1`` with ``u = (t + 1) / 2``: has a 0, and is
+            biased towards -1; ``"centered"``: half a step more, unbiased, without a 0;
+            ``"original"``: ``2 rint((2^b - 1) u) / (2^b - 1) - 1``, that of DoReFa-Net. With the
+            first two the codes of b bits are the first b bits of those of b + 1.
+        rescale: whether to multiply by the scale.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> noisyq_fast.SAT(bits=2, rescale=False)(torch.tensor([[0.9, 0.2], [-0.1, -0.9]]))
+        tensor([[ 0.5000,  0.0000],
+                [-0.5000, -1.0000]])
+    """
+
+    KIND: ClassVar[int] = 5
+
+    def __init__(self, bits: int = 4, *, rounding: str = "modified", rescale: bool = True) -> None:
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: got {rounding!r}, takes one of {', '.join(ROUNDINGS)}")
+        super().__init__(bits, None, FULL)
+        self.rounding = rounding
+        self.rescale = rescale
+
+    @property
+    def code_ends(self) -> tuple[int, int]:
+        if self.rounding == "modified":
+            return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
+        return 1 - (1 << self.bits), (1 << self.bits) - 1
+
+    @property
+    def denominator(self) -> int:
+        """Q is the code divided by it."""
+        return (1 << self.bits - (self.rounding == "modified")) - (self.rounding == "original")
+
+    def for_input(self) -> Quantizer:
+        raise ValueError(f"activation: got {self}, which is for weights; takes PACT({self.bits})")
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        parameters = self._parameters_of(x)
+        return fake_quantize_learned(x, parameters, ROUNDINGS[self.rounding], *self.code_ends)
+
+    @property
+    def gives_codes(self) -> bool:
+        return self.code_ends[1] <= 127
+
+    def codes(self, x: Tensor) -> Codes:
+        low, high = self.code_ends
+        if not self.gives_codes:
+            raise ValueError(
+                f"codes: got {self}, whose codes {low}..{high} do not fit into a byte; takes "
+                "rounding='modified', or fewer bits"
+            )
+        with torch.no_grad():
+            parameters = self._parameters_of(x)
+            codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], low, high)
+            factor = parameters[1]
+            scale = factor / torch.full_like(factor, self.denominator)
+        source = self.fake_quantize(x) if gradients.wanted() else x
+        return Codes(codes.to(torch.int8), scale, None, max(-low, high), source)
+
+    def _parameters_of(self, x: Tensor) -> Tensor:
+        """max|x|, with its gradient, and the scale."""
+        absmax = torch.maximum(x.amax(), -x.amin()).float()
+        factor = torch.ones_like(absmax)
+        if self.rescale:
+            factor = self._scale(x.detach(), torch.stack([absmax.detach(), factor]))
+        return torch.stack([absmax, factor])
+
+    def _scale(self, x: Tensor, parameters: Tensor) -> Tensor:
+        """1 / (sqrt(n_out) std(Q)): float64 of sums that are exact, rounded once."""
+        codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], *self.code_ends)
+        n = codes.numel()
+        total = codes.sum(dtype=torch.int64)
+        squares = (codes.int() * codes.int()).sum(dtype=torch.int64)
+        variance = (squares.double() * n - total.double().square()) / max(n * (n - 1), 1)
+        outputs = n // max(x.shape[1] if x.dim() > 1 else 1, 1)
+        deviation = variance.sqrt() * (math.sqrt(max(outputs, 1)) / self.denominator)
+        return (1.0 / deviation.clamp(min=1e-30)).float()
+
+    def _state(self) -> list[int]:
+        variant = list(ROUNDINGS).index(self.rounding)
+        return [*super()._state()[:3], variant, int(self.rescale)]
+
+    def extra_repr(self) -> str:
+        rescale = "" if self.rescale else ", rescale=False"
+        return f"bits={self.bits}, rounding={self.rounding!r}{rescale}"
+
+    @property
+    def form(self) -> str:
+        return f"SAT {self.rounding}"
+
+    def width(self) -> str:
+        return f"{self.bits} SAT"

@@ -1,0 +1,236 @@
+"""One network for many widths: what each width has of its own, and which one computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.quantizers.quantizer import Quantizer
+
+FLOAT = 32
+"""The width at which nothing is quantized."""
+
+
+class ManyWidths(Quantizer):
+    """A quantizer for each width, of which `set_bits` chooses one.
+
+    Args:
+        quantizers: a quantizer for each width; ``None`` leaves tensors as they are. Or one
+            quantizer, with ``widths``: a copy of it for each, with so many bits; 32 is float.
+
+    In the first and the last layers of a model all widths have the same bits there
+    (``first_last_bits``), each still with a quantizer of its own.
+
+    Example:
+        >>> import noisyq_fast
+        >>> quantizer = noisyq_fast.ManyWidths(noisyq_fast.PACT(4), widths=[5, 4, 32])
+        >>> quantizer
+        ManyWidths(5, 4, 32: 5 PACT)
+        >>> with noisyq_fast.set_bits(quantizer, 4):
+        ...     quantizer.width()
+        '4 PACT'
+    """
+
+    KIND: ClassVar[int] = 9
+
+    def __init__(
+        self,
+        quantizers: Mapping[int, Quantizer | None] | Quantizer,
+        widths: Sequence[int] | None = None,
+    ) -> None:
+        if isinstance(quantizers, Quantizer):
+            quantizers = {
+                w: None if w == FLOAT else quantizers.like(bits=w) for w in _checked(widths or [])
+            }
+        _checked(list(quantizers))
+        super().__init__()
+        self.each = nn.ModuleDict({str(width): q for width, q in quantizers.items()})
+        self.set_width(next(iter(quantizers)))
+
+    @property
+    def widths(self) -> list[int]:
+        return [int(width) for width in self.each]
+
+    @property
+    def active(self) -> Quantizer | None:
+        """The one that computes."""
+        return self.each[str(self.at)]
+
+    def set_width(self, width: int) -> None:
+        self.at = width
+        self.bits = FLOAT if self.active is None else self.active.bits
+        if self.active is not None:
+            self.grid_kind, self.axis = self.active.grid_kind, self.active.axis
+        self._left_to_look_at = 0  # the active one looks
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return x if self.active is None else self.active(x)
+
+    @property
+    def gives_codes(self) -> bool:
+        return self.active is not None and self.active.gives_codes
+
+    def codes(self, x: Tensor) -> Codes:
+        if self.active is None:
+            raise ValueError("codes: got the width 32, which has none; takes one that is quantized")
+        return self.active.codes(x)
+
+    def for_weight(self, weight: Tensor) -> Quantizer:
+        return self._mapped(lambda q: q.for_weight(weight))
+
+    def for_input(self) -> Quantizer:
+        return self._mapped(lambda q: q.for_input())
+
+    def at_end(self, bits: int, place: str) -> Quantizer:
+        return self.like()._mapped(lambda q: q.at_end(bits, place))
+
+    def _mapped(self, change: Any) -> Quantizer:
+        for width, quantizer in self.each.items():
+            self.each[width] = None if quantizer is None else change(quantizer)
+        self.set_width(self.at)
+        return self
+
+    def like(self, **changes: Any) -> Quantizer:
+        if changes:
+            raise ValueError(
+                f"{self}: got other {', '.join(changes)}, which are those of its widths; takes an "
+                "override with a quantizer of its own"
+            )
+        quantizer = copy.deepcopy(self)
+        quantizer.reset()
+        return quantizer
+
+    def reset(self) -> None:
+        for quantizer in self.each.values():
+            if quantizer is not None:
+                quantizer.reset()
+
+    def _state(self) -> list[int]:
+        return [*super()._state()[:2], max(self.widths), *self.widths, 0]
+
+    def width(self) -> str:
+        return "32" if self.active is None else self.active.width()
+
+    @property
+    def form(self) -> str:
+        return "float" if self.active is None else self.active.form
+
+    def scales(self, x: Tensor) -> int:
+        return 0 if self.active is None else self.active.scales(x)
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(map(str, self.widths))}: {self.width()}"
+
+    def __repr__(self) -> str:
+        return f"ManyWidths({self.extra_repr()})"
+
+
+class BatchNormOfWidths(nn.Module):
+    """A batch norm for each width: a copy of one. It takes that one's state dict too, for all."""
+
+    def __init__(self, norm: _BatchNorm, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.each = nn.ModuleDict({str(w): copy.deepcopy(norm) for w in _checked(widths)})
+        self.set_width(widths[0])
+        self.train(norm.training)
+
+    @property
+    def widths(self) -> list[int]:
+        return [int(width) for width in self.each]
+
+    def set_width(self, width: int) -> None:
+        self.at = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.each[str(self.at)](x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        (first, *_) = self.each.values()
+        for name in [*first.state_dict()]:
+            if prefix + name in state_dict:
+                value = state_dict.pop(prefix + name)
+                for width in self.each:
+                    state_dict.setdefault(f"{prefix}each.{width}.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def split_norms_(model: nn.Module, widths: Sequence[int]) -> nn.Module:
+    """Gives every batch norm of a model copies for each width; before there is an optimizer.
+
+    Example:
+        >>> import noisyq_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = noisyq_fast.split_norms_(model, [4, 2])
+        >>> with noisyq_fast.set_bits(model, 2):
+        ...     model[1].at
+        2
+    """
+    widths = _checked(widths)
+    for parent in list(model.modules()):
+        if isinstance(parent, BatchNormOfWidths):
+            raise ValueError("model: got batch norms that were split already")
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(parent, name, BatchNormOfWidths(child, widths))
+    return model
+
+
+@contextmanager
+def set_bits(model: nn.Module, bits: int) -> Iterator[None]:
+    """A context in which the model computes at one of its widths.
+
+    After it, also after an error in it, each part is at the width where it was before.
+
+    Args:
+        model: with `ManyWidths` quantizers, batch norms of `split_norms_`, or both.
+        bits: one of its widths; 32 is float, where there is that one.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a model of one width, or without this one.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> weight = noisyq_fast.ManyWidths(noisyq_fast.AbsMax(4), [4, 2])
+        >>> layer = noisyq_fast.QuantLinear(3, 2, weight=weight)
+        >>> with noisyq_fast.set_bits(layer, 2):
+        ...     layer.weight_bits
+        2
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    parts = [m for m in model.modules() if isinstance(m, ManyWidths | BatchNormOfWidths)]
+    if not parts:
+        raise ValueError(
+            f"model: got {type(model).__name__} of one width, takes one with ManyWidths quantizers "
+            "or with batch norms of split_norms_"
+        )
+    for part in parts:
+        if bits not in part.widths:
+            raise ValueError(f"bits: got {bits}, takes one of {', '.join(map(str, part.widths))}")
+    before = [part.at for part in parts]
+    try:
+        for part in parts:
+            part.set_width(bits)
+        yield
+    finally:
+        for part, width in zip(parts, before, strict=True):
+            part.set_width(width)
+
+
+def _checked(widths: Sequence[int]) -> Sequence[int]:
+    if not widths:
+        raise ValueError("widths: got none, takes one or more, such as [4, 3, 2]")
+    for width in widths:
+        if width != FLOAT and not (isinstance(width, int) and 2 <= width <= 8):
+            raise ValueError(f"widths: got {width!r}, takes 2..8, and 32 for float")
+    if len(set(widths)) != len(widths):
+        raise ValueError(f"widths: got {list(widths)}, takes each once")
+    return widths
