@@ -145,6 +145,8 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
     """
 
+    integer_axes = (None, -2)
+
     def __init__(
         self,
         *args: Any,
@@ -155,8 +157,6 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         check_input_ranges(input_ranges)
         self.input_ranges = input_ranges
         super().__init__(*args, device=device, **kwargs)
-
-    integer_axes = (None, -2)
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         if self.input_ranges == PER_GROUP and type(activation) is MovingAbsMax:
@@ -184,7 +184,10 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         by_group = x.reshape(-1, *x.shape[-2:])
         codes, weights = self.input_quantizer.codes(by_group), self.weight_codes(weight)
         turned = replace(
-            codes, codes=codes.codes.transpose(0, 1), source=codes.source.transpose(0, 1)
+            codes,
+            codes=codes.codes.transpose(0, 1),
+            scale=codes.scale.T if codes.scale.dim() == 2 else codes.scale,  # of tokens
+            source=codes.source.transpose(0, 1),
         )
         weights = replace(weights, scale=weights.scale.view(self.groups, -1))
         y = products.linear(turned, weights, bias)

@@ -132,9 +132,13 @@ def test_the_reference_computes_every_operator():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("noisyq::")
     }
-    assert set(BACKENDS["reference"].functions) == declared
+    # What chains of integer layers consist of is called without an operator.
+    of_chains = {"convolve_sums", "moments", "normalization", "map_sums", "codes_of_sums"}
+    of_chains |= {"grads_of_norm", "grads_of_sums"}
+    computed = set(BACKENDS["reference"].functions)
+    assert computed == declared | of_chains
     for backend in BACKENDS.values():
-        assert set(backend.functions) <= declared
+        assert set(backend.functions) <= computed
 
 
 def test_an_unknown_operator_is_named():

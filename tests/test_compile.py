@@ -11,6 +11,12 @@ from noisyq_fast import fake_quantize_ema
 
 X = torch.randn(3, 4)
 WINDOWS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [2, 1], [1, 0]
+IMAGES = torch.randint(0, 256, (2, 3, 5, 3), dtype=torch.uint8)
+IMAGES = IMAGES.to(memory_format=torch.channels_last)
+ZERO = torch.tensor(7, dtype=torch.uint8)
+KERNEL = torch.randint(-128, 128, (4, 3, 3, 3), dtype=torch.int8)
+GEOMETRY = ([2, 1], [1, 1], [1, 1], False, [0, 0], 1)
+SUMS = torch.randint(-100, 101, (2, 4, 3, 2)).float()
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
     "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
@@ -79,6 +85,53 @@ OPERATORS = {
     ),
     "adder_conv2d_input_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
     "adder_conv2d_weight_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
+    "quantize_ema_on_grid": lambda: (
+        X.clone(),
+        torch.tensor([[-1.0] * 4, [1.0] * 4]),
+        torch.ones(4),
+        4,
+        1,
+        0.01,
+        "affine",
+        "clipped",
+    ),
+    "quantize_fixed_range_on_grid": lambda: (
+        X.clone(),
+        torch.tensor(1.0),
+        4,
+        None,
+        "unsigned",
+        "negative",
+    ),
+    "convolve_codes": lambda: (IMAGES, ZERO, KERNEL, None, *GEOMETRY),
+    "multiply_codes": lambda: (IMAGES.flatten(0, 2), ZERO, KERNEL[0, :, 0], None),
+    "integer_convolution": lambda: (
+        torch.randn(IMAGES.shape).to(memory_format=torch.channels_last).requires_grad_(),
+        torch.randn(KERNEL.shape, requires_grad=True),
+        torch.randn(4, requires_grad=True),
+        *(IMAGES, torch.tensor(0.5), ZERO, None),
+        *(KERNEL, torch.rand(4), None, None),
+        *GEOMETRY,
+    ),
+    "integer_linear": lambda: (
+        torch.randn(6, 3, requires_grad=True),
+        torch.randn(4, 3, requires_grad=True),
+        torch.randn(4, requires_grad=True),
+        *(IMAGES.flatten(0, 2)[:6], torch.tensor(0.5), ZERO, None),
+        *(KERNEL[:, 0, 0], torch.rand(4), None, None),
+    ),
+    "statistics_of_sums": lambda: (SUMS, torch.rand(4), torch.rand(4), torch.rand(4), 1e-5, 100),
+    "norm_of_sums": lambda: (
+        torch.randn(SUMS.shape, requires_grad=True),
+        torch.rand(4, requires_grad=True),
+        torch.rand(4, requires_grad=True),
+        *(SUMS, *torch.rand(5, 4), True),
+    ),
+    "grads_of_norm_of_sums": lambda: (
+        torch.randn(SUMS.shape),
+        torch.rand(4),
+        *(SUMS, *torch.rand(5, 4), True),
+    ),
 }
 
 

@@ -203,16 +203,20 @@ def test_subclasses_stay_float_with_a_warning():
             r"overrides\['3'\]: bits: got '2'",
         ),
         ({"overrides": {"3": {"activation": 8}}}, TypeError, "activation: expected a quantizer"),
-        ({"overrides": {"3": {1: 8}}}, ValueError, r"overrides\['3'\]: got 1, takes weight"),
+        (
+            {"overrides": {"3": {1: 8}}},
+            ValueError,
+            r"overrides\['3'\]: got 1, takes arithmetic, weight",
+        ),
         (
             {"overrides": {"3": {"input_ranges": "shared"}}},
             ValueError,
-            r"overrides\['3'\]: got input_ranges, takes weight",
+            r"overrides\['3'\]: got input_ranges, takes arithmetic, weight",
         ),
         (
             {"overrides": {"3": {"bits": 2}}},
             ValueError,
-            r"overrides\['3'\]: got bits, takes weight",
+            r"overrides\['3'\]: got bits, takes arithmetic, weight",
         ),
     ],
 )

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:layer .* is called several times
 
 
 class Shortcut(nn.Module):
-    """Of arXiv 1512.03385, option A: every second pixel, and zeros for the channels that are new."""
+    """Option A of arXiv 1512.03385: every second pixel, and zeros for the new channels."""
 
     def forward(self, x):
         channels = x.shape[1]
@@ -786,7 +786,7 @@ def changed_data(_, args, output):
 @pytest.mark.parametrize("hook", [read, replaced, changed_in_place, changed_data])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_forward_hooks(hook, part):
-    """A batch norm behind one that changes is not exact; what is computed stays what it should be."""
+    """A batch norm behind one that changes is not exact; values stay what they should be."""
     model = copy.deepcopy(chain_model())
     unfused = copy.deepcopy(model)
     for module in unfused:

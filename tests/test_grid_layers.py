@@ -27,7 +27,7 @@ from noisyq_fast import (
     summary,
 )
 from noisyq_fast.calibration import METHODS
-from noisyq_fast.grid import KINDS
+from noisyq_fast.grid import AFFINE, KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*got values below 0")
 
@@ -38,9 +38,10 @@ def test_absmax(kind, options):
     quantizer, x = AbsMax(3, grid=kind, **options), torch.randn(4, 6)
     assert torch.equal(quantizer(x), fake_quantize(x, 3, grid=kind, **options))
     assert torch.equal(quantizer.eval()(2 * x), fake_quantize(2 * x, 3, grid=kind, **options))
-    codes, scale, *zero_point = quantizer.codes(x)
-    zero = {"zero_point": zero_point[0]} if zero_point else {}
-    assert torch.equal(dequantize(codes, scale, **options, **zero), quantizer(x))
+    codes = quantizer.codes(x)
+    assert (codes.zero_point is not None) == (kind == AFFINE)
+    zero = {} if codes.zero_point is None else {"zero_point": codes.zero_point}
+    assert torch.equal(dequantize(codes.codes, codes.scale, **options, **zero), quantizer(x))
     assert list(quantizer.buffers()) == []
     assert quantizer.grid == Grid(3, kind)
 

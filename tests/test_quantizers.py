@@ -26,7 +26,9 @@ def test_absmax():
     for axis in (None, 0, -1):
         quantizer = AbsMax(3, axis)
         assert torch.equal(quantizer(X), fake_quantize(X, 3, axis))
-        for actual, expected in zip(quantizer.codes(X), quantize(X, 3, axis), strict=True):
+        codes = quantizer.codes(X)
+        made = codes.codes, codes.scale
+        for actual, expected in zip(made, quantize(X, 3, axis), strict=True):
             assert torch.equal(actual, expected)
         assert torch.equal(quantizer.eval()(X), fake_quantize(X, 3, axis))
     assert list(quantizer.buffers()) == []

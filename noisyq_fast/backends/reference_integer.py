@@ -264,7 +264,8 @@ def is_narrow(bound: int) -> bool:
 
 
 def ends(y: Tensor) -> Tensor:
-    """min(y, 0) and max(y, 0); the latter NaN where the former is not finite."""
+    """min(y, 0) and max(y, 0); the latter NaN where y holds a NaN or the former is not finite (then
+    the former may be anything)."""
     return y.new_zeros(2) if y.numel() == 0 else range_between(y.amin(), y.amax())
 
 

@@ -93,6 +93,8 @@ def _check_sizes(
     for name, values, least in checked:
         if min(values) < least:
             raise ValueError(f"{name}: got {list(values)}, takes {least} or more")
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups: got {groups} for a weight of shape {list(weight.shape)}")
     channels = weight.shape[0] if transposed else weight.shape[1] * groups
     if codes.dim() != weight.dim() or codes.shape[1] != channels:
         of = f"{codes.dim()} axes" if codes.dim() != weight.dim() else f"{codes.shape[1]} channels"
