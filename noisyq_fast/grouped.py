@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks, usage
+from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, UNSIGNED
 from noisyq_fast.integer import products
 from noisyq_fast.layers import QuantLayer
@@ -145,7 +146,7 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
     """
 
-    integer_axes = (None, -2)
+    integer_axes = (None, TOKEN, -2)
 
     def __init__(
         self,

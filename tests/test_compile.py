@@ -10,13 +10,13 @@ import noisyq_fast
 from noisyq_fast import fake_quantize_ema
 
 X = torch.randn(3, 4)
-WINDOWS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [2, 1], [1, 0]
 IMAGES = torch.randint(0, 256, (2, 3, 5, 3), dtype=torch.uint8)
 IMAGES = IMAGES.to(memory_format=torch.channels_last)
 ZERO = torch.tensor(7, dtype=torch.uint8)
 KERNEL = torch.randint(-128, 128, (4, 3, 3, 3), dtype=torch.int8)
 GEOMETRY = ([2, 1], [1, 1], [1, 1], False, [0, 0], 1)
 SUMS = torch.randint(-100, 101, (2, 4, 3, 2)).float()
+WINDOWS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [2, 1], [1, 0]
 OPERATORS = {
     "fake_quantize": lambda: (X.clone().requires_grad_(), 4, 0),
     "fake_quantize_many": lambda: ([X.clone().requires_grad_(), torch.randn(2, 3)], [4, 8], 0),
@@ -77,14 +77,6 @@ OPERATORS = {
         torch.ones(4, dtype=torch.uint8),
         1,
     ),
-    "adder_conv2d": lambda: (
-        torch.randn(2, 3, 5, 5, requires_grad=True),
-        torch.randn(4, 3, 3, 3, requires_grad=True),
-        [2, 1],
-        [1, 0],
-    ),
-    "adder_conv2d_input_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
-    "adder_conv2d_weight_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
     "quantize_ema_on_grid": lambda: (
         X.clone(),
         torch.tensor([[-1.0] * 4, [1.0] * 4]),
@@ -132,6 +124,14 @@ OPERATORS = {
         torch.rand(4),
         *(SUMS, *torch.rand(5, 4), True),
     ),
+    "adder_conv2d": lambda: (
+        torch.randn(2, 3, 5, 5, requires_grad=True),
+        torch.randn(4, 3, 3, 3, requires_grad=True),
+        [2, 1],
+        [1, 0],
+    ),
+    "adder_conv2d_input_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
+    "adder_conv2d_weight_gradient": lambda: (torch.randn(2, 4, 3, 3), *WINDOWS),
 }
 
 

@@ -135,8 +135,12 @@ def _convolve(
 
 def _empty_moments(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = torch.empty(channels, dtype=torch.int64)
-    low, high = torch.empty(2, channels, dtype=torch.float32).unbind()
+    low, high = _empty(2, channels)
     return sums, torch.empty(channels, 2, dtype=torch.int64), low, high
+
+
+def _empty(count: int, channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.empty(channels, dtype=dtype) for _ in range(count)]
 
 
 def _addresses(moments: tuple[Tensor, ...] | None) -> tuple[int, ...]:
@@ -313,8 +317,8 @@ def normalization(
     eps: float,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
-    factor, term, mean, inverse = torch.empty(4, channels, dtype=torch.float32).unbind()
-    batch_mean, variance = torch.empty(2, channels, dtype=torch.float64).unbind()
+    factor, term, mean, inverse = _empty(4, channels)
+    batch_mean, variance = _empty(2, channels, torch.float64)
     weight = None if weight is None else weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     core.normalization(
@@ -388,7 +392,7 @@ def grads_of_norm(
     sums, rows, channels = channels_last_rows(sums)
     grad = like(grad, sums)
     weight = None if weight is None else weight.float().contiguous()
-    slope, shift, tilt, of_weight, of_bias = torch.empty(5, channels, dtype=torch.float32).unbind()
+    slope, shift, tilt, of_weight, of_bias = _empty(5, channels)
     core.grads_of_norm(
         *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
         *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import as_rows, channel_steps, steps
+from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, Sums, memory_format
 
@@ -116,11 +116,12 @@ def _convolution_shape(codes: Tensor, _: object, weight: Tensor, __: object, *ho
     stride, padding, dilation, transposed, output_padding, groups = how
     like = codes.new_empty(codes.shape, dtype=torch.float32)
     with torch.autocast(codes.device.type, enabled=False):
-        return torch.convolution(
+        sums = torch.convolution(
             like,
             weight.new_empty(weight.shape, dtype=torch.float32),
             *(None, stride, padding, dilation, transposed, output_padding, groups),
         )
+    return laid_out_like(codes, sums)
 
 
 def _linear(
