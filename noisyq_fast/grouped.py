@@ -146,6 +146,8 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         (torch.Size([1, 2, 5]), tensor([ 0.7000, 70.0000]))
     """
 
+    integer_axes = (None, TOKEN, -2)
+
     def __init__(
         self,
         *args: Any,
@@ -156,8 +158,6 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         check_input_ranges(input_ranges)
         self.input_ranges = input_ranges
         super().__init__(*args, device=device, **kwargs)
-
-    integer_axes = (None, TOKEN, -2)
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         if self.input_ranges == PER_GROUP and type(activation) is MovingAbsMax:

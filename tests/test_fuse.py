@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assert_same import assert_same
-from ranks import Ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +24,6 @@ from noisyq_fast import (
     freeze_ranges_,
     fuse_,
     quantize_model_,
-    sync_ranges_,
 )
 from noisyq_fast.integer.batch_norm import ExactBatchNorm
 from noisyq_fast.integer.deferred import Deferred, mean_of_pixels
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:layer .* is called several times
 
 
 class Shortcut(nn.Module):
-    """Of arXiv 1512.03385, option A: every second pixel, and zeros for the channels that are new."""
+    """Of arXiv 1512.03385, option A: every second pixel, and zeros for new channels."""
 
     def forward(self, x):
         channels = x.shape[1]
@@ -251,8 +249,10 @@ def reversed_convolution(layer, x, weight, bias):
     return layer._conv_forward(x.flip(1), weight.flip(1), bias)
 
 
-@pytest.mark.parametrize("grid", ["signed", "full", "unsigned", "affine", "odd"])
-@pytest.mark.parametrize("bits", [2, 4, 7])
+@pytest.mark.parametrize(
+    ("grid", "bits"),
+    [("signed", 2), ("full", 4), ("unsigned", 8), ("affine", 2), ("affine", 8), ("odd", 4)],
+)
 def test_other_grids_and_widths(grid, bits):
     make, shape, _ = NETWORKS["projection, in place"]
     options = {"activation_grid": grid, "first_last_bits": None}
@@ -786,7 +786,7 @@ def changed_data(_, args, output):
 @pytest.mark.parametrize("hook", [read, replaced, changed_in_place, changed_data])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_forward_hooks(hook, part):
-    """A batch norm behind one that changes is not exact; what is computed stays what it should be."""
+    """A batch norm behind one that changes something is not exact; it is that of PyTorch."""
     model = copy.deepcopy(chain_model())
     unfused = copy.deepcopy(model)
     for module in unfused:
@@ -1142,12 +1142,13 @@ def test_frozen_and_disabled_and_calibrated():
 # Graphs.
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("part", [slice(None), slice(1, 3), slice(3, None)])
-def test_compiled(training, part):
-    model = fused(NETWORKS["vgg"][0](), first_last_bits=None)
-    model(X)
-    expected = copy.deepcopy(model.train(training))
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
+def test_compiled(part):
+    """As a whole, and a part that gets and gives tensors of chains."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)]
+    model = fused(nn.Sequential(*layers), first_last_bits=None)
+    expected = copy.deepcopy(model)
     modules = [*model]
     modules[part] = [torch.compile(nn.Sequential(*modules[part]), backend="aot_eager")]
     actual = step(nn.Sequential(*modules), X)
@@ -1172,45 +1173,3 @@ def test_exported_and_functional():
     model(X).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
-
-
-# Several processes.
-
-
-def train_ranks(wrap, x):
-    torch.manual_seed(0)
-    model = fused(NETWORKS["projection, in place"][0](), first_last_bits=None)
-    y = wrap(sync_ranges_(model))(x)
-    plain(y).sum().backward()
-    return plain(y).detach(), [p.grad for p in model.parameters()], ranges_of(model)
-
-
-def ranges_of(model):
-    return [b.clone() for n, b in model.named_buffers() if "absmax" in n]
-
-
-def ddp(model):
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def test_data_parallel(tmp_path):
-    ranks = Ranks(2, tmp_path)
-    try:
-        (y, first, ranges), (z, second, others) = ranks(train_ranks, ddp, X)
-    finally:
-        ranks.close()
-    assert_same(y, z)
-    assert_same(first, second)
-    assert_same(ranges, others)
-    model_y, gradients, expected = train_ranks_alone()
-    assert_same(y, model_y)
-    torch.testing.assert_close(first, gradients, rtol=1e-4, atol=1e-4)
-    assert_same(ranges, expected)
-
-
-def train_ranks_alone():
-    torch.manual_seed(0)
-    model = fused(NETWORKS["projection, in place"][0](), first_last_bits=None)
-    y = plain(model(X))
-    y.sum().backward()
-    return y.detach(), [p.grad for p in model.parameters()], ranges_of(model)

@@ -1,4 +1,4 @@
-"""Layers with arithmetic="integer": the numbers of the float layers, from exact products of codes."""
+"""Layers with arithmetic="integer": the numbers of float layers, from exact products of codes."""
 
 import copy
 import pickle
