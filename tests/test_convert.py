@@ -206,17 +206,17 @@ def test_subclasses_stay_float_with_a_warning():
         (
             {"overrides": {"3": {1: 8}}},
             ValueError,
-            r"overrides\['3'\]: got 1, takes arithmetic, weight",
+            r"overrides\['3'\]: got 1, takes weight",
         ),
         (
             {"overrides": {"3": {"input_ranges": "shared"}}},
             ValueError,
-            r"overrides\['3'\]: got input_ranges, takes arithmetic, weight",
+            r"overrides\['3'\]: got input_ranges, takes weight",
         ),
         (
             {"overrides": {"3": {"bits": 2}}},
             ValueError,
-            r"overrides\['3'\]: got bits, takes arithmetic, weight",
+            r"overrides\['3'\]: got bits, takes weight",
         ),
     ],
 )

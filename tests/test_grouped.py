@@ -359,7 +359,7 @@ def test_bad_inputs(make, shape):
         ({"overrides": {"4": {"input_ranges": "all"}}}, "input_ranges: got 'all'"),
         (
             {"overrides": {"0": {"input_ranges": "shared"}}},
-            r"overrides\['0'\]: got input_ranges, takes arithmetic, weight_bits",
+            r"overrides\['0'\]: got input_ranges, takes weight_bits",
         ),
     ],
 )
