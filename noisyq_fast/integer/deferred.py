@@ -1,7 +1,7 @@
 """The output of an integer layer before it is written as floats.
 
-After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how its
-values would be made,::
+After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how
+its values would be made,::
 
     y = relu(v * factor + term + residual)
 
@@ -15,7 +15,6 @@ computes the same bits whoever reads what.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -437,11 +436,15 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
 
-@functools.cache
 def _uncompiled() -> Callable:
     """In a compiled part of a model that gets a deferred tensor, what is done with it is no part of
     the graph."""
-    return torch.compiler.disable(Deferred.compute_function)
+    if not _made_uncompiled:
+        _made_uncompiled.append(torch.compiler.disable(Deferred.compute_function))
+    return _made_uncompiled[0]
+
+
+_made_uncompiled: list[Callable] = []  # when torch.compile is used first
 
 
 Deferred.__torch_function__.__func__._torchdynamo_disable = True
@@ -537,8 +540,8 @@ def mean_of_pixels(x: Tensor, keepdim: bool = False) -> Tensor:
     return mean[..., None, None] if keepdim else mean
 
 
-# What a chain goes on with: None where it does not, and values are made. The parameters are named as
-# PyTorch names them.
+# What a chain goes on with: None where it does not, and values are made. Parameters have the names
+# that PyTorch gives them.
 
 
 def _relu(input: Deferred, inplace: bool = False) -> Tensor | None:
@@ -575,8 +578,8 @@ def _in_place(x: Deferred, step: Callable) -> Deferred | None:
 
 def _refuse_old_graph(_: Any) -> None:
     raise RuntimeError(
-        "an autograd Function got a tensor that an operation in place had changed within a chain of "
-        "fuse_: give it what the operation returns, such as x = relu_(x)"
+        "an autograd Function got a tensor that an operation in place had changed within a chain "
+        "of fuse_: give it what the operation returns, such as x = relu_(x)"
     )
 
 
@@ -637,11 +640,8 @@ _OF_THE_SHELL = {
     Tensor.__len__,
     Tensor.__hash__,
     Tensor.is_floating_point,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "device", "layout", "is_cuda")
-        + ("is_sparse", "is_nested", "is_meta", "is_quantized")
-    ),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "device", "layout", "is_cuda")),
+    *(getattr(Tensor, f"is_{name}").__get__ for name in ("sparse", "nested", "meta", "quantized")),
 }
 _OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__}

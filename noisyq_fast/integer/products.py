@@ -73,6 +73,14 @@ def _convolution(
     _check_codes("codes", codes, zero_point)
     _check_codes("weight", weight, weight_zero_point)
     _check_terms(weight.numel())
+    *_, transposed, _, groups = how
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if codes.dim() != weight.dim() or codes.shape[1] != channels:
+        sizes = "[" + ", ".join(["N", str(channels), *"DHW"[5 - weight.dim() :]]) + "]"
+        raise ValueError(
+            f"codes: got shape {list(codes.shape)} for a weight of shape {list(weight.shape)}, "
+            f"takes {sizes}"
+        )
     return codes, zero_point, weight, weight_zero_point, *how
 
 
@@ -327,6 +335,7 @@ def deferred_convolution(
     """`convolution`, whose values are made when something reads them. ``layer`` computes it."""
     how = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     operands = x.codes, x.zero_point, weight.codes, weight.zero_point
+    _convolution(*operands, *vars(geometry).values())
     made_of = (*operands, *how, bound(x, weight))
     measures = layer.training  # a batch norm of the batch may follow
     values, moments = select("convolve_sums", x.codes.device.type)(*made_of, measures)
