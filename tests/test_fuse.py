@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from assert_same import assert_same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import noisyq_fast
 from noisyq_fast import (
@@ -959,7 +960,7 @@ def test_other_kinds_of_inputs():
     model = chain_model()
     expected = model(X).detach()
     assert_same(model(X.as_subclass(Subclass)).detach(), expected)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert_same(model(X).detach(), expected)
 
 

@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import test_fuse
 import torch
 import torch.distributed as dist
 from ranks import Ranks
@@ -216,3 +217,58 @@ def test_layers_stay_layers_when_copied():
     model = sync_ranges_(make_model())
     copied = copy.deepcopy(model)
     assert sum(isinstance(m, QuantLayer) for m in copied.modules()) == 8
+
+
+# Integer layers and their chains.
+
+
+def make_chains():
+    torch.manual_seed(0)
+    make, *_ = test_fuse.NETWORKS["projection, in place"]
+    return test_fuse.fused(make(), first_last_bits=None)
+
+
+def fsdp2_chains(model):
+    """Each layer by itself. (A batch norm that is one of these gets ordinary tensors.)"""
+    mesh = init_device_mesh("cpu", (2,))
+    for module in [*model.modules()]:
+        if isinstance(module, nn.Conv2d):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(sync_ranges_(model), mesh=mesh)
+
+
+def fsdp1_chains(model):
+    return FullyShardedDataParallel(
+        sync_ranges_(model),
+        auto_wrap_policy=ModuleWrapPolicy({test_fuse.Block}),
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+    )
+
+
+def train_chains(wrap, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = wrap(make_chains())
+    y = test_fuse.plain(model(x))
+    y.sum().backward()
+    gradients = {} if wrap is fsdp1_chains else named_gradients(model)
+    return y.detach(), gradients, {n: b.clone() for n, b in model.named_buffers()}
+
+
+def named_gradients(model):
+    """Whole ones."""
+    gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
+
+
+@pytest.mark.parametrize("wrap", [ddp, fsdp1_chains, fsdp2_chains], ids=lambda f: f.__name__)
+def test_chains_have_the_numbers_of_one_process(ranks, wrap):
+    """Of the same batch on all ranks."""
+    expected, gradients, buffers = train_chains(lambda model: model, test_fuse.X)
+    for y, of_rank, moved in ranks(train_chains, wrap, test_fuse.X):
+        assert torch.equal(y, expected)
+        for a, b in zip(moved.values(), buffers.values(), strict=True):
+            assert torch.equal(a, b)
+        for name, gradient in of_rank.items():
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-4)

@@ -365,7 +365,8 @@ def register_norm(backend: Backend) -> None:
     ) -> tuple[Tensor, ...]:
         _, total, squares, _, _ = compute["moments"](sums, bound)
         count = sums.numel() // scale.numel()
-        return compute["normalization"](total, squares, count, scale, weight, bias, eps)
+        found = compute["normalization"](total, squares, count, scale, weight, bias, eps)
+        return tuple(x.clone() for x in found)  # outputs of operators share no memory
 
     @backend.register
     def norm_of_sums(

@@ -15,7 +15,6 @@ computes the same bits whoever reads what.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -446,11 +445,15 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
 
-@functools.cache
 def _uncompiled() -> Callable:
     """In a compiled part of a model that gets a deferred tensor, what is done with it is no part of
     the graph."""
-    return torch.compiler.disable(Deferred.compute_function)
+    if not _made_uncompiled:
+        _made_uncompiled.append(torch.compiler.disable(Deferred.compute_function))
+    return _made_uncompiled[0]
+
+
+_made_uncompiled: list[Callable] = []  # when torch.compile is used first
 
 
 Deferred.__torch_function__.__func__._torchdynamo_disable = True

@@ -25,7 +25,8 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
     them, exactly (`noisyq_fast.integer.batch_norm`), and the quantizer makes its codes of them in
     one pass; no float tensor is written between the two unless something else reads it. Then a
     forward gives the same bits on every backend and with every number of threads, in training too.
-    The mean over all pixels, as a method or a function, is summed in a fixed order.
+    The mean over all pixels of a tensor in a chain is summed in a fixed order; what is no chain
+    (another activation, a batch norm of a class of its own) is PyTorch's.
 
     The model's own forward is called as before, so it may depend on its mode, on Python state and
     on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.

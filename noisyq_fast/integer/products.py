@@ -76,6 +76,14 @@ def _convolution(
     _check_codes("weight", weight, weight_zero_point)
     _check_sizes(codes, weight, *how)
     _check_terms(weight.numel())
+    *_, transposed, _, groups = how
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if codes.dim() != weight.dim() or codes.shape[1] != channels:
+        sizes = "[" + ", ".join(["N", str(channels), *"DHW"[5 - weight.dim() :]]) + "]"
+        raise ValueError(
+            f"codes: got shape {list(codes.shape)} for a weight of shape {list(weight.shape)}, "
+            f"takes {sizes}"
+        )
     return codes, zero_point, weight, weight_zero_point, *how
 
 
