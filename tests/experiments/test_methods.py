@@ -117,7 +117,7 @@ FLOATS = [
     (method, field.name)
     for method in methods.METHODS.values()
     for field in dataclasses.fields(method)
-    if "float" in str(field.type)
+    if "float" in str(field.type) and "Literal" not in str(field.type)
 ]
 
 
@@ -125,8 +125,9 @@ FLOATS = [
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_numbers_that_no_file_can_hold_are_refused(method, option, value):
     name = option.replace("_", "-")
-    with pytest.raises(ValueError, match=rf"--{name}: got -?(inf|nan), takes "):
-        method(**{option: value})
+    takes_several = option.endswith("_widths")
+    with pytest.raises(ValueError, match=rf"--{name}: got (1 )?-?(inf|nan), takes "):
+        method(**{option: (1.0, value) if takes_several else value})
 
 
 def test_help_says_what_every_method_does_and_where_it_departs_from_its_paper(capsys):
