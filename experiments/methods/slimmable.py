@@ -82,7 +82,7 @@ class Slimmable(Method):
 def require_widths(option: str, widths: Sequence[float] | None) -> None:
     """Raises an error unless these can be the widths of a network."""
     accepted = widths is None or (
-        len(set(widths)) == len(widths) > 0 and min(widths) > 0 and max(widths) == 1
+        len(set(widths)) == len(widths) and all(0 < width <= 1 for width in widths) and 1 in widths
     )
     got = "none" if widths == () else " ".join(f"{width:g}" for width in widths or ())
     require(option, got, accepted, "different numbers above 0 up to 1, and 1 itself")
