@@ -398,7 +398,8 @@ def register_norm(backend: Backend) -> None:
             grad, sums, factor, term, False, mean, inverse, scale, weight, uses_batch
         )
         made = compute["grads_of_sums"](grad, sums, factor, term, False, mean, *line)
-        return torch.empty_like(grad).copy_(made), of_weight, of_bias
+        # Outputs of operators share no memory.
+        return torch.empty_like(grad).copy_(made), of_weight.clone(), of_bias.clone()
 
 
 register_products(backend, convolve_codes, multiply_codes, map_sums)

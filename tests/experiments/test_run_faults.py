@@ -178,11 +178,24 @@ PROCEDURES = {
     "mutual_learning": "--prune 0.5 --prune-steps 2",
     "noisy_student": "--loss elr --dropout 0.2",
     "qkd": "--loss gce --gce-threshold 0.1 --dropout 0.2",
+    "hash_knn": "--hash-bits 8",
+    "slimmable": "--slim-widths 1 0.5",
+    "us_slimmable": "--us-widths 3 --us-evaluated 1 0.5",
+}
+# These quantize by themselves, afterwards or at several widths.
+QUANTIZED = {
+    "adabits": "",
+    "quantizable": "",
+    "easyquant": "",
+    "ocs": "",
+    "bitsplit": "",
+    "dfq": "",
 }
 
 
 def test_all_procedures_are_killed():
-    assert PROCEDURES.keys() == {n for n, m in METHODS.items() if m.REPLACES == "procedure"}
+    procedures = {n for n, m in METHODS.items() if m.REPLACES == "procedure"}
+    assert PROCEDURES.keys() | QUANTIZED.keys() == procedures
 
 
 class KilledAt:
@@ -204,12 +217,17 @@ class KilledAt:
         return wrapper
 
 
-@pytest.mark.parametrize("bits", ["", "--weight-bits 4"])
-@pytest.mark.parametrize("method", PROCEDURES)
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [
+        *((method, bits) for method in PROCEDURES for bits in ("", "--weight-bits 4")),
+        *((method, "") for method in QUANTIZED),
+    ],
+)
 def test_a_procedure_killed_at_random_points_ends_bit_identical(
     method, bits, tmp_path, monkeypatch
 ):
-    options = f"--method {method} {PROCEDURES[method]} {bits}"
+    options = f"--method {method} {(PROCEDURES | QUANTIZED)[method]} {bits}"
     options += " --epochs 4 --train-size 16 --batch-size 8 --threads 1"
     with monkeypatch.context() as patched:
         counted = KilledAt(patched)
