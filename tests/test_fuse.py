@@ -27,7 +27,8 @@ from noisyq_fast import (
     quantize_model_,
 )
 from noisyq_fast.integer.batch_norm import ExactBatchNorm
-from noisyq_fast.integer.deferred import Deferred, mean_of_pixels
+from noisyq_fast.integer.chain import mean_of_pixels
+from noisyq_fast.integer.deferred import Deferred
 
 pytestmark = pytest.mark.filterwarnings("ignore:layer .* is called several times")
 

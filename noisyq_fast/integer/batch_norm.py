@@ -28,7 +28,8 @@ from noisyq_fast import gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import line
-from noisyq_fast.integer.deferred import Deferred, Norm
+from noisyq_fast.integer.chain import Norm
+from noisyq_fast.integer.deferred import Deferred
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 

@@ -14,10 +14,9 @@ computes the same bits whoever reads what.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,94 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noisyq_fast import checks, gradients
-from noisyq_fast.backends import select
+from noisyq_fast import checks
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
-from noisyq_fast.backends.reference_integer import range_between
 from noisyq_fast.grid import Grid
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """Exact sums of products of codes, ``[N, C, ...]`` or ``[N, C]``.
-
-    Attributes:
-        values: float32, or int16 where that is wide enough.
-        scale: float32 ``[C]``: what they are to be multiplied by.
-        bias: ``[C]`` or ``None``.
-        bound: no ``|v|`` is above it.
-        product: what the gradient of ``v * scale + bias`` flows to; without values.
-        layer: whose sums they are.
-        moments: of each channel, as from `reference_integer.moments`; ``None``: not known.
-        again: what `convolve_sums` made them of, to be saved for the backward in their place.
-    """
-
-    values: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    bound: int
-    product: Tensor
-    layer: nn.Module
-    moments: tuple[Tensor, ...] | None = None
-    again: tuple[Any, ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A batch norm that was applied to sums.
-
-    Attributes:
-        mean: of v, float32 ``[C]``; inverse: 1 / standard deviation; both as they were used.
-        uses_batch: whether they are of the batch, so that gradients flow through them.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    inverse: Tensor
-    uses_batch: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Chain:
-    sums: Sums
-    factor: Tensor
-    term: Tensor
-    norm: Norm | None = None
-    residual: Tensor | None = None
-    residual_source: Tensor | None = None
-    relu: bool = False
-
-    def compute(self, name: str) -> Callable:
-        return select(name, self.sums.values.device.type)
-
-
-class Record:
-    """What chains went on with while `fuse_` looks: of each layer the steps, and its norms."""
-
-    def __init__(self) -> None:
-        self.steps: dict[nn.Module, list[str]] = {}
-        self.norms: dict[nn.Module, list[nn.Module]] = {}
-        self.reads: list[nn.Module] = []
-
-
-_records: list[Record] = []
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[Record]:
-    _records.append(Record())
-    try:
-        yield _records[-1]
-    finally:
-        _records.pop()
-
-
-def record(chain: Chain, step: str) -> None:
-    for found in _records:
-        steps = found.steps.setdefault(chain.sums.layer, [])
-        if step not in steps:
-            steps.append(step)
+from noisyq_fast.integer.chain import (
+    Chain,
+    ChainGradient,
+    Norm,
+    Sums,
+    extremes,
+    mapped,
+    mean_of_pixels,
+    record,
+    records,
+    without_values,
+)
 
 
 def deferrable(x: Tensor) -> bool:
@@ -120,66 +46,6 @@ def deferrable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return isinstance(x, Deferred) or checks.is_plain(x)
-
-
-class _ChainGradient(torch.autograd.Function):
-    """From the gradient of a chain's y to those of its product, norm and residual."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        product: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        chain: Chain,
-        zeros: Tensor | None,
-    ) -> Tensor:
-        norm = chain.norm
-        of_norm = (None, None) if norm is None else (norm.mean, norm.inverse)
-        sums = chain.sums
-        of_sums = (sums.values,) if sums.again is None else sums.again[:4]
-        ctx.how = None if sums.again is None else sums.again[4:]
-        ctx.save_for_backward(
-            *(sums.scale, chain.factor, chain.term, *of_norm),
-            *(None if weight is None else weight.detach(), zeros, *of_sums),
-        )
-        ctx.relu = chain.relu
-        ctx.uses_batch = norm is not None and norm.uses_batch
-        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
-        return _without_values(product.shape, product)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
-        values = of_sums[0]
-
-        def compute(name: str) -> Callable:
-            return select(name, values.device.type)
-
-        if ctx.how is not None:
-            values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
-        relu = ctx.relu
-        _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
-        if zeros is not None:  # behind an addition, where the sums alone do not tell
-            grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
-            relu = False
-        residual = grad if to_residual else None
-        of_weight = of_bias = None
-        if mean is not None:
-            line, of_weight, of_bias = compute("grads_of_norm")(
-                *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
-            )
-            grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
-        elif relu:
-            one, zero = torch.ones_like(factor), torch.zeros_like(factor)
-            grad = compute("grads_of_sums")(
-                *(grad, values, factor, term, relu, zero, one, zero, zero)
-            )
-        of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
-        of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
-        return grad, of_weight, of_bias, residual, None, None
 
 
 class _Written(torch.autograd.Function):
@@ -260,7 +126,7 @@ class Deferred(Tensor):
             return True
         if _version(own._values) != own._version_read:
             return False
-        return torch.equal(own._values.detach(), _mapped(chain, False)[0])
+        return torch.equal(own._values.detach(), mapped(chain, False)[0])
 
     def measured(self) -> Sums:
         """The sums, with the moments of each channel."""
@@ -274,7 +140,7 @@ class Deferred(Tensor):
 
     def normalized(self, module: nn.Module, norm: Norm, factor: Tensor, term: Tensor) -> Deferred:
         record(self.chain, "batch norm")
-        for found in _records:
+        for found in records:
             found.norms.setdefault(self.chain.sums.layer, []).append(module)
         chain = replace(self.chain, norm=norm, factor=factor, term=term)
         return _extended(chain, self.current()._format)
@@ -290,7 +156,7 @@ class Deferred(Tensor):
         if chain.residual is None:
             return _extended(chain, own._format)
         wants_zeros = torch.is_grad_enabled()
-        values, zeros, range_ = _mapped(chain, wants_zeros)
+        values, zeros, range_ = mapped(chain, wants_zeros)
         made = _extended(chain, own._format, zeros)
         made._raw, made._extremes = values.contiguous(memory_format=own._format), range_
         return made
@@ -314,7 +180,7 @@ class Deferred(Tensor):
             other, source = other.written(), other.source
         chain = replace(chain, residual=other.detach(), residual_source=source)
         made = _extended(chain, own._format)
-        if not _records and "ReLU" not in chain.sums.layer.followed_by:
+        if not records and "ReLU" not in chain.sums.layer.followed_by:
             made._written()  # while the residual is as it is
         return made
 
@@ -327,7 +193,7 @@ class Deferred(Tensor):
 
     def _written(self) -> Tensor:
         if self._raw is None:
-            raw, _, self._extremes = _mapped(self._chain, False)
+            raw, _, self._extremes = mapped(self._chain, False)
             self._raw = raw.contiguous(memory_format=self._format)
         return self._raw
 
@@ -335,7 +201,7 @@ class Deferred(Tensor):
         """An ordinary tensor."""
         own = self.current()
         if own._values is None:
-            for found in _records:
+            for found in records:
                 found.reads += [own._chain.sums.layer] * (own._chain.norm is None)
             own._write()
         return own._values
@@ -357,7 +223,7 @@ class Deferred(Tensor):
             own._written()
         elif own._extremes is None:
             own.measured()
-            own._extremes = _extremes(own._chain)
+            own._extremes = extremes(own._chain)
         low, high = own._extremes
         if grid.is_affine:
             return own._extremes
@@ -480,11 +346,6 @@ def _as_values(x: Any) -> Any:
     return x.values() if isinstance(x, Deferred) else x
 
 
-def _without_values(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor for gradients to flow to, of one element of memory."""
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
-
-
 def _deferred(carrier: Tensor, chain: Chain, format_: torch.memory_format) -> Deferred:
     with torch._C.DisableTorchFunctionSubclass():
         made = carrier.as_subclass(Deferred)
@@ -501,59 +362,12 @@ def _extended(chain: Chain, format_: torch.memory_format, zeros: Tensor | None =
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     with torch._C.DisableTorchFunctionSubclass():
         if torch.is_grad_enabled():
-            carrier = _ChainGradient.apply(
+            carrier = ChainGradient.apply(
                 sums.product, weight, bias, chain.residual_source, chain, zeros
             )
         else:
-            carrier = _without_values(sums.product.shape, sums.product)
+            carrier = without_values(sums.product.shape, sums.product)
     return _deferred(carrier, chain, format_)
-
-
-def _mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    with torch.no_grad():
-        return chain.compute("map_sums")(
-            *(chain.sums.values, chain.factor, chain.term, chain.residual, chain.relu),
-            *(wants_zeros, True),
-        )
-
-
-def _extremes(chain: Chain) -> Tensor:
-    """As `reference_integer.ends`."""
-    if chain.sums.values.numel() == 0:
-        return chain.factor.new_zeros(2)
-    low, high = (end * chain.factor + chain.term for end in chain.sums.moments[2:])
-    low, high = torch.minimum(low, high).amin(), torch.maximum(low, high).amax()
-    return range_between(low.clamp(min=0) if chain.relu else low, high)
-
-
-class _MeanOfPixels(torch.autograd.Function):
-    """The mean over the last two axes in a fixed order: the second half is added to the first until
-    one value is left; then one division."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.sizes = x.shape
-        pixels = x.flatten(-2)
-        while pixels.shape[-1] > 1:
-            half = (pixels.shape[-1] + 1) // 2
-            first, second = pixels[..., :half], pixels[..., half:]
-            if first.shape == second.shape:
-                pixels = first + second
-            else:
-                pixels = torch.cat([first[..., :-1] + second, first[..., -1:]], -1)
-        total = pixels.squeeze(-1)
-        return total / torch.full_like(total, ctx.sizes[-2] * ctx.sizes[-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        *_, height, width = ctx.sizes
-        return (grad / (height * width))[..., None, None].expand(ctx.sizes)
-
-
-def mean_of_pixels(x: Tensor, keepdim: bool = False) -> Tensor:
-    """The mean over the last two axes, equal to the bit on every device."""
-    mean = _MeanOfPixels.apply(x)
-    return mean[..., None, None] if keepdim else mean
 
 
 # What a chain goes on with: None where it does not, and values are made. The parameters are named

@@ -31,8 +31,9 @@ from noisyq_fast import gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
+from noisyq_fast.integer.chain import Sums
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.integer.deferred import Deferred, Sums, memory_format
+from noisyq_fast.integer.deferred import Deferred, memory_format
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37

@@ -25,7 +25,10 @@ def finished(arguments, state=None, **options):
 
 @pytest.fixture(scope="module")
 def baseline():
-    return finished("")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each test
+    yield finished("")
+    torch.set_num_threads(threads)
 
 
 @every_method

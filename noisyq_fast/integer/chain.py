@@ -1,0 +1,215 @@
+"""A chain of layers: exact sums, and how the values of what follows them are made,::
+
+    y = relu(v * factor + term + residual)
+
+with their gradient, and with what `fuse_` sees of chains while it looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noisyq_fast import gradients
+from noisyq_fast.backends import select
+from noisyq_fast.backends.reference_integer import range_between
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Exact sums of products of codes, ``[N, C, ...]`` or ``[N, C]``.
+
+    Attributes:
+        values: float32, or int16 where that is wide enough.
+        scale: float32 ``[C]``: what they are to be multiplied by.
+        bias: ``[C]`` or ``None``.
+        bound: no ``|v|`` is above it.
+        product: what the gradient of ``v * scale + bias`` flows to; without values.
+        layer: whose sums they are.
+        moments: of each channel, as from `reference_integer.moments`; ``None``: not known.
+        again: what `convolve_sums` made them of, to be saved for the backward in their place.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    bound: int
+    product: Tensor
+    layer: nn.Module
+    moments: tuple[Tensor, ...] | None = None
+    again: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A batch norm that was applied to sums.
+
+    Attributes:
+        mean: of v, float32 ``[C]``; inverse: 1 / standard deviation; both as they were used.
+        uses_batch: whether they are of the batch, so that gradients flow through them.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    inverse: Tensor
+    uses_batch: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    sums: Sums
+    factor: Tensor
+    term: Tensor
+    norm: Norm | None = None
+    residual: Tensor | None = None
+    residual_source: Tensor | None = None
+    relu: bool = False
+
+    def compute(self, name: str) -> Callable:
+        return select(name, self.sums.values.device.type)
+
+
+class Record:
+    """What chains went on with while `fuse_` looks: of each layer the steps, and its norms."""
+
+    def __init__(self) -> None:
+        self.steps: dict[nn.Module, list[str]] = {}
+        self.norms: dict[nn.Module, list[nn.Module]] = {}
+        self.reads: list[nn.Module] = []
+
+
+records: list[Record] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    records.append(Record())
+    try:
+        yield records[-1]
+    finally:
+        records.pop()
+
+
+def record(chain: Chain, step: str) -> None:
+    for found in records:
+        steps = found.steps.setdefault(chain.sums.layer, [])
+        if step not in steps:
+            steps.append(step)
+
+
+class ChainGradient(torch.autograd.Function):
+    """From the gradient of a chain's y to those of its product, norm and residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        chain: Chain,
+        zeros: Tensor | None,
+    ) -> Tensor:
+        norm = chain.norm
+        of_norm = (None, None) if norm is None else (norm.mean, norm.inverse)
+        sums = chain.sums
+        of_sums = (sums.values,) if sums.again is None else sums.again[:4]
+        ctx.how = None if sums.again is None else sums.again[4:]
+        ctx.save_for_backward(
+            *(sums.scale, chain.factor, chain.term, *of_norm),
+            *(None if weight is None else weight.detach(), zeros, *of_sums),
+        )
+        ctx.relu = chain.relu
+        ctx.uses_batch = norm is not None and norm.uses_batch
+        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
+        return without_values(product.shape, product)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
+        values = of_sums[0]
+
+        def compute(name: str) -> Callable:
+            return select(name, values.device.type)
+
+        if ctx.how is not None:
+            values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
+        relu = ctx.relu
+        _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
+        if zeros is not None:  # behind an addition, where the sums alone do not tell
+            grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
+            relu = False
+        residual = grad if to_residual else None
+        of_weight = of_bias = None
+        if mean is not None:
+            line, of_weight, of_bias = compute("grads_of_norm")(
+                *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
+            )
+            grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
+        elif relu:
+            one, zero = torch.ones_like(factor), torch.zeros_like(factor)
+            grad = compute("grads_of_sums")(
+                *(grad, values, factor, term, relu, zero, one, zero, zero)
+            )
+        of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
+        of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
+        return grad, of_weight, of_bias, residual, None, None
+
+
+def without_values(shape: torch.Size, like: Tensor) -> Tensor:
+    """A tensor for gradients to flow to, of one element of memory."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
+
+
+def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    with torch.no_grad():
+        return chain.compute("map_sums")(
+            *(chain.sums.values, chain.factor, chain.term, chain.residual, chain.relu),
+            *(wants_zeros, True),
+        )
+
+
+def extremes(chain: Chain) -> Tensor:
+    """As `reference_integer.ends`."""
+    if chain.sums.values.numel() == 0:
+        return chain.factor.new_zeros(2)
+    low, high = (end * chain.factor + chain.term for end in chain.sums.moments[2:])
+    low, high = torch.minimum(low, high).amin(), torch.maximum(low, high).amax()
+    return range_between(low.clamp(min=0) if chain.relu else low, high)
+
+
+class _MeanOfPixels(torch.autograd.Function):
+    """The mean over the last two axes in a fixed order: the second half is added to the first until
+    one value is left; then one division."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.sizes = x.shape
+        pixels = x.flatten(-2)
+        while pixels.shape[-1] > 1:
+            half = (pixels.shape[-1] + 1) // 2
+            first, second = pixels[..., :half], pixels[..., half:]
+            if first.shape == second.shape:
+                pixels = first + second
+            else:
+                pixels = torch.cat([first[..., :-1] + second, first[..., -1:]], -1)
+        total = pixels.squeeze(-1)
+        return total / torch.full_like(total, ctx.sizes[-2] * ctx.sizes[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        *_, height, width = ctx.sizes
+        return (grad / (height * width))[..., None, None].expand(ctx.sizes)
+
+
+def mean_of_pixels(x: Tensor, keepdim: bool = False) -> Tensor:
+    """The mean over the last two axes, equal to the bit on every device."""
+    mean = _MeanOfPixels.apply(x)
+    return mean[..., None, None] if keepdim else mean
