@@ -128,7 +128,7 @@ class ChainGradient(torch.autograd.Function):
         ctx.relu = chain.relu
         ctx.uses_batch = norm is not None and norm.uses_batch
         ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
-        return without_values(product.shape, product)
+        return without_values(product)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -163,9 +163,9 @@ class ChainGradient(torch.autograd.Function):
         return grad, of_weight, of_bias, residual, None, None
 
 
-def without_values(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor for gradients to flow to, of one element of memory."""
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
+def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a shape, for gradients to flow to, of one element of memory."""
+    return torch.zeros((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
 
 
 def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

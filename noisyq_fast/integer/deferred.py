@@ -366,7 +366,7 @@ def _extended(chain: Chain, format_: torch.memory_format, zeros: Tensor | None =
                 sums.product, weight, bias, chain.residual_source, chain, zeros
             )
         else:
-            carrier = without_values(sums.product.shape, sums.product)
+            carrier = without_values(sums.product)
     return _deferred(carrier, chain, format_)
 
 

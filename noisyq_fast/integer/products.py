@@ -31,7 +31,7 @@ from noisyq_fast import gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
-from noisyq_fast.integer.chain import Sums
+from noisyq_fast.integer.chain import Sums, without_values
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, memory_format
 
@@ -187,10 +187,6 @@ class _Product(gradients.Gradient):
         return below_autograd()
 
     @classmethod
-    def product_grads(cls, ctx: Any, grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
-
-    @classmethod
     def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad[1:4]
@@ -248,7 +244,7 @@ class _Convolution(_Product):
         dtype = ctx.compute_dtype
         w = _channel_values(w_codes, w_scale, w_zero, ctx.geometry)
         # Of the gradient of x only its shape matters.
-        x = _floats(codes, zero, dtype) if to_weight else _without_memory(codes, dtype)
+        x = _floats(codes, zero, dtype) if to_weight else without_values(codes, dtype)
         dx, dw, _ = torch.ops.aten.convolution_backward(
             *(grad.to(dtype), x, w.to(dtype), None, *ctx.geometry, [to_x, to_weight, False])
         )
@@ -262,10 +258,6 @@ class _Convolution(_Product):
 def _floats(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Steps of a tensor, exact in every floating dtype."""
     return codes.to(dtype) if zero is None else steps(codes, zero).to(dtype)
-
-
-def _without_memory(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
 
 
 def _channel_values(
@@ -388,7 +380,7 @@ def deferred_convolution(
     with torch.no_grad():
         scale = x.scale * weight.scale
     dtype = _autocast_dtype(x.codes.device.type)
-    carrier = torch.zeros((), dtype=dtype, device=values.device).expand(values.shape)
+    carrier = without_values(values, dtype)
     if torch.is_grad_enabled():
         carrier = _Convolution.apply(
             lambda: carrier, *_operands(x, weight, bias), *vars(geometry).values()
