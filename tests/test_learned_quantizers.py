@@ -183,7 +183,7 @@ def test_they_learn(pair):
     net = model(pair)
     net(X)
     before = [q.range.clone() for q in learned(net)]
-    trained(net)
+    trained(net, rate=1.0)  # less is lost where a range of 4 is rounded
     after = [q.range for q in learned(net)]
     assert all(bool((a != b).any()) for a, b in zip(before, after, strict=True))
 
