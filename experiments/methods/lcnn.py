@@ -91,6 +91,9 @@ class LCNN(Method):
 
         return Changed(loss, added=added)
 
+    def costs(self, model: nn.Module) -> dict[str, int]:
+        return {"lookups": sum(layer.lookups() for layer in lookups(model))}
+
     def finish(self, model: nn.Module, state: dict[str, Any]) -> str:
         layers = lookups(model)
         kept = sum(layer.lookups() for layer in layers)

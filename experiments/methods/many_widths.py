@@ -1,7 +1,8 @@
 """Networks that compute at many widths: AdaBits (Jin et al. 2019, arXiv 1912.09666) and Quantizable
 DNNs (Du et al. 2020, arXiv 2004.05284)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,7 @@ from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
-from noisyq_fast import PACT, SAT, ManyWidths, set_bits, split_norms_
+from noisyq_fast import PACT, SAT, ManyWidths, set_bits, single_width, split_norms_
 from noisyq_fast.grouped import PER_GROUP
 from noisyq_fast.widths import FLOAT
 
@@ -183,7 +184,7 @@ class AtEveryWidth(Procedure):
         self.losses_of = losses
         self.PASSES = Passes(len(self.widths), len(self.widths))
         super().__init__(parts)
-        for network in self.networks:  # also for what does not ask `predict`
+        for network in self.networks:
             _stay_at(network, tested)
 
     def step(self, batch: Batch) -> StepResult:
@@ -203,15 +204,11 @@ class AtEveryWidth(Procedure):
         self.optimizers[0].step()
         return StepResult(total, seen[self.widths.index(self.tested)])
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        return self._at(self.tested, inputs)
-
-    def _at(self, width: int, inputs: Tensor) -> Tensor:
-        with set_bits(self.networks[0], width):
-            return self.networks[0](inputs)
-
-    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {str(width): partial(self._at, width) for width in self.widths}
+    @contextmanager
+    def at_width(self, width: float) -> Iterator[nn.Module]:
+        network = self.networks[0]
+        with set_bits(network, int(width)):
+            yield single_width(network, int(width))
 
 
 def _stay_at(model: nn.Module, width: int) -> None:
