@@ -96,7 +96,8 @@ class AdaBits(ManyWidthsMethod):
     Quantizers are those of pact, with the first and the last layer at 8 bits, where the authors
     take the largest width. The sum makes the gradient as many times larger as there are widths;
     Adam, other than their SGD, takes no notice. The authors start from a trained float network
-    (--weights). As many passes a sample as widths.
+    (--weights). As many passes a sample as widths. The result has the scores and size of every
+    width under "by_width".
     """
 
     NAME: ClassVar[str] = "adabits"
@@ -125,7 +126,8 @@ class Quantizable(ManyWidthsMethod):
     Only the abstract of the paper was at hand and there is no code: that no width has labels, the
     weight of the imitation (1), its temperature (1), the widths and the quantizers (those of pact,
     without the scale of weights) are unverified. Batch norms and clipping levels belong to a
-    width. As many passes a sample as widths.
+    width. As many passes a sample as widths. The result has the scores and size of every width
+    under "by_width".
     """
 
     NAME: ClassVar[str] = "quantizable"

@@ -26,7 +26,8 @@ NOT_WITH = {
 class Slimmable(Method):
     """One network that computes at several widths, each with the first channels of every layer. A
     step adds up the gradients of all widths, from the widest down. Each width has batch norms of
-    its own, and with quant ranges of activations.
+    its own and, if it is quantized, ranges of activations. What a quantizer learns of weights is
+    shared like these, of channels that of the first ones.
 
     The run is judged at width 1; its result has the scores, size and work of every width under
     "by_width". The channels of ResNet-20's shortcuts are in another order: the first
