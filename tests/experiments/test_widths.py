@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import numbers, trainer
+from test_training import ends_bit_identical, numbers, trainer
 from torch import nn
 
 import noisyq_fast
@@ -164,6 +164,16 @@ def test_quantizers_of_every_width_have_a_name_and_are_counted():
     assert rows["stage1.0.conv1"].parameters == 16 * 16 * 9 + 1 + 4
 
 
+@pytest.mark.parametrize("quantizers", ["plain", "lsq"])
+def test_a_quantized_network_of_several_widths_goes_back_to_float(quantizers):
+    model = slimmable()
+    set_width(model.eval(), 0.5)
+    expected, state = model(IMAGE), model.state_dict()
+    noisyq_fast.dequantize_model_(converted(model, quantizers))
+    assert torch.equal(model(IMAGE), expected)
+    assert model.state_dict().keys() == state.keys()
+
+
 def test_groups_that_do_not_divide_the_channels_of_a_width_are_refused():
     with pytest.raises(ValueError, match=r"weight_group_size: got 8, which does not divide the 12"):
         noisyq_fast.quantize_model_(
@@ -236,6 +246,19 @@ def test_the_only_width_trains_as_the_network_itself():
     ours = trainer("--model resnet18_cifar --method slimmable --slim-widths 1", **options)
     plain = trainer("--model resnet18_cifar", **options)
     assert numbers(ours) == numbers(plain)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "--method slimmable --aqd-bits 4",
+        "--method us_slimmable --us-least-width 0.5 --us-evaluated 0.5 1 --lsq-bits 4",
+        "--method us_slimmable --us-least-width 0.5 --us-evaluated 0.5 1 --weight-bits 4 "
+        "--activation-bits 4 --arithmetic integer",
+    ],
+)
+def test_resumed_ends_bit_identical(method):
+    ends_bit_identical(method, 2, **SMALL)
 
 
 def test_every_width_is_evaluated_and_the_run_is_judged_at_width_1():
