@@ -250,7 +250,8 @@ def test_packed_runs_are_reported_as_their_folders(kind, tmp_path, capsys):
     runs, packed = tmp_path / "runs", tmp_path / "packed"
     for seed in (0, 1):
         for label in ("baseline", "quant-w4a4"):
-            folder = kind[2](runs, label, seed=seed, data_dir=str(tmp_path))
+            folder = kind[2](runs, label, seed=seed)
+            config(data_dir=str(tmp_path))(folder)
     unfinished = kind[2](runs, seed=2)
     (unfinished / "result.json").unlink()
     command(runs, tmp_path / "a")
