@@ -186,6 +186,8 @@ class QuantLayer(nn.Module):
     def normalizes(self, output: Tensor) -> bool:
         """Whether a batch norm that follows is part of what the layer computes: where its sums
         cannot be deferred, because its output is traced or transformed."""
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norm):
+            return False  # whose ranks meet in no graph
         return self.defers and self.computes_in_integers() and not deferrable(output)
 
     def computes_in_integers(self) -> bool:

@@ -32,6 +32,8 @@ from noisyq_fast import (
     summary,
 )
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 X = torch.rand(4, 3, 8, 8)
 PAIRS = {
     "lsq": (LSQ(4), LSQ(4)),

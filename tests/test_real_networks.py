@@ -24,6 +24,8 @@ from noisyq_fast import (
 from noisyq_fast.calibration import METHODS
 from noisyq_fast.running import tensors_in
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 IMAGES = torch.randn(2, 3, 32, 32)
 TOKENS = torch.randint(0, 90, (2, 12))
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

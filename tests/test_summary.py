@@ -21,6 +21,8 @@ from noisyq_fast import (
 )
 from noisyq_fast.quantizers import Quantizer
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 IMAGE = torch.randn(1, 3, 8, 8)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from experiments import tasks
@@ -16,6 +14,7 @@ from experiments.config import TOLD_BY_METHODS, WITHOUT_EFFECT
 from experiments.methods import METHODS
 from experiments.reporting import agreement
 from experiments.reporting.options import require_type
+from experiments.reporting.packed import Folder
 from experiments.reporting.reading import (
     COUNT,
     DIFFERENCE,
@@ -25,6 +24,7 @@ from experiments.reporting.reading import (
     SIZE,
     Fields,
     Number,
+    exists,
     shown,
 )
 
@@ -38,7 +38,7 @@ _OF_METHODS = TOLD_BY_METHODS | {f.name for method in METHODS.values() for f in 
 class FinishedRun:
     """What a run on classification wrote, with types and ranges that are checked."""
 
-    folder: Path
+    folder: Folder
     label: str
     """The methods and their settings."""
     noise: float | None
@@ -100,7 +100,7 @@ class FinishedRun:
     """The options, beside those of methods, in which runs that are compared may differ."""
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Folder) -> Self:
         """A ValueError tells which file is missing or what is wrong in it."""
         config = Fields.of_file(folder / "config.json")
         result = as_written_now(Fields.of_file(folder / "result.json"))
@@ -179,12 +179,14 @@ class FinishedRun:
         return setup | {name: value for name, value in legacy.items() if name not in setup}
 
     @classmethod
-    def _epochs(cls, folder: Path, config: Fields, result: Fields) -> list[dict[str, float | None]]:
+    def _epochs(
+        cls, folder: Folder, config: Fields, result: Fields
+    ) -> list[dict[str, float | None]]:
         path = folder / "metrics.jsonl"
         planned, trained = config.content["epochs"], result.content["epochs_trained"]
         takes = f"1 to {planned}, the epochs in config.json" if planned else "0 as in config.json"
         result.require("epochs_trained", min(planned, 1) <= trained <= planned, takes)
-        if not planned and not os.path.lexists(path):
+        if not planned and not exists(path):
             return []  # an evaluation
         epochs, lines = [], list(Fields.of_lines(path))
         for number, line in enumerate(lines, 1):

@@ -14,7 +14,7 @@ from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments, left_as_it_was
 from noisyq_fast.widths import NormOfWidths
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _MOST_TERMS = LARGEST_SUM // 255**2
 
 
@@ -31,12 +31,12 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
 
     The model's own forward is called as before, so it may depend on its mode, on Python state and
     on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
-    Modules, parameters, hooks and the names of the state dict stay. A `SyncBatchNorm` stays as it
-    is.
+    Modules, parameters, hooks and the names of the state dict stay. A `torch.nn.SyncBatchNorm` adds
+    the sums of all ranks, exactly.
 
     Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
     a convolution computes its batch norm too, with the same bits, and the graph has to use the two
-    as the model does on the example. The mean over pixels is then PyTorch's.
+    as the model does on the example. The mean over pixels and a `SyncBatchNorm` are then PyTorch's.
 
     Args:
         model: with layers of ``quantize_model_(..., arithmetic="integer")``. Changed in place.
