@@ -26,14 +26,14 @@ NOT_WITH = {
 class Slimmable(Method):
     """One network that computes at several widths, each with the first channels of every layer. A
     step adds up the gradients of all widths, from the widest down. Each width has batch norms of
-    its own and, if it is quantized, ranges of activations. What a quantizer learns of weights is
-    shared like these, of channels that of the first ones.
+    its own and, if it is quantized, ranges of activations; what a quantizer learns of weights is
+    shared as the weights are.
 
     The run is judged at width 1; its result has the scores, size and work of every width under
-    "by_width". The channels of ResNet-20's shortcuts are in another order: the first
-    stay first. Weights are those of all methods at the start. Other than in the paper, the
-    optimizer is Adam, which does not see that the sum of losses makes gradients larger. As many
-    forward and backward passes a sample as widths, of which the narrow ones cost less.
+    "by_width". The channels of ResNet-20's shortcuts are in another order: the first stay first.
+    Weights are those of all methods at the start. Other than in the paper, the optimizer is Adam,
+    which does not see that the sum of losses makes gradients larger. As many forward and backward
+    passes a sample as widths, of which the narrow ones cost less.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"slim_widths": WIDTHS}

@@ -32,8 +32,8 @@ def narrowed(model: nn.Module, width: float, example: Tensor) -> nn.Module:
         example: an input batch, on which it is run to see what each layer gets.
 
     Raises:
-        ValueError: a width that the network does not have or whose statistics were not measured, or
-            a network of one width.
+        ValueError: a width that the network does not have, or a network of one width.
+        RuntimeError: a width whose statistics were not measured.
     """
     set_width(model, width)
     model = copy.deepcopy(model)
@@ -46,9 +46,9 @@ def narrowed(model: nn.Module, width: float, example: Tensor) -> nn.Module:
     for parent in list(model.modules()):
         if type(parent) is SlimBasicBlock:
             parent.__class__ = FirstChannelsBlock
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():
             if isinstance(child, SlimNorm) and child.widths.private:
-                setattr(parent, name, child.active)
+                parent._modules[name] = child.active
     return model
 
 
@@ -87,13 +87,9 @@ def _narrow_layer_(layer: SlimConv2d | SlimLinear, inputs: int) -> None:
         del layer.narrower
     layer.weight = _first(layer.weight, count, inputs)
     layer.bias = None if layer.bias is None else _first(layer.bias, count)
-    outputs, inputs_ = (
-        ("out_channels", "in_channels")
-        if isinstance(layer, nn.Conv2d)
-        else ("out_features", "in_features")
-    )
-    setattr(layer, outputs, count)
-    setattr(layer, inputs_, inputs)
+    unit = "channels" if isinstance(layer, nn.Conv2d) else "features"
+    setattr(layer, f"out_{unit}", count)
+    setattr(layer, f"in_{unit}", inputs)
     for name in ("widths", "slims", "place", "active"):
         delattr(layer, name)
     ordinary, quantized = next(both for cls, both in _CLASSES.items() if isinstance(layer, cls))

@@ -149,32 +149,28 @@ class _QuantSlim(QuantLayer):
             return self.compute_integers(x)
         x = self.quantized_input(x)
         weight, bias = self.used(x)
-        return self.compute(x, self.quantized_weight(weight), bias)
+        if self.keeps_channels():
+            weight = self.quantized_weight(self.weight[:, : x.shape[1]])[: self.active]
+        else:
+            weight = self.quantized_weight(weight)
+        return self.compute(x, weight, bias)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         quantizer = self.active_quantizer
         return x if quantizer is None else quantizer(x)
 
-    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
-        if weight is None or not self.keeps_channels():
-            return super().quantized_weight(weight)
-        rows = self.weight[:, : weight.shape[1]]
-        return super().quantized_weight(rows)[: len(weight)]
-
     def coded(self, x: Tensor) -> tuple[Codes, Codes, Tensor | None]:
         weight, bias = self.used(x)
-        return self.active_quantizer.codes(x), self.weight_codes(weight), bias
+        if self.keeps_channels():
+            codes = _first_channels(self.weight_codes(self.weight[:, : x.shape[1]]), self.active)
+        else:
+            codes = self.weight_codes(weight)
+        return self.active_quantizer.codes(x), codes, bias
 
-    def weight_codes(self, weight: Tensor | None = None) -> Codes:
-        if weight is None or not self.keeps_channels():
-            return super().weight_codes(weight)
-        made = super().weight_codes(self.weight[:, : weight.shape[1]])
-        first = {
-            name: part[: len(weight)]
-            for name in ("codes", "scale", "zero_point", "source")
-            if (part := getattr(made, name)) is not None
-        }
-        return replace(made, **first)
+
+def _first_channels(codes: Codes, count: int) -> Codes:
+    parts = {name: getattr(codes, name) for name in ("codes", "scale", "zero_point", "source")}
+    return replace(codes, **{k: x if x is None else x[:count] for k, x in parts.items()})
 
 
 class QuantSlimConv2d(_QuantSlim, QuantConv2d, SlimConv2d):
