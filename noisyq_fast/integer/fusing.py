@@ -32,7 +32,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
     The model's own forward is called as before, so it may depend on its mode, on Python state and
     on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
     Modules, parameters, hooks and the names of the state dict stay. A `torch.nn.SyncBatchNorm` adds
-    the sums of all ranks, exactly.
+    the sums of all ranks, exactly. Batch norms of `split_norms_` are in the chain at every width.
 
     Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
     a convolution computes its batch norm too, with the same bits, and the graph has to use the two
