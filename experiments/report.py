@@ -95,6 +95,10 @@ def write(report: Report, runs: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _write_csv([comparison.by_run(study) for study in found], names, out / "runs.csv")
     _write_csv(summaries, names, out / report.csv)
+    for name, table_of in report.more.items():
+        tables = list(map(table_of, found))
+        if any(len(table) for table in tables):
+            _write_csv(tables, names, out / name)
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)

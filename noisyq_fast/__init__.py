@@ -48,7 +48,7 @@ from noisyq_fast.quantizers import (
 )
 from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
-from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, split_norms_
+from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, single_width, split_norms_
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -114,6 +114,7 @@ __all__ = [
     "reset_ranges_",
     "save_integers",
     "set_bits",
+    "single_width",
     "split_norms_",
     "summary",
     "sync_ranges_",

@@ -321,9 +321,13 @@ def dequantize_model_(model: nn.Module) -> nn.Module:
     unfuse_(model)
     for layer in layers:
         float_class = _float_class(layer)
-        for name in [*layer.quantizers(), *vars(layer)]:
+        # Those of several widths are in a list.
+        own = dict.fromkeys(name.partition(".")[0] for name in layer.quantizers())
+        for name in [*vars(layer)]:
             if name.endswith("_quantizer") or name in ("_float_class", *_OF_LAYERS):
-                delattr(layer, name)
+                own[name] = None
+        for name in own:
+            delattr(layer, name)
         layer.__class__ = _rebased(layer, float_class)
     _allow_nested_tensors(model)
     return model

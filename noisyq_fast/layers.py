@@ -208,6 +208,10 @@ class QuantLayer(nn.Module):
         codes = self.from_channels(made.codes, weight)
         return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=source)
 
+    def coded(self, x: Tensor) -> tuple[Codes, Codes, Tensor | None]:
+        """Its input as codes, and the weight, as codes, and the bias that meet it."""
+        return self.input_quantizer.codes(x), self.weight_codes(), self.bias
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""
         raise NotImplementedError
@@ -338,7 +342,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
     def compute_integers(self, x: Tensor) -> Tensor:
-        return products.linear(self.input_quantizer.codes(x), self.weight_codes(), self.bias)
+        return products.linear(*self.coded(x))
 
 
 class _QuantConv(QuantLayer):
@@ -352,8 +356,8 @@ class _QuantConv(QuantLayer):
             *(list(self.stride), padding, list(self.dilation), False),
             *([0] * len(padding), self.groups),
         )
-        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
-        operands = codes, weight, self.bias, geometry
+        codes, weight, bias = self.coded(x)
+        operands = codes, weight, bias, geometry
         are_plain = deferrable(codes.codes) and deferrable(weight.codes)
         if self.defers and are_plain and x.dtype == torch.float32:
             y = products.deferred_convolution(*operands, self, x)

@@ -1,7 +1,8 @@
 """Networks that compute at many widths: AdaBits (Jin et al. 2019, arXiv 1912.09666) and Quantizable
 DNNs (Du et al. 2020, arXiv 2004.05284)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,7 @@ from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
-from noisyq_fast import PACT, SAT, ManyWidths, set_bits, split_norms_
+from noisyq_fast import PACT, SAT, ManyWidths, set_bits, single_width, split_norms_
 from noisyq_fast.grouped import PER_GROUP
 from noisyq_fast.widths import FLOAT
 
@@ -95,7 +96,8 @@ class AdaBits(ManyWidthsMethod):
     Quantizers are those of pact, with the first and the last layer at 8 bits, where the authors
     take the largest width. The sum makes the gradient as many times larger as there are widths;
     Adam, other than their SGD, takes no notice. The authors start from a trained float network
-    (--weights). As many passes a sample as widths.
+    (--weights). As many passes a sample as widths. The result has the scores and size of every
+    width under "by_width".
     """
 
     NAME: ClassVar[str] = "adabits"
@@ -124,7 +126,8 @@ class Quantizable(ManyWidthsMethod):
     Only the abstract of the paper was at hand and there is no code: that no width has labels, the
     weight of the imitation (1), its temperature (1), the widths and the quantizers (those of pact,
     without the scale of weights) are unverified. Batch norms and clipping levels belong to a
-    width. As many passes a sample as widths.
+    width. As many passes a sample as widths. The result has the scores and size of every width
+    under "by_width".
     """
 
     NAME: ClassVar[str] = "quantizable"
@@ -183,7 +186,7 @@ class AtEveryWidth(Procedure):
         self.losses_of = losses
         self.PASSES = Passes(len(self.widths), len(self.widths))
         super().__init__(parts)
-        for network in self.networks:  # also for what does not ask `predict`
+        for network in self.networks:
             _stay_at(network, tested)
 
     def step(self, batch: Batch) -> StepResult:
@@ -203,15 +206,11 @@ class AtEveryWidth(Procedure):
         self.optimizers[0].step()
         return StepResult(total, seen[self.widths.index(self.tested)])
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        return self._at(self.tested, inputs)
-
-    def _at(self, width: int, inputs: Tensor) -> Tensor:
-        with set_bits(self.networks[0], width):
-            return self.networks[0](inputs)
-
-    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {str(width): partial(self._at, width) for width in self.widths}
+    @contextmanager
+    def at_width(self, width: float) -> Iterator[nn.Module]:
+        network = self.networks[0]
+        with set_bits(network, int(width)):
+            yield single_width(network, int(width))
 
 
 def _stay_at(model: nn.Module, width: int) -> None:

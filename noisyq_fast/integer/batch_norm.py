@@ -227,7 +227,8 @@ class ExactBatchNorm:
         self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
     ) -> tuple[Tensor, Tensor, Norm]:
         """Factor and term of the sums, and the norm that they are made of."""
-        if len(scale) != self.num_features:
+        keeps_numbers = self.weight is not None or self.running_mean is not None
+        if keeps_numbers and len(scale) != self.num_features:
             got = f"got a layer of {len(scale)} channels before it"
             raise ValueError(f"batch norm: {got}, takes {self.num_features}")
         affine = [None if x is None else x.detach() for x in (self.weight, self.bias)]

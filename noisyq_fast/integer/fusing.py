@@ -12,6 +12,7 @@ from noisyq_fast.integer.chain import Record, recording
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments, left_as_it_was
+from noisyq_fast.widths import NormOfWidths
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _MOST_TERMS = LARGEST_SUM // 255**2
@@ -31,7 +32,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
     The model's own forward is called as before, so it may depend on its mode, on Python state and
     on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
     Modules, parameters, hooks and the names of the state dict stay. A `torch.nn.SyncBatchNorm` adds
-    the sums of all ranks, exactly.
+    the sums of all ranks, exactly. Batch norms of `split_norms_` are in the chain at every width.
 
     Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
     a convolution computes its batch norm too, with the same bits, and the graph has to use the two
@@ -83,6 +84,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
             norm.__class__ = exact(type(norm))
         seen = [_seen(model, example, training) for training in (False, True)]
         _pair(layers, norms, seen)
+        _treat_widths_alike(model)
     except BaseException:
         unfuse_(model)
         raise
@@ -137,3 +139,13 @@ def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) 
                 layer.defers, layer.norm, layer.followed_by = False, (), ""
             vars(norm).pop("follows", None)
             norm.__class__ = norm.float_class
+
+
+def _treat_widths_alike(model: nn.Module) -> None:
+    """Makes batch norms of other widths exact where the one that has run on the example is."""
+    for several in model.modules():
+        if isinstance(several, NormOfWidths) and isinstance(several.active, ExactBatchNorm):
+            for norm in several.norms():
+                if not isinstance(norm, ExactBatchNorm):
+                    norm.__class__ = exact(type(norm))
+                    norm.follows = several.active.follows

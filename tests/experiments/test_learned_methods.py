@@ -71,10 +71,15 @@ def test_bad_options(method, message):
 def test_results_tell_every_width():
     ours = trainer("--method quantizable --quantizable-bits 3 --quantizable-most 4", **SMALL)
     list(ours.epochs())
-    result = ours.result()
-    assert list(result["modes"]) == ["32", "4", "3"]
-    assert result["modes"]["4"]["test_accuracy"] == result["test_accuracy"]
-    assert {"train_accuracy_flipped", "test_loss"} <= result["modes"]["3"].keys()
+    lines = ours.finish()
+    result, widths = ours.result(), ours.result()["by_width"]
+    assert [line.partition(":")[0] for line in lines] == ["width 32", "width 4", "width 3"]
+    assert list(widths) == ["32", "4", "3"]
+    assert widths["4"]["test_accuracy"] == result["test_accuracy"]
+    assert {"train_accuracy_flipped", "test_loss"} <= widths["3"].keys()
+    sizes = [of_one["size_in_bits"] for of_one in widths.values()]
+    assert sizes[0] > 7 * sizes[1] > 7 * sizes[2]
+    assert widths["4"]["parameters"] < result["parameters"]  # norms and ranges of one width
     assert (ours.passes.forward, ours.passes.backward) == (3 * 4, 3 * 4)
 
 
