@@ -37,6 +37,8 @@ PAIRS = {
     "lsq": (LSQ(4), LSQ(4)),
     "lsq2": (LSQ(2, axis=0), LSQ(2)),
     "pact": (SAT(4), PACT(4)),
+    "pact centered": (SAT(3, rounding="centered", rescale=False), PACT(3, gradient="pact")),
+    "pact original": (SAT(2, rounding="original"), PACT(2, start=3.0)),
     "aqd": (AQD(4), AQD(4)),
     "qil": (QIL(4), QIL(4)),
     "qil2": (QIL(2), QIL(2)),
@@ -342,15 +344,38 @@ def test_codes_that_are_no_bytes_are_refused():
         DSQ(4).for_weight(layer.weight).codes(layer.weight)
 
 
-def test_compiled_to_one_graph():
-    net = model("lsq")
-    calibrate(net, [X])
-    eager = copy.deepcopy(net)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for f in (eager, compiled):
-        f(X).square().sum().backward()
-    for a, b in zip(eager.parameters(), net.parameters(), strict=True):
+def inner_layer(pair, training):
+    """That has the quantizers of the pair, after a step, and an input."""
+    net = trained(model(pair), steps=1)
+    net.zero_grad()
+    return net[3:5].train(training), net[:3](X).detach()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_compiled_to_one_graph(pair, training):
+    layer, x = inner_layer(pair, training)
+    eager = copy.deepcopy(layer)
+    torch._dynamo.reset()  # it compiles a function a few times and no more
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outputs = [f(x) for f in (eager, compiled)]
+    assert_same(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    for a, b in zip(eager.parameters(), layer.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_exported(pair, training):
+    layer, x = inner_layer(pair, training)
+    expected = copy.deepcopy(layer)(x)
+    exported = torch.export.export(layer, (x,))
+    parameters = [id(p) for q in learned(layer) for p in q.parameters()]
+    names = {name for name, p in layer.named_parameters() if id(p) in parameters}
+    assert names <= exported.state_dict.keys()
+    assert_same(exported.module()(x).detach(), expected.detach())
 
 
 def test_attention_and_grouped_layers_take_them():
