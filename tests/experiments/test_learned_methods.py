@@ -61,6 +61,7 @@ def test_one_quantizer_a_run():
         ("--method adabits --adabits-bits 6", "--adabits-bits: got 6"),
         ("--method adabits --adabits-tested 2", "--adabits-tested: got 2"),
         ("--method lsq --lsq-rate 0", "--lsq-rate: got 0"),
+        ("--method adabits --adabits-start 0", "--adabits-start: got 0"),
     ],
 )
 def test_bad_options(method, message):
@@ -76,6 +77,32 @@ def test_results_tell_every_width():
     assert result["modes"]["4"]["test_accuracy"] == result["test_accuracy"]
     assert {"train_accuracy_flipped", "test_loss"} <= result["modes"]["3"].keys()
     assert (ours.passes.forward, ours.passes.backward) == (3 * 4, 3 * 4)
+
+
+def test_a_network_of_many_widths_rounds_as_it_is_told():
+    for options, rounding, start in (
+        ("quantizable", "original", 3),
+        ("adabits", "modified", 8),
+        ("adabits --adabits-rounding centered --adabits-start 4", "centered", 4),
+    ):
+        ours = trainer(f"--method {options}", **SMALL)
+        layer = ours.model.stage1[0].conv1
+        for weight, clipped in zip(
+            layer.weight_quantizer.each.values(), layer.input_quantizer.each.values(), strict=True
+        ):
+            assert weight is None or weight.rounding == rounding
+            assert clipped is None or clipped.start == start
+
+
+@pytest.mark.parametrize("name", ["adabits", "quantizable"])
+def test_runs_from_before_the_rounding_of_widths_keep_their_names(name):
+    options = f"--method {name} --{name}-rounding modified --{name}-start 8"
+    config = run.parse(options.split()).resolved(gpu=False, threads=1)
+    assert config.label == {"adabits": "adabits5-3", "quantizable": "quantizable4-2"}[name]
+    assert not {f"{name}_rounding", f"{name}_start"} & set(config.identity())
+    other = run.parse([*options.split()[:-1], "3"]).resolved(gpu=False, threads=1)
+    assert other.label == config.label + "-start3"
+    assert other.identity() != config.identity()
 
 
 def test_progressive_widths():
