@@ -40,6 +40,7 @@ PAIRS = {
     "pact centered": (SAT(3, rounding="centered", rescale=False), PACT(3, gradient="pact")),
     "pact original": (SAT(2, rounding="original"), PACT(2, start=3.0)),
     "aqd": (AQD(4), AQD(4)),
+    "aqd standardized": (AQD(3, standardize=True), AQD(3)),
     "qil": (QIL(4), QIL(4)),
     "qil2": (QIL(2), QIL(2)),
     "dsq": (DSQ(4), DSQ(4)),
@@ -175,6 +176,25 @@ def test_the_deviation_of_sat_comes_from_exact_sums():
     again = quantizer(weight.to(memory_format=torch.channels_last))
     assert_same(again, quantizer(weight))
     assert_same(quantizer.eval()(weight), quantizer(weight))  # the scale stays
+
+
+def test_standardized_weights():
+    weight = (3 + 2 * torch.randn(6, 4, 3, 3)).requires_grad_()
+    quantizer, plain = (AQD(4, standardize=s).for_weight(weight) for s in (True, False))
+    deviation = weight.detach().double().std() + 1e-5
+    standardized = ((weight.detach() - weight.detach().double().mean()) / deviation).float()
+    y = quantizer(weight)
+    torch.testing.assert_close(y, plain(standardized.requires_grad_()))
+    for values in (weight, standardized):
+        made = quantizer if values is weight else plain
+        made(values).backward(torch.ones_like(y))
+    torch.testing.assert_close(weight.grad, (standardized.grad / deviation).float())
+    torch.testing.assert_close(quantizer.clip.grad, plain.clip.grad)
+    layout = torch.channels_last
+    assert_same(quantizer.codes(weight).codes * quantizer.code_scale()[:, None, None, None], y)
+    assert quantizer(weight.to(memory_format=layout)).is_contiguous(memory_format=layout)
+    assert not model("aqd standardized")[0].weight_quantizer.standardize
+    assert "standardize=True" in repr(model("aqd standardized")[3].weight_quantizer)
 
 
 # What they learn.

@@ -52,8 +52,8 @@ def test_machine_code(architecture, tmp_path):
         divides = kernel["name"] not in WITHOUT_DIVISION and "learned_backward: pact" not in variant
         assert ("div.rn.f32" in ptx) == divides, variant
         if kernel["wide"]:
-            # The 65,536 registers of a multiprocessor hold 24 warps at least; 16 of rules with exp.
-            assert kernel["registers"] <= (128 if kernel["name"] in LEARNED else 80), variant
+            # The 65,536 registers of a multiprocessor hold 24 warps at least; 12 of rules with exp.
+            assert kernel["registers"] <= (168 if kernel["name"] in LEARNED else 80), variant
             if kernel["maps"] or kernel["name"] != "quantize_reduced":  # that reads partial results
                 assert ptx.count("ld.global.v4.b32") >= kernel["tensors"], variant
             assert ("st.global.v4.b32" in ptx) == kernel["maps"], variant
