@@ -69,7 +69,7 @@ class LearnedSteps(LearnedQuant):
     The first and the last layer keep 8 bits. Steps begin at 2 mean|x| / sqrt(largest code), of the
     weights and of the first batch. Other than in the paper, the optimizer is Adam, which takes no
     notice of the factor of a step's gradient: a rate of its own stands for it. The paper starts
-    from a trained float network (--weights).
+    from a trained float network (--weights), and has 8 bits at both ends (both unverified).
     """
 
     NAME: ClassVar[str] = "lsq"
@@ -166,7 +166,8 @@ class LearnedIntervals(LearnedQuant):
     """QIL (Jung et al. 2018, arXiv 1808.05779): learns the interval outside of which weights and
     inputs are pruned or clipped and, of 2-bit weights, how values are spread inside.
 
-    The first and the last layer are those of quant, 8 bits; in the paper they are float.
+    The first and the last layer are those of quant, 8 bits; in the paper they are float
+    (unverified).
     Progressive training goes from float over 5 bits down to those asked for, with equal shares of
     --epochs.
     """

@@ -19,7 +19,7 @@ class AQD(LearnedQuantizer):
     are not 0. An input with values below 0 is rounded like weights.
 
     The levels a begin at the largest ``|x|``; the authors' code takes its running mean over the
-    first steps.
+    first steps. Zeros that a convolution pads with come after the quantizer and stay 0.
 
     Args:
         bits: width of the codes, 2..8.
