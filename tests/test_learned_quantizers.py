@@ -37,7 +37,10 @@ PAIRS = {
     "lsq": (LSQ(4), LSQ(4)),
     "lsq2": (LSQ(2, axis=0), LSQ(2)),
     "pact": (SAT(4), PACT(4)),
-    "pact centered": (SAT(3, rounding="centered", rescale=False), PACT(3, gradient="pact")),
+    "pact centered": (
+        SAT(3, rounding="centered", rescale=False),
+        PACT(3, start=0.5, gradient="pact"),
+    ),
     "pact original": (SAT(2, rounding="original"), PACT(2, start=3.0)),
     "aqd": (AQD(4), AQD(4)),
     "aqd standardized": (AQD(3, standardize=True), AQD(3)),
