@@ -33,10 +33,13 @@ class SAT(Quantizer):
         bits: width of the codes, 2..8.
         rounding: ``"modified"``, the default of the authors' code:
             ``2 min(floor(2^b u), 2^b - 1) / 2^b - 1`` with ``u = (t + 1) / 2``: has a 0, and is
-            biased towards -1; ``"centered"``: half a step more, unbiased, without a 0;
+            biased towards -1, with normal weights by 0.1 at 4 bits and by 0.3 at 2;
+            ``"centered"``, which the authors recommend by now: half a step more, unbiased, without
+            a 0;
             ``"original"``: ``2 rint((2^b - 1) u) / (2^b - 1) - 1``, that of DoReFa-Net. With the
             first two the codes of b bits are the first b bits of those of b + 1.
-        rescale: whether to multiply by the scale.
+        rescale: whether to multiply by the scale; the authors do so in the last layer and, on small
+            images, in convolutions too.
 
     Example:
         >>> import torch, noisyq_fast
