@@ -364,7 +364,11 @@ class _QuantConv(QuantLayer):
         return y.squeeze(0) if unbatched else y
 
     def why_float(self) -> str | None:
-        if self.input_quantizer and self.input_quantizer.grid_kind == ODD and self._pads_before():
+        if (
+            self.input_quantizer
+            and self.input_quantizer.grid_of_codes == ODD
+            and self._pads_before()
+        ):
             return "the zeros around its input have no code on the odd grid"
         return super().why_float()
 
