@@ -13,6 +13,7 @@ from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import fuse_
+from noisyq_fast.integer.only import IntegerOnly
 from noisyq_fast.integer_files import load_integers, save_integers
 from noisyq_fast.layers import (
     QuantConv1d,
@@ -72,6 +73,7 @@ __all__ = [
     "Fixed",
     "Grid",
     "GroupedLinear",
+    "IntegerOnly",
     "LayerSummary",
     "LearnedQuantizer",
     "ManyWidths",
