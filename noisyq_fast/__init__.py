@@ -48,7 +48,7 @@ from noisyq_fast.quantizers import (
     MovingAbsMax,
     Quantizer,
 )
-from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
+from noisyq_fast.ranges import disabled, freeze_ranges_, freeze_weights_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
 from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, split_norms_
 
@@ -107,6 +107,7 @@ __all__ = [
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
+    "freeze_weights_",
     "fuse_",
     "info",
     "load_integers",

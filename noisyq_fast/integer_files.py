@@ -23,6 +23,7 @@ from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.fusing import fuse_as_, how_fused
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import LearnedQuantizer, Quantizer
+from noisyq_fast.ranges import freeze_weights_
 from noisyq_fast.stored_quantizers import describe, make, restore, store, stored_values
 
 FORMAT = "noisyq_fast integers"
@@ -232,8 +233,8 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Returns:
         a quantized copy in evaluation mode, which computes what the saved one does in evaluation,
-        to the bit. Its weights are the quantized values; they can be trained on, with the scales
-        that they have.
+        to the bit. Its weights are the quantized values, frozen (`freeze_weights_`) until
+        ``model.train()``; they can be trained on, with the scales that they have.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -269,7 +270,7 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{path}: does not fit the model, or is damaged ({what:.500}); build the model as it "
             "was before quantize_model_ when the file was saved, or save the file again"
         ) from error
-    return model.eval()
+    return freeze_weights_(model.eval())
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
