@@ -116,11 +116,12 @@ def fit_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def fit_scale(x: Tensor, scale: Tensor, code_min: int, code_max: int) -> tuple[Tensor, Tensor]:
     """Codes of the last axis and its scale, each in turns the best for the other."""
+    codes, products = torch.empty_like(x), torch.empty_like(x)  # memory for all turns
     for _ in range(1000):
         before = scale
-        codes = (x / scale.unsqueeze(-1)).round().clamp(code_min, code_max)
-        squared = codes.square().sum(-1)
-        scale = torch.where(squared > 0, (x * codes).sum(-1) / squared, scale)
+        torch.div(x, scale.unsqueeze(-1), out=codes).round_().clamp_(code_min, code_max)
+        squared = torch.square(codes, out=products).sum(-1)
+        scale = torch.where(squared > 0, torch.mul(x, codes, out=products).sum(-1) / squared, scale)
         if not bool(((scale - before).abs() >= _SETTLED).any()):
             break
     return codes, scale
