@@ -7,6 +7,7 @@ from torch import Tensor
 
 from noisyq_fast import checks, rules
 from noisyq_fast.backends.reference_learned import sum_of_groups
+from noisyq_fast.grid import ODD, UNSIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.quantizer import Quantizer
@@ -86,6 +87,15 @@ class AQD(LearnedQuantizer):
 
     def within(self, low: Tensor, high: Tensor) -> tuple[Tensor]:
         return (high,)
+
+    @property
+    def grid_of_codes(self) -> str:
+        return ODD if self.is_signed else UNSIGNED
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """What the codes of a weight are multiplied by."""
+        self.prepare(weight)
+        return self.code_scale()
 
     def code_scale(self) -> Tensor:
         clip = self.clip.detach().float()

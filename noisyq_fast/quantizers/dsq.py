@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import rules
-from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer
+from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer, quotient
 
 # At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.
 _ALPHA_ENDS = 1e-3, 0.5
@@ -68,6 +68,11 @@ class DSQ(LearnedQuantizer):
         """l < u, and alpha between 0.001 and 0.5."""
         self.high.data.copy_(torch.maximum(self.high, self.low + LEAST))
         self.alpha.data.clamp_(*_ALPHA_ENDS)
+
+    def code_step(self) -> Tensor:
+        """From one value to the next."""
+        width = (self.high - self.low).detach().float()
+        return quotient(width, float(self.code_ends[1])).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _allocate(self, shape: list[int]) -> None:
         super()._allocate(shape)
