@@ -1,0 +1,282 @@
+"""Writing quantized networks as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from noisyq_fast.exporting import comparison, operators
+from noisyq_fast.exporting.prepare import FORMS, QDQ, Prepared, copied
+from noisyq_fast.layers import QuantLayer
+from noisyq_fast.running import arguments
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_onnx` wrote. Print it to read it.
+
+    Attributes:
+        path: of the file.
+        form: ``"qdq"`` or ``"integer"``.
+        size: of the file in bytes.
+        weights: by name, the bits that each code of a weight has in the file.
+        integers: names of layers whose products are in integers.
+        floats: by names of layers, what of them is in float, and why.
+        codes: how many codes of inputs of layers the example has.
+        differing: the share of these that onnxruntime makes otherwise than the model, end to end.
+        difference: the largest of an output. These three are ``None`` without onnxruntime.
+    """
+
+    path: Path
+    form: str
+    size: int
+    weights: dict[str, int]
+    integers: list[str]
+    floats: dict[str, str]
+    codes: int | None
+    differing: float | None
+    difference: float | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.form}, {self.size:,} bytes, opset {operators.OPSET}",
+            f"weights as integers: {len(self.weights)}",
+        ]
+        if self.form != QDQ:
+            lines.append(f"products of integers: {len(self.integers)}")
+        lines += [f"float, {name or 'the model'}: {why}" for name, why in self.floats.items()]
+        if self.codes is None:
+            lines.append("not compared: onnxruntime is not installed")
+        else:
+            lines.append(
+                f"onnxruntime, end to end: {self.differing:.2%} of {self.codes:,} codes differ, "
+                f"outputs by up to {self.difference:.3g}"
+            )
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    form: str = QDQ,
+    *,
+    dynamic_shapes: Any = None,
+) -> Export:
+    """"""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    if form not in FORMS:
+        raise ValueError(f"form: got {form!r}, takes {' or '.join(map(repr, FORMS))}")
+    if not any(isinstance(m, QuantLayer) for m in model.modules()):
+        raise ValueError(
+            f"model: got {type(model).__name__} without quantized layers, takes what "
+            "quantize_model_ returns; torch.onnx.export writes float networks"
+        )
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"export_onnx needs {package}: pip install 'noisyq_fast[onnx]'")
+    args, kwargs = arguments(example)
+    args, kwargs = pytree.tree_map(_on_cpu, (args, kwargs))
+    prepared = Prepared(copied(model), args, kwargs, form)
+    program = _translated(_traced(prepared, args, kwargs, dynamic_shapes), prepared.model)
+    _name_and_pack(program.model, prepared)
+    with_codes = _serialized(program.model)
+    inputs = [value.name for value in program.model.graph.inputs]
+    _leave_codes_out(program.model, len(prepared.seen))
+    blob = _serialized(program.model)
+    _write(Path(path), blob)
+    found = comparison.compare(prepared, blob, with_codes, inputs, (args, kwargs))
+    weights = {name: weight.bits for name, weight in prepared.weights.items()}
+    return Export(
+        Path(path), form, len(blob), weights, prepared.integers, prepared.floats, *found
+    )
+
+
+def _on_cpu(x: Any) -> Any:
+    return x.detach().cpu() if isinstance(x, Tensor) else x
+
+
+def _traced(
+    prepared: Prepared, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    """The graph, whose last outputs are the codes of inputs."""
+    model, running = prepared.model, [""]
+    if dynamic_shapes is None:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        dynamic_shapes = pytree.tree_map(_dynamic_batch, dict(bound))
+        args, kwargs = pytree.tree_map(_with_two_samples, (args, kwargs))
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, __, name=name: running.append(name))
+        module.register_forward_hook(lambda _, __, ___: _end(running))
+
+    def with_codes(_: nn.Module, __: tuple, outputs: Any) -> Any:
+        return outputs, [codes for _, codes, _ in prepared.seen]
+
+    model.register_forward_pre_hook(lambda _, __: prepared.seen.clear())
+    model.register_forward_hook(with_codes)
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        where = _where(model, running[-1])
+        raise ValueError(f"{where} torch.export fails: {_short(error)}") from error
+
+
+def _dynamic_batch(x: Any) -> Any:
+    is_batch = isinstance(x, Tensor) and x.dim() > 0
+    return {0: torch.export.Dim.DYNAMIC} if is_batch else None
+
+
+def _with_two_samples(x: Any) -> Any:
+    """A batch of one would stay a batch of one."""
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.shape[:1] == (1,) else x
+
+
+def _end(running: list[str]) -> None:
+    running.pop()
+
+
+def _where(model: nn.Module, name: str) -> str:
+    return f"layer {name!r} ({type(model.get_submodule(name)).__name__}):" if name else "model:"
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip():.400}"
+
+
+def _translated(
+    program: torch.export.ExportedProgram, model: nn.Module
+) -> torch.onnx.ONNXProgram:
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                program,
+                opset_version=operators.OPSET,
+                custom_translation_table=operators.translations(),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        causes = [error]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        text = "\n".join(map(str, causes))
+        found = re.search(r"translating node %(\w+)", text)
+        nodes = {node.name: node for node in program.graph.nodes}
+        node = nodes.get(found.group(1)) if found else None
+        modules = node.meta.get("nn_module_stack", {}) if node is not None else {}
+        name = [*modules.values()][-1][0] if modules else ""
+        raise ValueError(f"{_where(model, name)} {_short(causes[-1])}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch says about packages that it could use and about its own parts."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# The model in ONNX.
+
+
+def _name_and_pack(model: Any, prepared: Prepared) -> None:
+    """Gives initializers the names of weights, and those of 4 bits a type of 4 bits; then merges
+    and folds constants, but for codes."""
+    from onnxscript.optimizer import optimize_ir
+
+    names = {
+        id(buffer): (f"{name}.{part}", weight.bits)
+        for name, weight in prepared.weights.items()
+        for part, buffer in weight.named_buffers()
+    }
+    initializers = model.graph.initializers
+    codes = set()
+    for own, buffer in prepared.model.named_buffers(remove_duplicate=False):
+        if id(buffer) not in names or own not in initializers:
+            continue
+        name, bits = names[id(buffer)]
+        value = initializers.pop(own)
+        value.name = name
+        initializers[name] = value
+        if name.endswith((".codes", ".zero_point")):
+            codes |= {name, name + _BYTES}
+            if bits == 4:
+                _pack(model.graph, value)
+
+    def should_fold(node: Any) -> bool | None:
+        return False if any(x is not None and x.name in codes for x in node.inputs) else None
+
+    optimize_ir(model, should_fold=should_fold)
+    for node in model.graph.all_nodes():  # lines of the code that was traced
+        node.metadata_props.clear()
+
+
+_BYTES = ".bytes"
+
+
+def _pack(graph: Any, value: Any) -> None:
+    """Makes an initializer one of 4 bits, and bytes of it for products, which take no others."""
+    import onnx_ir as ir
+
+    byte = value.dtype
+    four = ir.DataType.INT4 if byte == ir.DataType.INT8 else ir.DataType.UINT4
+    products = [use for use in value.uses() if use.node.op_type != "DequantizeLinear"]
+    if products and value.name.endswith(".zero_point"):
+        return
+    array = value.const_value.numpy().astype(four.numpy())
+    value.const_value, value.dtype = ir.Tensor(array, dtype=four, name=value.name), four
+    if products:
+        cast = ir.node("Cast", [value], {"to": byte.value})
+        made = cast.outputs[0]
+        made.name, made.dtype, made.shape = value.name + _BYTES, byte, value.shape
+        graph.insert_before(graph[0], cast)
+        for use in products:
+            use.node.replace_input_with(use.idx, made)
+
+
+def _leave_codes_out(model: Any, count: int) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    if count:
+        del model.graph.outputs[-count:]
+    RemoveUnusedNodesPass()(model)
+
+
+def _serialized(model: Any) -> bytes:
+    import onnx_ir as ir
+
+    return ir.to_proto(model).SerializeToString()
+
+
+def _write(path: Path, blob: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(blob)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
