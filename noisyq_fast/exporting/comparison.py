@@ -16,9 +16,9 @@ from noisyq_fast.running import tensors_in
 
 def compare(
     prepared: Prepared, model: bytes, with_codes: bytes, inputs: list[str], example: Any
-) -> tuple[int | None, float | None, float | None]:
-    """How many codes of inputs there are, the share that differs, and the largest difference of an
-    output; each None without onnxruntime.
+) -> tuple[int | None, int | None, float | None]:
+    """How many codes of inputs there are, how many differ, and the largest difference of an output;
+    each None without onnxruntime.
 
     Args:
         model, with_codes: the same, without and with the codes as outputs.
@@ -46,7 +46,7 @@ def compare(
         ),
         default=0.0,
     )
-    return count, differing / max(count, 1), largest
+    return count, differing, largest
 
 
 def run(model: bytes, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

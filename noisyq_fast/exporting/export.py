@@ -35,9 +35,10 @@ class Export:
         weights: by name, the bits that each code of a weight has in the file.
         integers: names of layers whose products are in integers.
         floats: by names of layers, what of them is in float, and why.
-        codes: how many codes of inputs of layers the example has.
-        differing: the share of these that onnxruntime makes otherwise than the model, end to end.
-        difference: the largest of an output. These three are ``None`` without onnxruntime.
+        codes: how many codes of inputs of layers the model makes on the example.
+        differing: how many of these are others in onnxruntime, end to end.
+        difference: the largest difference of an output. These three are ``None`` without
+            onnxruntime.
     """
 
     path: Path
@@ -47,7 +48,7 @@ class Export:
     integers: list[str]
     floats: dict[str, str]
     codes: int | None
-    differing: float | None
+    differing: int | None
     difference: float | None
 
     def __str__(self) -> str:
@@ -62,8 +63,9 @@ class Export:
             lines.append("not compared: onnxruntime is not installed")
         else:
             lines.append(
-                f"onnxruntime, end to end: {self.differing:.2%} of {self.codes:,} codes differ, "
-                f"outputs by up to {self.difference:.3g}"
+                f"onnxruntime, end to end: {self.differing:,} of {self.codes:,} codes differ "
+                f"({self.differing / max(self.codes, 1):.2g}), outputs by up to "
+                f"{self.difference:.2g}"
             )
         return "\n".join(lines)
 
@@ -76,7 +78,55 @@ def export_onnx(
     *,
     dynamic_shapes: Any = None,
 ) -> Export:
-    """"""
+    """Writes a quantized network as an ONNX file, whose quantizers give the same codes.
+
+    Weights are codes with their scales: of up to 4 bits as int4 or uint4, else as int8 or uint8.
+    The batch may have another size than that of the example.
+
+    *qdq*: ``QuantizeLinear`` and ``DequantizeLinear`` around float products, which are those of
+    whatever runs the file. Widths without a type have a ``Clip`` before ``QuantizeLinear``. The
+    odd grid, ranges for each token or channel of the input itself, and inputs of `QIL` and `DSQ`
+    have no ``QuantizeLinear``; they are written as ``Div``, ``Round``, ``Clip`` and ``Mul``. For
+    the same input all give the codes of ours, but a NaN in the input has no meaning, and -0 is 0.
+
+    *integer*: layers that can multiply codes (`QuantLayer.why_float`) are ``ConvInteger`` and
+    ``MatMulInteger``, whatever their ``arithmetic``; then the sum is multiplied by the scale and
+    the bias is added, as `noisyq_fast.integer.products` does, to the bit. With
+    ``arithmetic="integer"`` and `fuse_` what is between two convolutions is the same to the bit
+    too; other layers (softmax, layer norm, batch norm without `fuse_`) are float. Codes that
+    are signed are 128 more there, and uint8.
+
+    Args:
+        model: as from `quantize_model_` and trained or calibrated, or from a post-training method,
+            also after `fuse_`. It stays as it is. It is written as it computes in evaluation.
+        example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
+            arguments), with the samples along the first axis of each tensor.
+        path: of the file, which is replaced if there is one.
+        form: ``"qdq"`` or ``"integer"``.
+        dynamic_shapes: as for ``torch.export.export``, where other sizes than that of the batch
+            are to be free, such as the length of a text.
+
+    Returns:
+        what was written, and how it differs from the model on the example where onnxruntime is
+        installed.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a model without quantized layers, with a quantizer that has no range yet, or
+            with a layer that cannot be traced or has no form in ONNX. The message names the layer.
+        ImportError: onnx or onnxscript is not installed.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import noisyq_fast, os, tempfile, torch
+        >>> from torch import nn
+        >>> model = noisyq_fast.quantize_model_(nn.Sequential(nn.Linear(64, 64)), first_last_bits=4)
+        >>> _ = noisyq_fast.calibrate(model, [torch.randn(8, 64)])
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.onnx")
+        >>> made = noisyq_fast.export_onnx(model, torch.randn(2, 64), path)
+        >>> made.weights, made.differing
+        ({'0.weight': 4}, 0)
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
     if form not in FORMS:
@@ -101,9 +151,7 @@ def export_onnx(
     _write(Path(path), blob)
     found = comparison.compare(prepared, blob, with_codes, inputs, (args, kwargs))
     weights = {name: weight.bits for name, weight in prepared.weights.items()}
-    return Export(
-        Path(path), form, len(blob), weights, prepared.integers, prepared.floats, *found
-    )
+    return Export(Path(path), form, len(blob), weights, prepared.integers, prepared.floats, *found)
 
 
 def _on_cpu(x: Any) -> Any:
@@ -158,9 +206,7 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip():.400}"
 
 
-def _translated(
-    program: torch.export.ExportedProgram, model: nn.Module
-) -> torch.onnx.ONNXProgram:
+def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torch.onnx.ONNXProgram:
     try:
         with _quiet():
             return torch.onnx.export(
@@ -207,7 +253,8 @@ def _quiet() -> Iterator[None]:
 def _name_and_pack(model: Any, prepared: Prepared) -> None:
     """Gives initializers the names of weights, and those of 4 bits a type of 4 bits; then merges
     and folds constants, but for codes."""
-    from onnxscript.optimizer import optimize_ir
+    import onnx_ir.passes.common as common
+    from onnxscript.optimizer import fold_constants
 
     names = {
         id(buffer): (f"{name}.{part}", weight.bits)
@@ -231,7 +278,20 @@ def _name_and_pack(model: Any, prepared: Prepared) -> None:
     def should_fold(node: Any) -> bool | None:
         return False if any(x is not None and x.name in codes for x in node.inputs) else None
 
-    optimize_ir(model, should_fold=should_fold)
+    # Not by rules that rewrite arithmetic, which would change bits.
+    common.InlinePass()(model)
+    fold_constants(model, should_fold=should_fold)
+    for tidy in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        tidy(model)
     for node in model.graph.all_nodes():  # lines of the code that was traced
         node.metadata_props.clear()
 

@@ -62,7 +62,7 @@ def translations() -> dict[Any, Callable]:
     }
 
 
-def _convolve_codes(codes, zero_point, weight, weight_zero_point, *geometry):  # noqa: ANN
+def _convolve_codes(codes, zero_point, weight, weight_zero_point, *geometry):
     op = _opset()
     stride, padding, dilation, _, _, groups = geometry
     how = {
@@ -81,7 +81,7 @@ def _convolve_codes(codes, zero_point, weight, weight_zero_point, *geometry):  #
     return _float(op.Sub(sums, op.Mul(plain, offset)))
 
 
-def _integer_convolution(x, _, bias, *operands):  # noqa: ANN
+def _integer_convolution(x, _, bias, *operands):
     op = _opset()
     codes, scale, zero_point, _, weight, weight_scale, weight_zero_point, _, *geometry = operands
     sums = _convolve_codes(codes, zero_point, weight, weight_zero_point, *geometry)
@@ -92,7 +92,7 @@ def _integer_convolution(x, _, bias, *operands):  # noqa: ANN
     return _like(y, x)
 
 
-def _integer_linear(x, _, bias, *operands):  # noqa: ANN
+def _integer_linear(x, _, bias, *operands):
     op = _opset()
     codes, scale, zero_point, _, weight, weight_scale, weight_zero_point, _ = operands
     last = [*range(weight.shape.rank())]

@@ -162,9 +162,7 @@ class Prepared:
             if layer.norm:
                 layer.norm = (_norm(layer, weights[0]),)
 
-    def _why_no_product(
-        self, layer: QuantLayer, inputs: dict[str, nn.Module | None]
-    ) -> str | None:
+    def _why_no_product(self, layer: QuantLayer, inputs: dict[str, nn.Module | None]) -> str | None:
         """Why a layer does not multiply codes; None where it does, "" where none does."""
         if self.form == QDQ:
             return ""
@@ -176,7 +174,9 @@ class Prepared:
             return f"codes of a {type(layer.input_quantizer).__name__} are not known here"
         of_input, of_weight = (
             max(-low, high)
-            for low, high in map(stand_ins.code_ends, (layer.input_quantizer, layer.weight_quantizer))
+            for low, high in map(
+                stand_ins.code_ends, (layer.input_quantizer, layer.weight_quantizer)
+            )
         )
         terms = layer.by_channel(layer.weights()[0])[0].numel()
         if terms * of_input * of_weight > _LARGEST_SUM:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast.backends import reference_learned
 from noisyq_fast.backends.reference import FLT_MIN, Levels
 from noisyq_fast.backends.reference_integer import along_channels
+from noisyq_fast.backends.reference_learned import codes_and_values
 from noisyq_fast.exporting.operators import dequantize_linear, quantize_linear
 from noisyq_fast.granularity import TOKEN, by_group
 from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid
@@ -122,40 +122,43 @@ class _GridInput(nn.Module):
         self.saturates = (least, most) == (info.min, info.max)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels, wide = self.levels(x.float()), x.float()
-        codes, zero_point = self._quantized(wide, levels)
+        levels = self.levels(x.float())
         if self._is_elementwise():
-            values = self._steps(wide, levels) * self._shaped(levels.scale, x)
-        else:
-            values = dequantize_linear(codes, levels.scale, zero_point, self._axis())
+            steps = self._steps(x.float(), levels)
+            self.see(self._codes_of(steps, levels, x), self.offset)
+            return (steps * self._shaped(levels.scale, x)).to(x.dtype)
+        codes = self._codes(x.float(), levels)
+        values = dequantize_linear(codes, levels.scale, self._zero_point(levels), self.axis)
         return values.to(x.dtype)
 
     def codes(self, x: Tensor) -> Codes:
         levels = self.levels(x.float())
-        codes, zero_point = self._quantized(x.float(), levels)
+        if self._is_elementwise():
+            codes = self._codes_of(self._steps(x.float(), levels), levels, x)
+            self.see(codes, self.offset)
+        else:
+            codes = self._codes(x.float(), levels)
+        zero_point = codes.new_full([], self.offset)
+        if self.grid.is_affine:
+            zero_point = self.flat(self._zero_point(levels))
         largest = max(-self.grid.code_min, self.grid.code_max)
-        if not self.grid.is_affine:
-            zero_point = codes.new_full([], self.offset)
-        return Codes(codes, self.flat(levels.scale), self.flat(zero_point), largest, x)
+        return Codes(codes, self.flat(levels.scale), zero_point, largest, x)
 
     def levels(self, x: Tensor) -> Levels:
         return Levels(self.scale, self.zero, self.grid)
 
-    def _quantized(self, x: Tensor, levels: Levels) -> tuple[Tensor, Tensor | None]:
-        zero_point = self._zero_point(levels)
-        if self._is_elementwise():
-            codes = self._steps(x, levels) + self._shaped(levels.zero, x) + float(self.offset)
-            codes = codes.to(self.dtype)
-        else:
-            codes = quantize_linear(
-                self._clipped(x, levels), levels.scale, zero_point, self._axis()
-            )
+    def _codes(self, x: Tensor, levels: Levels) -> Tensor:
+        clipped, zero_point = self._clipped(x, levels), self._zero_point(levels)
+        codes = quantize_linear(clipped, levels.scale, zero_point, self.axis)
         self.see(codes, self.offset)
-        return codes, zero_point
+        return codes
+
+    def _codes_of(self, steps: Tensor, levels: Levels, x: Tensor) -> Tensor:
+        codes = steps + self._shaped(levels.zero, x) if self.grid.is_affine else steps
+        return (codes + float(self.offset)).to(self.dtype)
 
     def _steps(self, x: Tensor, levels: Levels) -> Tensor:
-        axis = self._axis()
-        return levels.clamped(x, None if axis is None else axis % x.dim())
+        return levels.clamped(x, None if self.axis is None else self.axis % x.dim())
 
     def _clipped(self, x: Tensor, levels: Levels) -> Tensor:
         """Within the ends of the grid, where those of the dtype are others: the ends have the first
@@ -173,9 +176,6 @@ class _GridInput(nn.Module):
     def _is_elementwise(self) -> bool:
         """Whether there is no QuantizeLinear with these codes."""
         return self.grid.kind == ODD
-
-    def _axis(self) -> int | None:
-        return self.axis
 
     def _zero_point(self, levels: Levels) -> Tensor | None:
         if self.dtype == torch.int8 or self.zero_point is not None:
@@ -200,10 +200,13 @@ class _DynamicInput(_GridInput):
         self._set_grid(grid, unsigned)
 
     def levels(self, x: Tensor) -> Levels:
-        last = x.dim() - 1
-        kept = {None: [], TOKEN: [*range(last)]}.get(self.axis, [self.axis % x.dim()])
-        axes = [d for d in range(x.dim()) if d not in kept]
-        keeps = bool(kept)
+        if self.axis is None:
+            axes = [*range(x.dim())]
+        elif self.axis == TOKEN:
+            axes = [x.dim() - 1]
+        else:
+            axes = [d for d in range(x.dim()) if d != self.axis % x.dim()]
+        keeps = self.axis is not None
         if not self.grid.is_unsigned:
             return Levels.of_range(x.abs().amax(axes, keepdim=keeps), self.grid)
         high = x.amax(axes, keepdim=keeps).clamp(min=0)
@@ -216,8 +219,8 @@ class _DynamicInput(_GridInput):
     def _is_elementwise(self) -> bool:
         return self.axis is not None or super()._is_elementwise()
 
-    def _axis(self) -> None:
-        return None  # values of groups keep their axes
+    def _steps(self, x: Tensor, levels: Levels) -> Tensor:
+        return levels.clamped(x, None)  # scales have the axes of x
 
     def _shaped(self, of_axis: Tensor, x: Tensor) -> Tensor:
         return of_axis
@@ -241,17 +244,15 @@ class _RuleInput(nn.Module):
             self.register_buffer("scale", quantizer.code_scale().detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        self._codes(x)
-        return reference_learned.fake_quantize_learned(x, self.parameters_, self.rule, None)
+        code, value = codes_and_values(x, self.parameters_, self.rule, None)
+        self.see(code.to(torch.int16), 0)
+        return value.to(x.dtype)
 
     def codes(self, x: Tensor) -> Codes:
-        zero_point = torch.zeros_like(self.scale, dtype=torch.uint8)
-        return Codes(self._codes(x).to(torch.uint8), self.scale, zero_point, self.rule.high, x)
-
-    def _codes(self, x: Tensor) -> Tensor:
-        codes = reference_learned.quantize_learned(x, self.parameters_, self.rule, None)
+        codes = codes_and_values(x, self.parameters_, self.rule, None)[0].to(torch.uint8)
         self.see(codes, 0)
-        return codes
+        zero_point = torch.zeros_like(self.scale, dtype=torch.uint8)
+        return Codes(codes, self.scale, zero_point, self.rule.high, x)
 
 
 # Weights.
