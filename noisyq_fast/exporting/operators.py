@@ -111,7 +111,9 @@ def _integer_linear(x, _, bias, *operands):
     if scale.shape.rank() and missing:
         axes = [-1 - i for i in range(missing)]
         scale = op.Unsqueeze(scale, op.Constant(value_ints=axes))
-    y = op.Mul(_float(sums), op.Mul(scale, weight_scale))
+    # Scales are positive. onnxruntime 1.32 would make one node of the products, with wrong values
+    # where each token has a scale.
+    y = op.Mul(_float(sums), op.Abs(op.Mul(scale, weight_scale)))
     if bias is not None:
         bias = _float(bias)
         if weight.shape.rank() > 2:

@@ -75,18 +75,17 @@ class Prepared:
             if name not in self.layers and weight is not None and weight.dim() > 1:
                 self.floats[name] = why_not_quantized(module) or "it was not converted"
 
-    def _inputs(self, name: str, layer: QuantLayer) -> dict[str, nn.Module | None]:
-        """The stand-ins of its quantizers. Those of other packages stay, and are traced."""
-        found: dict[str, nn.Module | None] = {}
+    def _inputs(self, name: str, layer: QuantLayer) -> dict[str, Any]:
+        """The stand-ins of its quantizers, or why there is none. Those of other packages stay, and
+        are traced; so does one that is off."""
+        found: dict[str, Any] = {}
         for key, quantizer in _of_inputs(layer).items():
-            one = stand_ins.active(quantizer)
-            place = f"{name}.{key}".lstrip(".")
+            one, see = stand_ins.active(quantizer), self._see(f"{name}.{key}".lstrip("."))
             try:
-                made = one and stand_ins.of_input(one, self._see(place), self.form == INTEGER)
+                made = one and stand_ins.of_input(one, see, self.form == INTEGER)
             except ValueError as error:
-                raise ValueError(f"layer {name!r}: its {key} {error}") from error
-            if one is None or made is not None:
-                found[key] = made
+                made = ValueError(f"layer {name!r}: its {key} {error}")
+            found[key] = made or quantizer
         return found
 
     def _see(self, name: str) -> stand_ins.See:
@@ -95,7 +94,7 @@ class Prepared:
     # What the model does before.
 
     def _run(
-        self, args: tuple, kwargs: dict[str, Any], inputs: dict[str, dict[str, nn.Module | None]]
+        self, args: tuple, kwargs: dict[str, Any], inputs: dict[str, dict[str, Any]]
     ) -> dict[str, list[Tensor]]:
         """The weights that each layer quantizes, in the order of calls."""
         used: dict[str, list[Tensor]] = {name: [] for name in self.layers}
@@ -103,8 +102,9 @@ class Prepared:
             for method in ("quantized_weight", "weight_codes"):
                 vars(layer)[method] = _recording(layer, getattr(layer, method), used[name])
             for key, quantizer in _of_inputs(layer).items():
-                if inputs[name].get(key) is not None:
-                    self._record_codes(f"{name}.{key}".lstrip("."), quantizer)
+                if inputs[name][key] is not quantizer:
+                    place = f"{name}.{key}".lstrip(".")
+                    self._record_codes(place, quantizer, inputs[name][key])
         with in_evaluation(self.model):
             self.outputs = self.model(*args, **kwargs)
         for layer in self.layers.values():
@@ -112,15 +112,19 @@ class Prepared:
                 del vars(layer)[method]
         return used
 
-    def _record_codes(self, name: str, quantizer: Quantizer) -> None:
+    def _record_codes(self, name: str, quantizer: Quantizer, stand_in: Any) -> None:
         forward, codes, one = quantizer.forward, quantizer.codes, stand_ins.active(quantizer)
 
         def record_forward(x: Tensor) -> Tensor:
+            if isinstance(stand_in, ValueError):
+                raise stand_in
             made = codes(x).codes if one.gives_codes else stand_ins.learned_codes(one, x)
             self.codes.append((name, made))
             return forward(x)
 
         def record_codes(x: Tensor) -> Codes:
+            if isinstance(stand_in, ValueError):
+                raise stand_in
             made = codes(x)
             self.codes.append((name, made.codes))
             return made
@@ -133,7 +137,7 @@ class Prepared:
         self,
         name: str,
         layer: QuantLayer,
-        inputs: dict[str, nn.Module | None],
+        inputs: dict[str, Any],
         used: list[Tensor],
     ) -> None:
         why = self._why_no_product(layer, inputs)
@@ -142,13 +146,15 @@ class Prepared:
             weights = self._weights(name, layer, used, why is None)
         except ValueError as error:
             why = str(error)
-        if self.form == INTEGER and why:
+        is_embedding = isinstance(layer, QuantEmbedding)
+        if self.form == INTEGER and why and not (weights and is_embedding):
             self.floats[name] = why
-        elif why or not (layer.input_quantizer or isinstance(layer, QuantEmbedding)):
+        elif why or not (is_embedding or stand_ins.active(layer.input_quantizer)):
             self.floats[name] = why or "its input is not quantized"
         vars(layer)["arithmetic"] = FLOAT if why is not None else INTEGER
         for key, made in inputs.items():
-            setattr(layer, key, made)
+            if isinstance(made, nn.Module):
+                setattr(layer, key, made)
         if not weights:
             return
         layer.exported_weights = nn.ModuleList(weights)
@@ -170,7 +176,7 @@ class Prepared:
             return "ONNX has no transposed convolution of integers"
         if why := layer.why_float():
             return why
-        if not all(hasattr(inputs.get(key), "codes") for key in _of_inputs(layer)):
+        if any(isinstance(made, Quantizer) for made in inputs.values()):
             return f"codes of a {type(layer.input_quantizer).__name__} are not known here"
         of_input, of_weight = (
             max(-low, high)
