@@ -177,7 +177,7 @@ def _traced(
     model.register_forward_pre_hook(lambda _, __: prepared.seen.clear())
     model.register_forward_hook(with_codes)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), prepared.means.again():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         where = _where(model, running[-1])

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from noisyq_fast.convert import why_not_quantized
 from noisyq_fast.exporting import stand_ins
+from noisyq_fast.exporting.means import Means
 from noisyq_fast.exporting.stand_ins import Norm, Weight
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import unfuse_
@@ -47,6 +48,7 @@ class Prepared:
 
     Attributes:
         outputs: of the model as it was.
+        means: those over pixels.
         codes: in the order of calls, the names of quantizers of inputs, and the codes they made.
         weights: by name, those that are codes.
         integers: names of layers that multiply codes.
@@ -105,7 +107,8 @@ class Prepared:
                 if inputs[name][key] is not quantizer:
                     place = f"{name}.{key}".lstrip(".")
                     self._record_codes(place, quantizer, inputs[name][key])
-        with in_evaluation(self.model):
+        self.means = Means()
+        with in_evaluation(self.model), self.means:
             self.outputs = self.model(*args, **kwargs)
         for layer in self.layers.values():
             for method in ("quantized_weight", "weight_codes"):
