@@ -35,10 +35,13 @@ class Export:
         weights: by name, the bits that each code of a weight has in the file.
         integers: names of layers whose products are in integers.
         floats: by names of layers, what of them is in float, and why.
+        any_batch: whether it takes batches of any size; else, as the model reads the size of its
+            batch, those of the example's.
         codes: how many codes of inputs of layers the model makes on the example.
         differing: how many of these are others in onnxruntime, end to end.
-        difference: the largest difference of an output. These three are ``None`` without
-            onnxruntime.
+        difference: the largest difference of an output. These three are ``None`` where
+            onnxruntime does not run it.
+        not_compared: why it does not.
     """
 
     path: Path
@@ -47,9 +50,11 @@ class Export:
     weights: dict[str, int]
     integers: list[str]
     floats: dict[str, str]
-    codes: int | None
-    differing: int | None
-    difference: float | None
+    any_batch: bool
+    codes: int | None = None
+    differing: int | None = None
+    difference: float | None = None
+    not_compared: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -58,9 +63,11 @@ class Export:
         ]
         if self.form != QDQ:
             lines.append(f"products of integers: {len(self.integers)}")
+        if not self.any_batch:
+            lines.append("takes batches of the size of the example only")
         lines += [f"float, {name or 'the model'}: {why}" for name, why in self.floats.items()]
         if self.codes is None:
-            lines.append("not compared: onnxruntime is not installed")
+            lines.append(f"not compared: {self.not_compared}")
         else:
             lines.append(
                 f"onnxruntime, end to end: {self.differing:,} of {self.codes:,} codes differ "
@@ -142,16 +149,25 @@ def export_onnx(
     args, kwargs = arguments(example)
     args, kwargs = pytree.tree_map(_on_cpu, (args, kwargs))
     prepared = Prepared(copied(model), args, kwargs, form)
-    program = _translated(_traced(prepared, args, kwargs, dynamic_shapes), prepared.model)
+    traced = _traced(prepared, args, kwargs, dynamic_shapes)
+    program = _translated(traced, prepared.model)
     _name_and_pack(program.model, prepared)
     with_codes = _serialized(program.model)
     inputs = [value.name for value in program.model.graph.inputs]
     _leave_codes_out(program.model, len(prepared.seen))
     blob = _serialized(program.model)
+    compared = comparison.compare(prepared, blob, with_codes, inputs, (args, kwargs))
     _write(Path(path), blob)
-    found = comparison.compare(prepared, blob, with_codes, inputs, (args, kwargs))
-    weights = {name: weight.bits for name, weight in prepared.weights.items()}
-    return Export(Path(path), form, len(blob), weights, prepared.integers, prepared.floats, *found)
+    return Export(
+        path=Path(path),
+        form=form,
+        size=len(blob),
+        weights={name: weight.bits for name, weight in prepared.weights.items()},
+        integers=prepared.integers,
+        floats=prepared.floats,
+        any_batch=dynamic_shapes is not None or _has_any_batch(traced),
+        **compared,
+    )
 
 
 def _on_cpu(x: Any) -> Any:
@@ -163,10 +179,6 @@ def _traced(
 ) -> torch.export.ExportedProgram:
     """The graph, whose last outputs are the codes of inputs."""
     model, running = prepared.model, [""]
-    if dynamic_shapes is None:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        dynamic_shapes = pytree.tree_map(_dynamic_batch, dict(bound))
-        args, kwargs = pytree.tree_map(_with_two_samples, (args, kwargs))
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda _, __, name=name: running.append(name))
         module.register_forward_hook(lambda _, __, ___: _end(running))
@@ -176,17 +188,34 @@ def _traced(
 
     model.register_forward_pre_hook(lambda _, __: prepared.seen.clear())
     model.register_forward_hook(with_codes)
-    try:
-        with _quiet(), torch.no_grad(), prepared.means.again():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    except Exception as error:
-        where = _where(model, running[-1])
-        raise ValueError(f"{where} torch.export fails: {_short(error)}") from error
+
+    def traced(args: tuple, kwargs: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
+        try:
+            with _quiet(), torch.no_grad(), prepared.means.again():
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        except Exception as error:
+            where = _where(model, running[-1])
+            raise ValueError(f"{where} torch.export fails: {_short(error)}") from error
+
+    if dynamic_shapes is not None:
+        return traced(args, kwargs, dynamic_shapes)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(_any_batch, dict(bound))
+    several = traced(*pytree.tree_map(_with_two_samples, (args, kwargs)), shapes)
+    # Where the model reads the size of its batch, that of the example is the one.
+    return several if _has_any_batch(several) else traced(args, kwargs, None)
 
 
-def _dynamic_batch(x: Any) -> Any:
+def _has_any_batch(program: torch.export.ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.name in names]
+    sizes = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
+    return bool(sizes) and not any(isinstance(size, int) for size in sizes)
+
+
+def _any_batch(x: Any) -> Any:
     is_batch = isinstance(x, Tensor) and x.dim() > 0
-    return {0: torch.export.Dim.DYNAMIC} if is_batch else None
+    return {0: torch.export.Dim.AUTO} if is_batch else None
 
 
 def _with_two_samples(x: Any) -> Any:
@@ -233,18 +262,15 @@ def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torc
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what PyTorch says about packages that it could use and about its own parts."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 # The model in ONNX.

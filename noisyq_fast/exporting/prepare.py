@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from noisyq_fast.convert import why_not_quantized
 from noisyq_fast.exporting import stand_ins
 from noisyq_fast.exporting.means import Means
-from noisyq_fast.exporting.stand_ins import Norm, Weight
+from noisyq_fast.exporting.stand_ins import FloatWeight, Norm, Weight
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import unfuse_
 from noisyq_fast.layers import FLOAT, INTEGER, QuantEmbedding, QuantLayer
@@ -47,7 +47,7 @@ class Prepared:
         form: as for `export_onnx`.
 
     Attributes:
-        outputs: of the model as it was.
+        outputs: of the model as it was; in the integer form, with ``arithmetic="integer"``.
         means: those over pixels.
         codes: in the order of calls, the names of quantizers of inputs, and the codes they made.
         weights: by name, those that are codes.
@@ -66,6 +66,9 @@ class Prepared:
         self.floats: dict[str, str] = {}
         self.seen: list[tuple[str, Tensor, int]] = []
         self._of_parameters: dict[int, Weight] = {}
+        if form == INTEGER:
+            for layer in self.layers.values():
+                layer.arithmetic = INTEGER
         inputs = {name: self._inputs(name, layer) for name, layer in self.layers.items()}
         used = self._run(args, kwargs, inputs)
         if form == QDQ:
@@ -137,30 +140,28 @@ class Prepared:
     # What takes its place.
 
     def _replace(
-        self,
-        name: str,
-        layer: QuantLayer,
-        inputs: dict[str, Any],
-        used: list[Tensor],
+        self, name: str, layer: QuantLayer, inputs: dict[str, Any], used: list[Tensor]
     ) -> None:
-        why = self._why_no_product(layer, inputs)
-        weights: list[Weight] = []
-        try:
-            weights = self._weights(name, layer, used, why is None)
-        except ValueError as error:
-            why = str(error)
         is_embedding = isinstance(layer, QuantEmbedding)
-        if self.form == INTEGER and why and not (weights and is_embedding):
+        why = "" if self.form == QDQ else self._why_no_product(layer, inputs)
+        weights = self._weights(name, layer, used, why is None)
+        if name in self.floats:  # its weight
+            why = self.floats[name]
+        elif why and not is_embedding:
             self.floats[name] = why
-        elif why or not (is_embedding or stand_ins.active(layer.input_quantizer)):
-            self.floats[name] = why or "its input is not quantized"
-        vars(layer)["arithmetic"] = FLOAT if why is not None else INTEGER
+        elif not (is_embedding or stand_ins.active(layer.input_quantizer)):
+            self.floats[name] = "its input is not quantized"
         for key, made in inputs.items():
             if isinstance(made, nn.Module):
                 setattr(layer, key, made)
+        vars(layer)["arithmetic"] = FLOAT if why is not None else INTEGER
         if not weights:
             return
         layer.exported_weights = nn.ModuleList(weights)
+        stand_ins_ = [made for made in inputs.values() if isinstance(made, nn.Module)]
+        if any(not isinstance(m, Quantizer) and m.is_elementwise() for m in stand_ins_):
+            for weight in weights:
+                weight.guarded = True
         layer.weight_quantizer = None
         of_calls = itertools.cycle(weights)
         vars(layer)["quantized_weight"] = _values(layer, of_calls)
@@ -172,9 +173,7 @@ class Prepared:
                 layer.norm = (_norm(layer, weights[0]),)
 
     def _why_no_product(self, layer: QuantLayer, inputs: dict[str, nn.Module | None]) -> str | None:
-        """Why a layer does not multiply codes; None where it does, "" where none does."""
-        if self.form == QDQ:
-            return ""
+        """Why a layer does not multiply codes; None where it does."""
         if isinstance(layer, _ConvTransposeNd):
             return "ONNX has no transposed convolution of integers"
         if why := layer.why_float():
@@ -194,27 +193,34 @@ class Prepared:
 
     def _weights(
         self, name: str, layer: QuantLayer, used: list[Tensor], unsigned: bool
-    ) -> list[Weight]:
-        """Those of each call. The message of a ValueError says why they are no codes."""
+    ) -> list[nn.Module]:
+        """Those of each call; why they are no codes goes to ``floats``."""
         quantizer = stand_ins.active(layer.weight_quantizer)
-        if quantizer is None:
-            raise ValueError("its weight is not quantized")
-        if not used:
-            raise ValueError("it is not called on the example, or other code reads its weight")
+        if quantizer is None or not used:
+            reason = "it is not called on the example, or other code reads its weight"
+            self.floats[name] = "its weight is not quantized" if quantizer is None else reason
+            return []
         if getattr(layer, "max_norm", None) is not None:
-            raise ValueError("its max_norm changes the weight as it is used")
+            raise ValueError(
+                f"layer {name!r}: got an embedding with max_norm, which changes its weight as it "
+                "is used; takes one without"
+            )
+        by_channel = [layer.by_channel(weight.detach()) for weight in used]
+        with torch.no_grad():
+            try:
+                made = [Weight(quantizer, weight, unsigned) for weight in by_channel]
+            except ValueError as error:
+                self.floats[name] = str(error)
+                return [FloatWeight(quantizer(weight)) for weight in by_channel]
         found = []
-        for weight in used:
-            with torch.no_grad():
-                made = Weight(quantizer, layer.by_channel(weight.detach()), unsigned)
+        for weight, new in zip(used, made, strict=True):
             # Several layers may have one weight, and a layer may be called several times.
-            other = self._of_parameters.setdefault(id(weight), made)
-            made = other if other.equals(made) else made
-            keys = [key for key, parameter in layer._parameters.items() if parameter is weight]
-            key = f"{name}.{(keys or ['weight'])[0]}".lstrip(".")
-            if not any(made is weight for weight in self.weights.values()):
-                self.weights[_new(key, self.weights)] = made
-            found.append(made)
+            other = self._of_parameters.setdefault(id(weight), new)
+            found.append(other if other.equals(new) else new)
+            if not any(found[-1] is known for known in self.weights.values()):
+                keys = [key for key, own in layer._parameters.items() if own is weight]
+                key = f"{name}.{(keys or ['weight'])[0]}".lstrip(".")
+                self.weights[_new(key, self.weights)] = found[-1]
         return found
 
 
@@ -236,7 +242,7 @@ def _recording(layer: QuantLayer, method: Callable, used: list[Tensor]) -> Calla
     return record
 
 
-def _values(layer: QuantLayer, weights: Iterator[Weight]) -> Callable:
+def _values(layer: QuantLayer, weights: Iterator[nn.Module]) -> Callable:
     """Stands for the method `quantized_weight`."""
 
     def values(weight: Tensor | None = None) -> Tensor:

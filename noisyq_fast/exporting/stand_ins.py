@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noisyq_fast import rules
 from noisyq_fast.backends.reference import FLT_MIN, Levels
 from noisyq_fast.backends.reference_integer import along_channels
 from noisyq_fast.backends.reference_learned import codes_and_values
 from noisyq_fast.exporting.operators import dequantize_linear, quantize_linear
 from noisyq_fast.granularity import TOKEN, by_group
-from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid
+from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid, most_bits
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.learned import quantize_learned
 from noisyq_fast.quantizers import (
-    AQD,
     DSQ,
-    LSQ,
-    PACT,
     AbsMax,
     Fixed,
     LearnedQuantizer,
@@ -30,6 +28,7 @@ from noisyq_fast.quantizers import (
 from noisyq_fast.rules import Rule
 from noisyq_fast.widths import ManyWidths
 
+_FLT_MAX = torch.finfo(torch.float32).max
 See = Callable[[Tensor, int], None]
 """Takes the codes that a stand-in makes, and what they are more than those of the quantizer."""
 
@@ -70,32 +69,31 @@ def of_input(quantizer: Quantizer, see: See, unsigned: bool) -> nn.Module | None
         scale = quantizer.code_scale()
         levels = Levels(scale, torch.zeros_like(scale), grid)
         return _GridInput(levels, quantizer.axis, see, unsigned)
-    kind = type(quantizer)
-    if kind is AbsMax and quantizer.group_size is None:
+    own = type(quantizer).fake_quantize
+    is_dynamic = own is AbsMax.fake_quantize and quantizer.group_size is None
+    is_fixed = own is Fixed.fake_quantize and not by_group(quantizer.axis, quantizer.group_size)
+    if is_dynamic:
         return _DynamicInput(quantizer.grid, quantizer.axis, see, unsigned)
-    if kind is MovingAbsMax:
+    if own is MovingAbsMax.fake_quantize:
         if not bool(quantizer.range.isfinite().all()):
             raise ValueError(not_seen)
         levels = Levels.of_range(quantizer.range, quantizer.grid)
-        return _GridInput(levels, quantizer.axis, see, unsigned)
-    if kind is Fixed and not by_group(quantizer.axis, quantizer.group_size):
+    elif is_fixed:
         zero = quantizer.zero_point
         zero = torch.zeros_like(quantizer.scale) if zero is None else zero.float()
         levels = Levels(quantizer.scale, zero, quantizer.grid)
-        return _GridInput(levels, quantizer.axis, see, unsigned)
-    return None
+    else:
+        return None
+    return _GridInput(levels, quantizer.axis, see, unsigned)
 
 
 def _grid_of_learned(quantizer: LearnedQuantizer) -> Grid | None:
     """The grid with the same codes for the same scale; None where there is none."""
-    kind = type(quantizer)
-    if kind is LSQ and quantizer.is_signed:
-        return Grid(quantizer.bits, SIGNED if quantizer.symmetric else FULL)
-    if kind in (LSQ, PACT) or (kind is AQD and not quantizer.is_signed):
-        return Grid(quantizer.bits, UNSIGNED)
-    if kind is AQD and quantizer.bits < 8:
-        return Grid(quantizer.bits, ODD)
-    return None
+    if quantizer.rule not in (rules.LSQ, rules.PACT, rules.SAT, rules.AQD, rules.AQD_ODD):
+        return None
+    kinds = (ODD,) if quantizer.rule == rules.AQD_ODD else (SIGNED, FULL, UNSIGNED)
+    grids = [Grid(quantizer.bits, kind) for kind in kinds if quantizer.bits <= most_bits(kind)]
+    return next((g for g in grids if (g.code_min, g.code_max) == quantizer.code_ends), None)
 
 
 class _GridInput(nn.Module):
@@ -123,17 +121,17 @@ class _GridInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         levels = self.levels(x.float())
-        if self._is_elementwise():
+        if self.is_elementwise():
             steps = self._steps(x.float(), levels)
             self.see(self._codes_of(steps, levels, x), self.offset)
             return (steps * self._shaped(levels.scale, x)).to(x.dtype)
-        codes = self._codes(x.float(), levels)
-        values = dequantize_linear(codes, levels.scale, self._zero_point(levels), self.axis)
+        codes, zero_point = self._codes(x.float(), levels), self._zero_point(levels)
+        values = dequantize_linear(codes, levels.scale, zero_point, self.axis)
         return values.to(x.dtype)
 
     def codes(self, x: Tensor) -> Codes:
         levels = self.levels(x.float())
-        if self._is_elementwise():
+        if self.is_elementwise():
             codes = self._codes_of(self._steps(x.float(), levels), levels, x)
             self.see(codes, self.offset)
         else:
@@ -173,7 +171,7 @@ class _GridInput(nn.Module):
     def _ends(self, levels: Levels) -> tuple[Tensor, Tensor]:
         return levels.low * levels.scale, levels.high * levels.scale
 
-    def _is_elementwise(self) -> bool:
+    def is_elementwise(self) -> bool:
         """Whether there is no QuantizeLinear with these codes."""
         return self.grid.kind == ODD
 
@@ -216,8 +214,8 @@ class _DynamicInput(_GridInput):
         scale = ((high - low) / float(self.grid.divisor)).clamp(min=FLT_MIN)
         return Levels(scale, (-low / scale).round(), self.grid)
 
-    def _is_elementwise(self) -> bool:
-        return self.axis is not None or super()._is_elementwise()
+    def is_elementwise(self) -> bool:
+        return self.axis is not None or super().is_elementwise()
 
     def _steps(self, x: Tensor, levels: Levels) -> Tensor:
         return levels.clamped(x, None)  # scales have the axes of x
@@ -233,6 +231,9 @@ class _DynamicInput(_GridInput):
 
 class _RuleInput(nn.Module):
     """Of a quantizer that learns, without a grid: by its equations."""
+
+    def is_elementwise(self) -> bool:
+        return True
 
     def __init__(self, quantizer: LearnedQuantizer, see: See) -> None:
         super().__init__()
@@ -262,6 +263,8 @@ class Weight(nn.Module):
     """A quantized weight, as codes with its output channels first.
 
     Attributes:
+        guarded: whether its values are clipped, to no effect: onnxruntime 1.32 rounds the other
+            factor of a product, if it is no `DequantizeLinear`, to 8 bits of its own.
         bits: 4 or 8, of the type in the file.
         largest: no ``|code - zero_point|`` is above it.
 
@@ -271,6 +274,7 @@ class Weight(nn.Module):
 
     def __init__(self, quantizer: Quantizer, by_channel: Tensor, unsigned: bool) -> None:
         super().__init__()
+        self.guarded = False
         codes, scale, zero_point, low = _weight_codes(quantizer, by_channel)
         least, most = code_ends(quantizer)
         self.largest = max(-least, most)
@@ -291,6 +295,8 @@ class Weight(nn.Module):
     def forward(self) -> Tensor:
         y = dequantize_linear(self.codes, self.scale, self.zero_point, self.axis, self.block_size)
         y = y.reshape(self.shape) if self.block_size else y
+        if self.guarded:
+            y = y.clamp(-_FLT_MAX, _FLT_MAX)
         return (y if self.low is None else y + self.low).to(self.dtype)
 
     def in_product(self, in_shape: Tensor) -> Codes:
@@ -309,6 +315,17 @@ class Weight(nn.Module):
     def equals(self, other: Weight) -> bool:
         pairs = zip(self._buffers.values(), other._buffers.values(), strict=True)
         return all(a is b or (None not in (a, b) and torch.equal(a, b)) for a, b in pairs)
+
+
+class FloatWeight(nn.Module):
+    """A quantized weight without codes."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values.contiguous())
+
+    def forward(self) -> Tensor:
+        return self.values
 
 
 def code_ends(quantizer: Quantizer) -> tuple[int, int]:
