@@ -49,21 +49,20 @@ def of_inputs():
     """Quantizers for inputs, of every kind."""
     found = [MovingAbsMax(bits, grid=kind) for kind, bits in grids()]
     found += [fixed(kind, 5) for kind in KINDS]
-    for axis in (None, "token", -1):
-        found += [AbsMax(3 if axis else most_bits(kind), axis, kind) for kind in KINDS]
-    for bits in (3, 8):
-        found += [PACT(bits, start=2.5), QIL(bits), DSQ(bits), AQD(bits)]
-        found += [LSQ(bits), LSQ(bits, signed=True), LSQ(bits, signed=True, symmetric=True)]
-        found += [AQD(bits, signed=True)]
+    found += [AbsMax(most_bits(kind), None, kind) for kind in KINDS]
+    found += [AbsMax(3, "token", kind) for kind in KINDS]
+    found += [AbsMax(4, -1), AbsMax(5, -1, "affine")]
+    found += [PACT(3, start=2.5), QIL(3), DSQ(3), AQD(3), AQD(3, signed=True), LSQ(3)]
+    found += [LSQ(4, signed=True), LSQ(8, signed=True, symmetric=True), AQD(8, signed=True)]
     return found
 
 
 def of_weights():
     found = [AbsMax(bits, 0, kind) for kind, bits in grids()]
-    found += [AbsMax(bits, None, kind) for kind, bits in grids() if bits in (3, 4, 7)]
+    found += [AbsMax(3, None, kind) for kind in KINDS]
     found += [AbsMax(bits, grid=kind, group_size=4) for kind, bits in grids() if bits in (4, 7)]
-    found += [fixed(kind, bits, 0, 8) for kind, bits in grids() if bits in (4, 7)]
-    for bits in (2, 4, 7):
+    found += [fixed(kind, 4, 0, 8) for kind in KINDS]
+    for bits in (4, 7):
         found += [LSQ(bits), LSQ(bits, axis=0), QIL(bits, exponent=True), DSQ(bits), AQD(bits)]
         found += [SAT(bits, rounding=rounding) for rounding in ("modified", "centered", "original")]
     return found
@@ -221,3 +220,149 @@ def test_sums_of_integers(products, seed, rows, scale):
         expected = model(x)
     for own, other in zip(expected, outputs(run, x), strict=True):
         assert torch.equal(own, other)
+
+
+class Small(nn.Module):
+    """A chain of convolutions with a shortcut, the mean, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        mean = (self.second(x) + x).relu().mean((2, 3))
+        return self.head(mean), mean
+
+
+def converted(model, x, **options):
+    """Trained on a batch."""
+    noisyq_fast.quantize_model_(model, example=x, **options)
+    model(x)
+    return model.eval()
+
+
+def test_a_fused_network_is_the_same_to_the_bit(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 9, 7)
+    model = noisyq_fast.fuse_(converted(Small(), x, arithmetic="integer"), x)
+    made = noisyq_fast.export_onnx(model, x, tmp_path / "model.onnx", "integer")
+    assert made.integers == ["first.0", "second.0", "head"]
+    assert (made.differing, made.difference, made.floats) == (0, 0, {})
+    run = session(tmp_path / "model.onnx")
+    for seed in range(20):
+        x = torch.randn(1 + seed % 3, 3, 9, 7)
+        with torch.no_grad():
+            expected = model(x)
+        for own, other in zip(expected, outputs(run, x), strict=True):
+            assert torch.equal(own, other)
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 9, 7)
+    model = converted(Small(), x.repeat(2, 1, 1, 1), weight=LSQ(4), first_last_bits=None).train()
+    model.first[0].weight_quantizer.reset()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    made = noisyq_fast.export_onnx(model, x, tmp_path / "model.onnx")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not model._forward_hooks
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert made.any_batch
+    assert made.size == (tmp_path / "model.onnx").stat().st_size
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.onnx"]
+    assert {node.domain for node in onnx.load(made.path).graph.node} == {""}
+    assert f"{made.differing} of {made.codes:,} codes differ" in str(made)
+
+
+class Choosing(nn.Module):
+    """Has a graph that depends on values, in its part ``chosen``."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = QuantLinear(3, 3)
+        self.chosen = Choice()
+
+    def forward(self, x):
+        return self.chosen(self.layer(x))
+
+
+class Choice(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def adder():
+    return noisyq_fast.quantize_model_(nn.Sequential(noisyq_fast.AdderLinear(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "seen", "message"),
+    [
+        (lambda: nn.Sequential(QuantLinear(3, 3)), False, "layer '0': its input_quantizer has no"),
+        (lambda: nn.Sequential(QuantLinear(3, 3, activation=LSQ(4))), False, "calibrate or train"),
+        (adder, True, r"layer '0' \(QuantAdderLinear\): .*adder_conv2d"),
+        (Choosing, True, r"layer 'chosen' \(Choice\): torch.export fails: .*data-dependent"),
+        (lambda: nn.Linear(3, 3), False, "model: got Linear without quantized layers"),
+        (
+            lambda: nn.Sequential(noisyq_fast.QuantEmbedding(3, 3, max_norm=1.0)),
+            False,
+            "layer '0': got an embedding with max_norm",
+        ),
+    ],
+)
+def test_what_cannot_be_exported(make, seen, message, tmp_path):
+    model = make()
+    is_embedding = isinstance(model, nn.Sequential) and isinstance(model[0], nn.Embedding)
+    x = torch.randint(3, (2, 3)) if is_embedding else torch.rand(2, 3)
+    if seen:
+        model(x)
+    with pytest.raises(ValueError, match=message):
+        noisyq_fast.export_onnx(model, x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments(tmp_path):
+    model = nn.Sequential(QuantLinear(3, 3))
+    x = torch.rand(2, 3)
+    with pytest.raises(TypeError, match="model: got str, takes a"):
+        noisyq_fast.export_onnx("model", x, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="form: got 'qint', takes 'qdq' or 'integer'"):
+        noisyq_fast.export_onnx(model, x, tmp_path / "model.onnx", "qint")
+
+
+def test_what_is_float_is_told(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(0)]
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 4, 4)
+    grouped = {"weight_group_size": 2}
+    converted(model, x, arithmetic="integer", overrides={"1": None, "2": grouped})
+    made = noisyq_fast.export_onnx(model, x, tmp_path / "model.onnx", "integer")
+    assert made.floats == {
+        "0": "ONNX has no transposed convolution of integers",
+        "1": "it was not converted",
+        "2": "its weight has a scale for each group, which does not leave the sum",
+    }
+    assert sorted(made.weights) == ["0.weight", "2.weight"]
+
+
+def test_a_batch_that_the_model_fixes_is_told(tmp_path):
+    model = nn.Sequential(QuantLinear(3, 3), nn.Unflatten(0, (2, 2)))
+    x = torch.rand(4, 3)
+    model(x)
+    made = noisyq_fast.export_onnx(model.eval(), x, tmp_path / "model.onnx")
+    assert not made.any_batch
+    assert "batches of the size of the example only" in str(made)
+
+
+def test_torch_export():
+    x = torch.randn(2, 3, 9, 7)
+    for model in (converted(Small(), x), converted(Small(), x, arithmetic="integer")):
+        program = torch.export.export(model, (x,))
+        with torch.no_grad():
+            for own, other in zip(model(x), program.module()(x), strict=True):
+                assert torch.equal(own, other)

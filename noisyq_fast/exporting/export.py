@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from noisyq_fast.exporting import comparison, operators
@@ -38,7 +39,8 @@ class Export:
         any_batch: whether it takes batches of any size; else, as the model reads the size of its
             batch, those of the example's.
         codes: how many codes of inputs of layers the model makes on the example.
-        differing: how many of these are others in onnxruntime, end to end.
+        differing: how many of these are others in onnxruntime, end to end, where its products are
+            in float (``session.disable_quant_qdq``, see docs/deploy.md).
         difference: the largest difference of an output. These three are ``None`` where
             onnxruntime does not run it.
         not_compared: why it does not.
@@ -210,7 +212,7 @@ def _has_any_batch(program: torch.export.ExportedProgram) -> bool:
     names = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.name in names]
     sizes = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
-    return bool(sizes) and not any(isinstance(size, int) for size in sizes)
+    return bool(sizes) and not any(is_concrete_int(size) for size in sizes)
 
 
 def _any_batch(x: Any) -> Any:
@@ -232,7 +234,8 @@ def _where(model: nn.Module, name: str) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip():.400}"
+    first = str(error).strip().partition("\n\n")[0]
+    return f"{type(error).__name__}: {first:.400}"
 
 
 def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torch.onnx.ONNXProgram:
@@ -263,7 +266,7 @@ def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torc
 def _quiet() -> Iterator[None]:
     """Without what PyTorch says about packages that it could use and about its own parts."""
     before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
+    logging.disable(max(before, logging.ERROR))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

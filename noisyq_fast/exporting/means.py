@@ -4,6 +4,7 @@ traced have PyTorch's mean; that of an exported network is summed in the same or
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class Means(TorchFunctionMode):
         self.ends_chain.append(is_whole and made.shape[:2] == x.shape[:2])
         return made
 
-    def again(self) -> TorchFunctionMode:
-        return _Again(self.ends_chain)
+    def again(self) -> AbstractContextManager[object]:
+        return _Again(self.ends_chain) if any(self.ends_chain) else nullcontext()
 
 
 class _Again(TorchFunctionMode):
