@@ -9,6 +9,7 @@ from noisyq_fast.calibration import bitsplit, calibrate, dfq, easyquant, ocs
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
+from noisyq_fast.exporting import Export, export_onnx
 from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.codes import Codes
@@ -70,6 +71,7 @@ __all__ = [
     "BatchNormOfWidths",
     "Codes",
     "EvenlySpaced",
+    "Export",
     "Fixed",
     "Grid",
     "GroupedLinear",
@@ -103,6 +105,7 @@ __all__ = [
     "dfq",
     "disabled",
     "easyquant",
+    "export_onnx",
     "fake_quantize",
     "fake_quantize_ema",
     "fake_quantize_many",
