@@ -9,10 +9,12 @@ from noisyq_fast.calibration import bitsplit, calibrate, dfq, easyquant, ocs
 from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
+from noisyq_fast.exporting import Export, export_onnx
 from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import fuse_
+from noisyq_fast.integer.only import IntegerOnly
 from noisyq_fast.integer_files import load_integers, save_integers
 from noisyq_fast.layers import (
     QuantConv1d,
@@ -41,12 +43,13 @@ from noisyq_fast.quantizers import (
     QIL,
     SAT,
     AbsMax,
+    EvenlySpaced,
     Fixed,
     LearnedQuantizer,
     MovingAbsMax,
     Quantizer,
 )
-from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
+from noisyq_fast.ranges import disabled, freeze_ranges_, freeze_weights_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
 from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, single_width, split_norms_
 
@@ -67,9 +70,12 @@ __all__ = [
     "AdderLinear",
     "BatchNormOfWidths",
     "Codes",
+    "EvenlySpaced",
+    "Export",
     "Fixed",
     "Grid",
     "GroupedLinear",
+    "IntegerOnly",
     "LayerSummary",
     "LearnedQuantizer",
     "ManyWidths",
@@ -99,10 +105,12 @@ __all__ = [
     "dfq",
     "disabled",
     "easyquant",
+    "export_onnx",
     "fake_quantize",
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
+    "freeze_weights_",
     "fuse_",
     "info",
     "load_integers",

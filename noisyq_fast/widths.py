@@ -76,6 +76,10 @@ class ManyWidths(Quantizer):
     def gives_codes(self) -> bool:
         return self.active is not None and self.active.gives_codes
 
+    @property
+    def grid_of_codes(self) -> str:
+        return self.grid_kind if self.active is None else self.active.grid_of_codes
+
     def codes(self, x: Tensor) -> Codes:
         if self.active is None:
             raise ValueError("codes: got the width 32, which has none; takes one that is quantized")

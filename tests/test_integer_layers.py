@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import noisyq_fast
 from noisyq_fast import (
+    AQD,
     AbsMax,
     GroupedLinear,
     MovingAbsMax,
@@ -102,6 +103,14 @@ def test_layers_on_all_grids(name, grid):
     assert other.why_float() is None or grid in ("unsigned", "affine", "odd")
     with warnings.catch_warnings(action="ignore"):  # of values below 0 on an unsigned grid
         check_layers(layer, other, torch.randn(shape))
+
+
+def test_an_input_without_a_code_for_0_is_not_padded_before_it_is_quantized():
+    make, shape = MORE["Conv2d, same"]
+    layer, other = pair(make, activation=AQD(4, signed=True))
+    x = torch.randn(shape)
+    assert other.why_float() == "the zeros around its input have no code on the odd grid"
+    assert_same(other(x), layer(x))
 
 
 @pytest.mark.parametrize("name", MORE)

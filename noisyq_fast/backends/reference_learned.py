@@ -37,6 +37,15 @@ def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None
     return torch.empty_like(x, dtype=torch.int16).copy_(code)
 
 
+def codes_and_values(
+    x: Tensor, parameters: Tensor, rule: Rule, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """Both, in float32."""
+    of_x = _levels(x, parameters, rule, axis)
+    code = of_x.code()
+    return code, of_x.value(code)
+
+
 def derivatives(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> list[Tensor]:
     """dy/dx and dy/d each parameter, of each element."""
     return list(_levels(x, parameters, rule, axis).derivatives())

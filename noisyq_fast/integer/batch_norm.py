@@ -32,7 +32,7 @@ from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import along_channels, channel_axis, line
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
-from noisyq_fast.integer.deferred import Deferred
+from noisyq_fast.integer.deferred import Deferred, deferrable
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 
@@ -244,13 +244,34 @@ class ExactBatchNorm:
                     batch_mean = batch_mean + bias.double()
                 self._track(batch_mean, variance * (count / (count - 1)))
         else:
-            mean = self.running_mean.double()
-            if bias is not None:
-                mean = mean - bias.double()
-            inverse = (1 / (self.running_var.double() + self.eps).sqrt()).float()
-            factor, term = line(mean, inverse, scale, *affine)
-            mean = (mean / scale.double()).float()
+            factor, term, mean, inverse = self._running_line(scale, bias, *affine)
         return factor, term, Norm(self.weight, self.bias, mean, inverse, of_batch)
+
+    def _running_line(
+        self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of running statistics; with frozen weights what was computed before, if it was of the
+        same scale (which is NaN where an input was)."""
+        made = self.follows[0].made_of_weights if self.follows else None
+        if made is None or scale.device.type != "cpu" or not deferrable(scale):
+            return self._computed_line(scale, bias, *affine)
+        of = (self.running_mean, self.running_var, bias, *affine)
+        state = self.eps, *(None if x is None or x.is_inference() else x._version for x in of)
+        before, found = made.get(("line", ""), (None, None))
+        if before is None or before[0] != state or not torch.equal(before[1], scale):
+            found = self._computed_line(scale, bias, *affine)
+            made["line", ""] = (state, scale), found
+        return found
+
+    def _computed_line(
+        self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean = self.running_mean.double()
+        if bias is not None:
+            mean = mean - bias.double()
+        inverse = (1 / (self.running_var.double() + self.eps).sqrt()).float()
+        factor, term = line(mean, inverse, scale, *affine)
+        return factor, term, (mean / scale.double()).float(), inverse
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)

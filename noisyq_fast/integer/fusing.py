@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -100,6 +101,36 @@ def unfuse_(model: nn.Module) -> None:
         elif isinstance(module, ExactBatchNorm):
             module.__class__ = module.float_class
             vars(module).pop("follows", None)
+
+
+def how_fused(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What `fuse_` has made of layers, by name, for `fuse_as_`."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        name: {
+            "norm": [names[norm] for norm in layer.norm],
+            "followed_by": layer.followed_by,
+            "recompute": layer.recomputes,
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantLayer) and layer.defers
+    }
+
+
+def fuse_as_(model: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Does what `fuse_` did to a model of the same modules, without an example."""
+    for name, about in found.items():
+        layer = model.get_submodule(name)
+        if not (isinstance(layer, QuantLayer) and layer.can_defer):
+            raise ValueError(f"{name}: a convolution in the file, {type(layer).__name__} here")
+        layer.defers, layer.recomputes = True, bool(about["recompute"])
+        layer.followed_by = str(about["followed_by"])
+        layer.norm = tuple(model.get_submodule(norm) for norm in about["norm"])
+        for norm in layer.norm:
+            if type(norm) not in _NORMS:
+                raise ValueError(f"{name}: a batch norm in the file, {type(norm).__name__} here")
+            norm.__class__ = exact(type(norm))
+            norm.follows = (layer,)
 
 
 def _seen(model: nn.Module, example: Any, training: bool) -> Record:
