@@ -153,7 +153,7 @@ class Prepared:
             self.floats[name] = "its input is not quantized"
         for key, made in inputs.items():
             if isinstance(made, nn.Module):
-                setattr(layer, key, made)
+                layer.set_submodule(key, made)
         vars(layer)["arithmetic"] = FLOAT if why is not None else INTEGER
         if not weights:
             return

@@ -96,6 +96,17 @@ def test_a_float_network_runs_in_onnxruntime(name):
     torch.testing.assert_close(run_onnx(model, IMAGES), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adder", "hashed", "slimmable"])
+def test_a_quantized_network_runs_in_onnxruntime(name, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = evaluated(name, "float")
+    noisyq_fast.export_onnx(model, IMAGES, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (output,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(IMAGES).detach())
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [(AdderConv2d(3, 4, (3, 2), (2, 1), (1, 0)), (2, 3, 7, 6)), (AdderLinear(5, 3), (2, 5))],
