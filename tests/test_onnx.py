@@ -296,8 +296,13 @@ class Choice(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def adder():
-    return noisyq_fast.quantize_model_(nn.Sequential(noisyq_fast.AdderLinear(3, 3)))
+class Rounding(nn.Module):
+    def forward(self, x):
+        return noisyq_fast.fake_quantize(x, 4)
+
+
+def rounding():
+    return nn.Sequential(QuantLinear(3, 3), Rounding())
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,7 @@ def adder():
     [
         (lambda: nn.Sequential(QuantLinear(3, 3)), False, "layer '0': its input_quantizer has no"),
         (lambda: nn.Sequential(QuantLinear(3, 3, activation=LSQ(4))), False, "calibrate or train"),
-        (adder, True, r"layer '0' \(QuantAdderLinear\): .*adder_conv2d"),
+        (rounding, True, r"layer '1' \(Rounding\): .*noisyq.fake_quantize"),
         (Choosing, True, r"layer 'chosen' \(Choice\): torch.export fails: .*data-dependent"),
         (lambda: nn.Linear(3, 3), False, "model: got Linear without quantized layers"),
         (
