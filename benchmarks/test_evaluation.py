@@ -1,4 +1,4 @@
-"""Evaluation on the CPU: an image alone, and a batch."""
+"""Evaluation on the CPU, of frozen weights: an image alone, and a batch."""
 
 import copy
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 from comparison import compare
 from training_step import ACTION_UNITS, CLASSIFICATION, FORMS, FUSED, INTEGER, OURS, in_format
+
+from noisyq_fast import freeze_weights_
 
 
 @pytest.mark.parametrize("size", [1, 128])
@@ -21,7 +23,7 @@ def test_evaluation(benchmark, work, size, compiled_afresh, tmp_path):
         made = FORMS[name](copy.deepcopy(model), work.example())
         with torch.no_grad():
             made.to(memory_format=torch.channels_last).train()(seen)  # gives it its ranges
-        return made.eval()
+        return made.eval() if name == "float" else freeze_weights_(made.eval())
 
     def evaluation(network):
         def run():

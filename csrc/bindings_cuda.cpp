@@ -196,6 +196,37 @@ void bind_cuda(py::module_& core) {
                     pointer<void>(y), {Masked{masked}, pointer<uint8_t>(mask)}, layout, blocks,
                     {GridKind{kind}, qmax}, pointer<void>(stream)));
         });
+
+  m.def("fake_quantize_learned",
+        [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t y, int64_t outer,
+           int64_t channels, int64_t inner, int splits, int kind, int low, int high,
+           uintptr_t stream) {
+          check(cuda::fake_quantize_learned(
+                    DType{dtype}, pointer<const void>(x), pointer<const float>(parameters),
+                    pointer<void>(y), {outer, channels, inner}, splits, RuleKind{kind}, low, high,
+                    pointer<void>(stream)));
+        });
+
+  m.def("quantize_learned",
+        [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t codes, int64_t outer,
+           int64_t channels, int64_t inner, int splits, int kind, int low, int high,
+           uintptr_t stream) {
+          check(cuda::quantize_learned(
+                    DType{dtype}, pointer<const void>(x), pointer<const float>(parameters),
+                    pointer<int16_t>(codes), {outer, channels, inner}, splits, RuleKind{kind}, low,
+                    high, pointer<void>(stream)));
+        });
+
+  m.def("fake_quantize_learned_backward",
+        [](int dtype, uintptr_t grad, uintptr_t x, uintptr_t parameters, uintptr_t dx,
+           uintptr_t sums, uintptr_t partial, int64_t channels, int64_t inner, int kind, int low,
+           int high, float gradient_scale, uintptr_t stream) {
+          check(cuda::fake_quantize_learned_backward(
+                    DType{dtype}, pointer<const void>(grad), pointer<const void>(x),
+                    pointer<const float>(parameters), pointer<void>(dx), pointer<float>(sums),
+                    pointer<float>(partial), channels, inner, RuleKind{kind}, low, high,
+                    gradient_scale, pointer<void>(stream)));
+        });
 }
 
 }  // namespace noisyq

@@ -280,5 +280,21 @@ Status fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax
 Status dequantize(const void* codes, bool are_signed, const float* scale, const uint8_t* zero,
                   float* y, Layout layout, int splits, Stream stream);
 
+// Quantizers that learn, as on the CPU. The backward takes contiguous channels that are not empty,
+// and a gradient of the type of `x`. `partial` is scratch for the sums of all chunks (csrc/chunks.h)
+// of a channel, of the chunks of those, and so on until one is left, for each channel and parameter;
+// one alone needs none.
+Status fake_quantize_learned(DType dtype, const void* x, const float* parameters, void* y,
+                             Layout layout, int splits, RuleKind kind, int low, int high,
+                             Stream stream);
+Status quantize_learned(DType dtype, const void* x, const float* parameters, int16_t* codes,
+                        Layout layout, int splits, RuleKind kind, int low, int high,
+                        Stream stream);
+Status fake_quantize_learned_backward(DType dtype, const void* grad, const void* x,
+                                      const float* parameters, void* dx, float* sums,
+                                      float* partial, int64_t channels, int64_t inner,
+                                      RuleKind kind, int low, int high, float gradient_scale,
+                                      Stream stream);
+
 }  // namespace cuda
 }  // namespace noisyq

@@ -193,4 +193,24 @@ struct DoReFa {
   }
 };
 
+// What body(null pointer to the rule) returns.
+template <class Body>
+auto with_rule(RuleKind kind, const Body& body) {
+  switch (kind) {
+    case RuleKind::lsq: return body(static_cast<LSQ*>(nullptr));
+    case RuleKind::pact: return body(static_cast<Clip<ClipKind::pact>*>(nullptr));
+    case RuleKind::sat: return body(static_cast<Clip<ClipKind::sat>*>(nullptr));
+    case RuleKind::aqd: return body(static_cast<Clip<ClipKind::aqd>*>(nullptr));
+    case RuleKind::aqd_odd: return body(static_cast<Clip<ClipKind::aqd_odd>*>(nullptr));
+    case RuleKind::qil: return body(static_cast<QIL<false>*>(nullptr));
+    case RuleKind::qil_odd: return body(static_cast<QIL<true>*>(nullptr));
+    case RuleKind::dsq: return body(static_cast<DSQ*>(nullptr));
+    case RuleKind::dorefa_original:
+      return body(static_cast<DoReFa<Rounding::original>*>(nullptr));
+    case RuleKind::dorefa_modified:
+      return body(static_cast<DoReFa<Rounding::modified>*>(nullptr));
+    default: return body(static_cast<DoReFa<Rounding::centered>*>(nullptr));
+  }
+}
+
 }  // namespace noisyq

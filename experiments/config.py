@@ -6,9 +6,8 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from tyro.extras import literal_type_from_choices
 
 from experiments import methods, tasks
@@ -61,28 +60,8 @@ def _choice(option: str) -> Any:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Train a network on labels that are partly wrong: one that tells what is on an image, or one
-    that sees the action units (AUs) in a face.
-
-    Test labels are never changed, and nothing is ever selected on them. Every run writes its
-    options, its noisy labels, the metrics of each epoch, the final result and the trained weights
-    into a folder of its own, and a checkpoint after each epoch: the same command goes on where it
-    was interrupted. The default run needs no download and takes about two minutes on one CPU core.
-    """
-
-    method: _choice("method") | None = None
-    """What is done against wrong labels; baseline: nothing. Each method's own options follow, with
-    its default in parentheses. Giving them beside another method combines the two, as in
-    --method quant --weight-decay 0.01. If not given: what the options of methods say, or else
-    baseline."""
-
-    loss: _choice("loss") | None = None
-    """What is minimized. cross_entropy: the usual; of faces weighted, with half a Dice loss. Each
-    of the others is a method too, with options of its own: --loss gce is --method gce, but can
-    stand beside another --method."""
-
-    options: Annotated[methods.Options, tyro.conf.arg(name="")] = _NO_METHOD
+class Data:
+    """Which samples a network learns from."""
 
     dataset: _choice("dataset") = "digits"
     """digits: 1,797 images of 8x8 from scikit-learn. cifar10: 60,000 of 32x32. synthetic-au: 10,496
@@ -106,10 +85,15 @@ class RunConfig:
     """Share of the training images that is held out, with its noisy labels, to choose an epoch; of
     faces, share of the subjects. If not given: 0.1 for early stopping, 0 without; 0.2 for faces."""
 
+
+@dataclass(frozen=True)
+class Noise:
+    """What is wrong with the labels of the training images."""
+
     noise: float | None = None
-    """Share of the training labels that noise touches, from 0 to 1 (0.4). synthetic-au: how far
-    annotators disagree, from 0; at 1 a ninth of their labels are wrong (1). Human labels come with
-    their own."""
+    """Share of the training labels that noise touches, from 0 to 1. synthetic-au: how far
+    annotators disagree, from 0; at 1 a ninth of their labels are wrong. Human labels come with
+    their own. If not given: 0.4; 1 for synthetic-au."""
 
     noise_kind: _choice("noise_kind") | None = None
     """symmetric: re-drawn uniformly over all classes, the true one included. symmetric_exclusive:
@@ -121,6 +105,11 @@ class RunConfig:
     noise_seed: int = 0
     """Seed of the noise. Runs that differ in --seed only share their wrong labels."""
 
+
+@dataclass(frozen=True)
+class Training:
+    """How the network is trained."""
+
     epochs: int | None = None
     """Passes over the training set; 0 only evaluates --weights. If not given: as many as suit the
     data set."""
@@ -128,7 +117,7 @@ class RunConfig:
     weights: Path | None = None
     """Start from the model.safetensors of another run. Refused if that one was trained on other
     samples of the same data set or its network computes something else, such as with other bits; an
-    older file does not tell its bits, and gives a warning."""
+    older file does not tell its bits, and gives a warning. If not given: random weights."""
 
     batch_size: int | None = None
     """Images in a step, over all processes, up to 65,536. If not given: 128; 64 for faces."""
@@ -151,6 +140,11 @@ class RunConfig:
 
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes the run."""
 
     device: _choice("device") = "auto"
     """auto: a GPU where there is one."""
@@ -175,7 +169,34 @@ class RunConfig:
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (pip install tensorboard)."""
 
-    of_tasks: Annotated[tasks.Options, tyro.conf.arg(name="")] = _NO_TASK
+
+GROUPS = (Data, Noise, Training, Machine)
+
+
+@dataclass(frozen=True)
+class RunConfig(Machine, Training, Noise, Data):
+    """Train a network on labels that are partly wrong: one that tells what is on an image, or one
+    that sees the action units (AUs) in a face.
+
+    Test labels are never changed, and nothing is ever selected on them. Every run writes its
+    options, its noisy labels, the metrics of each epoch, the final result and the trained weights
+    into a folder of its own, and a checkpoint after each epoch: the same command goes on where it
+    was interrupted. The default run needs no download and takes about two minutes on one CPU core.
+    """
+
+    method: _choice("method") | None = None
+    """What is done against wrong labels; baseline: nothing. Each method's own options are below;
+    given beside another method, they combine the two, as in --method quant --weight-decay 0.01. If
+    not given: the methods whose options are given, or else baseline."""
+
+    loss: _choice("loss") | None = None
+    """What is minimized. cross_entropy: the usual; of faces weighted, with half a Dice loss. Each
+    of the others is a method too, with options of its own: --loss gce is --method gce, but can
+    stand beside another --method. If not given: that of the method, or else cross_entropy."""
+
+    options: methods.Options = _NO_METHOD
+
+    of_tasks: tasks.Options = _NO_TASK
 
     restart: bool = False
     """Start anew where the run is finished or was interrupted."""

@@ -15,7 +15,7 @@ import tyro
 
 from experiments import tasks
 from experiments.files import atomic
-from experiments.reporting import comparison, escaping
+from experiments.reporting import comparison, escaping, packed
 from experiments.reporting.report import Report
 from experiments.reporting.runs import find, studies, titles
 from experiments.reporting.tables import bullets_section
@@ -42,7 +42,31 @@ def _command(report: Report) -> Callable[..., None]:
 
 
 REPORTS = [task.report() for task in tasks.TASKS.values()]
-COMMANDS = {report.command: _command(report) for report in REPORTS}
+
+
+def pack(runs: Runs = Path("runs"), out: Path | None = None) -> None:
+    """Writes all finished runs in a directory into one file.
+
+    The other commands read it as they read the folders of the runs. It has what they need: options,
+    metrics and results, no weights. Options that say where things were on this machine are
+    replaced. Runs that are damaged or unfinished are left out.
+
+    Args:
+        runs: directory of the runs, as given to run.py or sweep.py with --out; also below it.
+        out: the file. If not given: "runs.zip" in the directory of the runs.
+    """
+    found = [find(runs, report.run) for report in REPORTS]
+    finished = [run.folder for kind in found for run in kind.finished]
+    if not finished:
+        raise ValueError(f"{runs}: no finished run in it. experiments/run.py makes one.")
+    for reason in sorted({reason for kind in found for reason in kind.left_out}):
+        print(f"left out: {escaping.one_line(reason)}", file=sys.stderr)
+    path = out or runs / packed.NAME
+    packed.pack(finished, path)
+    print(f"{len(finished)} runs written to {path}, {path.stat().st_size:,} bytes")
+
+
+COMMANDS = {report.command: _command(report) for report in REPORTS} | {"pack": pack}
 
 
 def write(report: Report, runs: Path, out: Path) -> None:
@@ -71,6 +95,10 @@ def write(report: Report, runs: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _write_csv([comparison.by_run(study) for study in found], names, out / "runs.csv")
     _write_csv(summaries, names, out / report.csv)
+    for name, table_of in report.more.items():
+        tables = list(map(table_of, found))
+        if any(len(table) for table in tables):
+            _write_csv(tables, names, out / name)
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)

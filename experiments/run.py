@@ -10,22 +10,19 @@ if not __package__:
 import collections
 import contextlib
 import dataclasses
-import functools
-import inspect
 import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import tyro
 
 import noisyq_fast
-from experiments import tasks
+from experiments import command_line, tasks
 from experiments.checks import require_once
 from experiments.config import RunConfig
 from experiments.identity import RunIdentity
-from experiments.methods import BASELINE, described
+from experiments.methods import BASELINE
 from experiments.output import Busy, RunFolder
 from experiments.training import data_parallel
 from experiments.training.allocator import keep_freed_memory
@@ -187,14 +184,7 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
     """The options in `arguments`, or else in the command line."""
     if arguments is None:
         check_once(sys.argv[1:])
-    # A partial, because tyro would put a class's own errors into a box.
-    parser = functools.partial(RunConfig)
-    return tyro.cli(
-        parser,
-        args=arguments,
-        description=f"{inspect.cleandoc(RunConfig.__doc__)}\n\nMethods:\n\n{described()}",
-        config=(tyro.conf.DisallowNone,),
-    )
+    return command_line.parse(arguments)
 
 
 def check_once(arguments: list[str]) -> None:

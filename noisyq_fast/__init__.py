@@ -14,6 +14,7 @@ from noisyq_fast.grid import Grid
 from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import fuse_
+from noisyq_fast.integer.only import IntegerOnly
 from noisyq_fast.integer_files import load_integers, save_integers
 from noisyq_fast.layers import (
     QuantConv1d,
@@ -42,14 +43,15 @@ from noisyq_fast.quantizers import (
     QIL,
     SAT,
     AbsMax,
+    EvenlySpaced,
     Fixed,
     LearnedQuantizer,
     MovingAbsMax,
     Quantizer,
 )
-from noisyq_fast.ranges import disabled, freeze_ranges_, reset_ranges_
+from noisyq_fast.ranges import disabled, freeze_ranges_, freeze_weights_, reset_ranges_
 from noisyq_fast.summarizing import LayerSummary, OperatorSummary, Summary, summary
-from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, split_norms_
+from noisyq_fast.widths import BatchNormOfWidths, ManyWidths, set_bits, single_width, split_norms_
 
 try:
     __version__ = _metadata.version("noisyq_fast")
@@ -68,10 +70,12 @@ __all__ = [
     "AdderLinear",
     "BatchNormOfWidths",
     "Codes",
+    "EvenlySpaced",
     "Export",
     "Fixed",
     "Grid",
     "GroupedLinear",
+    "IntegerOnly",
     "LayerSummary",
     "LearnedQuantizer",
     "ManyWidths",
@@ -106,6 +110,7 @@ __all__ = [
     "fake_quantize_ema",
     "fake_quantize_many",
     "freeze_ranges_",
+    "freeze_weights_",
     "fuse_",
     "info",
     "load_integers",
@@ -117,6 +122,7 @@ __all__ = [
     "reset_ranges_",
     "save_integers",
     "set_bits",
+    "single_width",
     "split_norms_",
     "summary",
     "sync_ranges_",

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import register_decomposition
 
 from noisyq_fast import checks, gradients
 from noisyq_fast._declare import declare
-from noisyq_fast.backends.reference_adder import Pair, channels_last
+from noisyq_fast.backends.reference_adder import Pair, channels_last, windows
 from noisyq_fast.layers import QuantLayer
 
 
@@ -36,6 +37,19 @@ _OPTIONS = "Tensor x, Tensor weight, int[2] stride, int[2] padding) -> Tensor"
 _adder_conv2d = declare(
     f"adder_conv2d({_OPTIONS}", prepare=checks.adder, shape=_like_output, gradient=gradients.Adder
 )
+
+
+@register_decomposition(_adder_conv2d)
+def _in_plain_operators(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """What `torch.onnx.export` writes for the operator: a difference, absolute values and a sum for
+    each element of the kernel. The order of the sums is another."""
+    size = checks.output_size(x, weight, stride, padding)
+    return -sum(
+        (weight[:, :, i, j, None, None] - window[:, None]).abs().sum(2)
+        for i, j, window in windows(x, weight, size, stride, padding)
+    )
+
+
 declare(
     f"adder_conv2d_input_gradient(Tensor grad, {_OPTIONS}",
     prepare=checks.adder_gradient,

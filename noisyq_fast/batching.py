@@ -148,13 +148,6 @@ def dequantize(info: Any, dims: Dims, codes: Tensor, scale: Tensor, axis: int | 
     return groups.restored(_operators.dequantize(groups.x, scales, 0)), 0
 
 
-def _no_products(*_: object) -> tuple:
-    raise RuntimeError(
-        "integer products: got a batch of torch.vmap, takes tensors; convert the model with "
-        "arithmetic='float' for torch.vmap"
-    )
-
-
 def quantize_ema_on_grid(*_: object) -> tuple:
     return fake_quantize_ema()
 
@@ -283,48 +276,43 @@ def _one_by_one(name: str) -> Callable:
             )
             for i in range(info.batch_size)
         ]
-        return torch.stack(samples), 0
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        outputs = tuple(map(torch.stack, zip(*samples, strict=True)))
+        return outputs, (0,) * len(outputs)
 
     return rule
 
 
-RULES: dict[str, Callable] = (
-    {
-        rule.__name__: rule
-        for rule in (
-            fake_quantize,
-            fake_quantize_many,
-            fake_quantize_ema,
-            fake_quantize_fixed_range,
-            fake_quantize_fixed_range_clipped,
-            zero_clipped,
-            quantize,
-            dequantize,
-            fake_quantize_on_grid,
-            fake_quantize_ema_on_grid,
-            fake_quantize_fixed_range_on_grid,
-            quantize_on_grid,
-            quantize_ema_on_grid,
-            quantize_fixed_range_on_grid,
-            dequantize_on_grid,
-            fake_quantize_learned,
-            fake_quantize_learned_backward,
-            quantize_learned,
-        )
-    }
-    | dict.fromkeys(
-        (
-            *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
-            *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
-        ),
-        _no_products,
+RULES: dict[str, Callable] = {
+    rule.__name__: rule
+    for rule in (
+        fake_quantize,
+        fake_quantize_many,
+        fake_quantize_ema,
+        fake_quantize_fixed_range,
+        fake_quantize_fixed_range_clipped,
+        zero_clipped,
+        quantize,
+        dequantize,
+        fake_quantize_on_grid,
+        fake_quantize_ema_on_grid,
+        fake_quantize_fixed_range_on_grid,
+        quantize_on_grid,
+        quantize_ema_on_grid,
+        quantize_fixed_range_on_grid,
+        dequantize_on_grid,
+        fake_quantize_learned,
+        fake_quantize_learned_backward,
+        quantize_learned,
     )
-    | {
-        name: _one_by_one(name)
-        for name in (
-            "adder_conv2d",
-            "adder_conv2d_input_gradient",
-            "adder_conv2d_weight_gradient",
-        )
-    }
-)
+} | {
+    name: _one_by_one(name)
+    for name in (
+        *("convolve_codes", "multiply_codes", "integer_convolution", "integer_linear"),
+        *("statistics_of_sums", "norm_of_sums", "grads_of_norm_of_sums"),
+        "adder_conv2d",
+        "adder_conv2d_input_gradient",
+        "adder_conv2d_weight_gradient",
+    )
+}

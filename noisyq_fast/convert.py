@@ -20,6 +20,7 @@ from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.first_last import FirstLast, by_execution, by_registration
 from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
 from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
+from noisyq_fast.integer.batch_norm import ExactBatchNorm
 from noisyq_fast.integer.fusing import unfuse_
 from noisyq_fast.layers import (
     DEFAULT_BITS,
@@ -59,6 +60,8 @@ _GRID_OPTIONS = {
 """With their defaults: what a quantizer given as ``weight`` or ``activation`` has of its own."""
 _OF_LAYERS = ("input_ranges", "arithmetic")
 """Options that concern no quantizer."""
+_NOTES = ("was_given_parameters", "has_stored_weight")
+"""What a quantized layer remembers of its calls and its weight."""
 _OPTIONS = (
     *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),
     *_GRID_OPTIONS["weight"],
@@ -320,11 +323,15 @@ def dequantize_model_(model: nn.Module) -> nn.Module:
         )
     unfuse_(model)
     for layer in layers:
-        float_class = _float_class(layer)
-        for name in [*layer.quantizers(), *vars(layer)]:
-            if name.endswith("_quantizer") or name in ("_float_class", *_OF_LAYERS):
-                delattr(layer, name)
-        layer.__class__ = _rebased(layer, float_class)
+        was = float_class(layer)
+        # Those of several widths are in a list.
+        own = dict.fromkeys(name.partition(".")[0] for name in layer.quantizers())
+        for name in [*vars(layer)]:
+            if name.endswith("_quantizer") or name in ("_float_class", *_OF_LAYERS, *_NOTES):
+                own[name] = None
+        for name in own:
+            delattr(layer, name)
+        layer.__class__ = _rebased(layer, was)
     _allow_nested_tensors(model)
     return model
 
@@ -545,8 +552,13 @@ def _set_quantizers(
         quantizer.name = f"{name}.{kind}" if name else kind
 
 
-def _float_class(layer: QuantLayer) -> type[nn.Module]:
-    """What the layer was before its conversion; of one made by hand, its float base class."""
+def float_class(layer: nn.Module) -> type[nn.Module]:
+    """What a module was before its conversion and before `fuse_`; of a quantized layer that was
+    made by hand, its float base class."""
+    if isinstance(layer, ExactBatchNorm):
+        return layer.float_class
+    if not isinstance(layer, QuantLayer):
+        return type(layer)
     if "_float_class" in vars(layer):
         return layer._float_class
     return next(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.grid import Grid
+from noisyq_fast.integer.deferred import Deferred
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import LearnedQuantizer, MovingAbsMax
 
@@ -82,7 +83,7 @@ class _OfRanks:
 
     @torch.no_grad()
     def __call__(self, values: Tensor) -> Tensor:
-        if _has_other_ranks(self.process_group):
+        if has_other_ranks(self.process_group):
             values = values.clone()
             dist.all_reduce(values, self.operation, self.process_group)
         return values
@@ -106,10 +107,13 @@ class _RangeOfRanks:
         A NaN becomes infinity: as a range both mean a NaN batch that is not recorded, but not
         every backend's maximum keeps a NaN.
         """
-        if not _has_other_ranks(self.process_group):
+        if not has_other_ranks(self.process_group):
             return None
-        axis = checks.front_axis(axis, x)
-        ends = reference.range_of(x, self.grid, axis)
+        ends = x.range_on(self.grid) if isinstance(x, Deferred) and axis is None else None
+        if ends is None:
+            ends = reference.range_of(x, self.grid, checks.front_axis(axis, x))
+        else:
+            ends = ends.clone()
         if self.grid.is_affine:
             ends[0].neg_()  # so that both ends are maxima
         if x.numel() == 0:
@@ -121,7 +125,7 @@ class _RangeOfRanks:
         return ends
 
 
-def _has_other_ranks(process_group: dist.ProcessGroup | None) -> bool:
+def has_other_ranks(process_group: dist.ProcessGroup | None) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return False
     return dist.get_world_size(process_group) > 1

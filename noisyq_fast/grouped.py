@@ -147,6 +147,8 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
     """
 
     integer_axes = (None, TOKEN, -2)
+    was_given_parameters: bool = False
+    has_stored_weight: bool = False
 
     def __init__(
         self,
@@ -175,10 +177,24 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         usage.called(self)
         self.check_input(x)
         self.check_parameters(parameters)
+        self._note(parameters)
         weight, bias = parameters or (None, self.bias)
         if self.computes_in_integers():
             return self.compute_integers(x, weight, bias)
         return _grouped_linear(self.quantized_input(x), self.quantized_weight(weight), bias)
+
+    def _note(self, parameters: Parameters | None) -> None:
+        """Integer files have to know which layers are called with parameters."""
+        if parameters is None or torch.compiler.is_compiling():
+            return
+        if self.has_stored_weight:
+            raise ValueError(
+                "parameters: got some for a layer whose own weight was read from an integer file, "
+                "with the scales of that one; run the network on a batch before save_integers, "
+                "which then keeps this weight in float"
+            )
+        if not self.was_given_parameters:
+            self.was_given_parameters = True
 
     def compute_integers(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         leading = x.shape[:-2]

@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import stat
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisyq_fast.calibration.folding import LINEAR, replace_module_, with_bias_
 from noisyq_fast.calibration.ocs import SplitChannels, split_inputs_
-from noisyq_fast.convert import _float_class, quantize_model_
+from noisyq_fast.convert import float_class, quantize_model_
+from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.integer.fusing import fuse_as_, how_fused
 from noisyq_fast.layers import QuantLayer
-from noisyq_fast.ops import dequantize
-from noisyq_fast.packing import pack_codes, unpack_codes
-from noisyq_fast.quantizers import AbsMax, Fixed, MovingAbsMax, Quantizer
+from noisyq_fast.quantizers import LearnedQuantizer, Quantizer
+from noisyq_fast.ranges import freeze_weights_
+from noisyq_fast.stored_quantizers import describe, make, restore, store, stored_values
 
 FORMAT = "noisyq_fast integers"
-VERSION = 1
+VERSION = 2
 """Of the format: larger in files that older versions would misread."""
 _OF_LAYERS = {"arithmetic", "input_ranges"}
 _WEIGHT = "weight_quantizer"
 _EXTRA = "_extra_state"
-_INPUTS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
-    "MovingAbsMax": (MovingAbsMax, ("bits", "axis", "averaging_constant", "ste", "grid")),
-    "AbsMax": (AbsMax, ("bits", "axis", "grid", "group_size")),
-}
-"""The quantizers of inputs that a file can name, with the arguments that make them."""
+_PARTS = ("codes", "scale", "zero_point", "step", "offset")
+"""The tensors of a stored weight."""
 
 
 def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -42,11 +42,15 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
     The file is a safetensors file. Of each quantized weight it has, under the name of the weight,
     ``.codes``: bytes with the codes minus the least one, in steps of the grid, output channels
     first, packed (two codes of 4 bits to a byte); ``.scale`` and, on the affine grid,
-    ``.zero_point``. All other parameters and buffers are there as they are, among them the range of
-    each input. The metadata say which layers are quantized, with how many bits and on which grid,
-    and which modules there are.
+    ``.zero_point``; or what `EvenlySpaced` takes. All other parameters and buffers are there as
+    they are, among them the range of each input. The metadata say which layers are quantized, with
+    how many bits and on which grid, which modules there are, and what `fuse_` has joined.
 
-    What only training needs, such as the float weights, is not kept.
+    What only training needs, such as the float weights, is not kept. But a weight that something
+    else than its layer's own quantizer makes use of is kept as it is: that of a layer that the
+    model does not call (it may read the weight directly), one that another layer uses otherwise,
+    that of a `GroupedLinear` called with ``parameters=``, and the three of an attention with other
+    sizes of key and value.
 
     Args:
         model: as from `quantize_model_` and trained, or from a post-training method.
@@ -58,9 +62,13 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: a model without quantized layers; a layer whose weight is made by something else
-            (pruning, weight norm), is shared with a layer that uses it otherwise, or is not
-            finite, or whose quantizers are off or of a kind that files do not know.
+            (pruning, weight norm) or is not finite, or whose quantizers are off or of a kind that
+            files do not know.
         OSError: the file cannot be written.
+
+    Warns:
+        UserWarning: layers whose weights are kept in float because they have seen no input, or
+            share them.
 
     Example:
         >>> import noisyq_fast, os, tempfile, torch
@@ -83,15 +91,18 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
             f"model: got {type(model).__name__} without quantized layers, takes what "
             "quantize_model_ returns"
         )
-    tensors, codes_of, described = {}, {}, {}
+    kept = {name: why for name, layer in layers.items() if (why := _why_kept(layer))}
+    kept |= _of_several_uses(model, layers.keys() - kept.keys())
+    tensors, names, described = {}, {}, {}
     for name, layer in layers.items():
         try:
-            described[name] = _describe(name, layer, codes_of, tensors)
+            described[name] = _describe(name, layer, name in kept, names, tensors)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-    _refuse_other_users(model, layers, codes_of)
-    tensors |= _others(model, set(codes_of))
-    content = {"layers": described, "modules": _classes(model)}
+    _warn_of(kept)
+    stored = {name for name, about in described.items() if about["weights"]}
+    tensors |= _others(model, set(names), stored)
+    content = {"layers": described, "modules": _classes(model), "fused": how_fused(model)}
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -104,16 +115,15 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
 
 def _describe(
-    name: str,
-    layer: QuantLayer,
-    codes_of: dict[int, tuple[str, Tensor]],
-    tensors: dict[str, Tensor],
+    name: str, layer: QuantLayer, keep: bool, names: dict[int, str], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """What is said of a layer; its codes go to ``tensors``."""
+    """What is said of a layer; its codes go to ``tensors``, once for each of the weights in
+    ``names``."""
     for quantizer in layer.quantizers().values():
         if not quantizer.enabled:
             raise ValueError("its quantizers are off; save it outside of noisyq_fast.disabled")
-    inputs = {key: _describe_input(q) for key, q in layer.quantizers().items() if key != _WEIGHT}
+    others = {key: q for key, q in layer.quantizers().items() if key != _WEIGHT}
+    inputs = {key: describe(quantizer, "input") for key, quantizer in others.items()}
     described = {"inputs": inputs, "weights": {}}
     described |= {option: vars(layer)[option] for option in _OF_LAYERS if option in vars(layer)}
     quantizer = layer.weight_quantizer
@@ -121,68 +131,83 @@ def _describe(
         return described
     if getattr(layer, "max_norm", None) is not None:
         raise ValueError("got an embedding with max_norm, which changes its weight as it is used")
-    if not quantizer.gives_codes:
-        raise ValueError(f"got {quantizer} for its weight, takes a quantizer that gives codes")
     own = {id(p): key for key, p in layer._parameters.items() if p is not None}
-    for weight in layer.weights():
-        if id(weight) not in own:
-            raise ValueError(
-                "its weight is made by another module, such as of pruning or weight norm; make it "
-                "a parameter before, with torch.nn.utils.prune.remove or the like"
-            )
-        key = own[id(weight)]
-        quantized = quantizer.codes(layer.by_channel(weight.detach()))
-        values = layer.quantized_weight(weight).detach()
-        if not bool(values.isfinite().all()):
-            raise ValueError("got a weight with a NaN or an infinity")
-        first, same = codes_of.setdefault(id(weight), (f"{name}.{key}".lstrip("."), values))
-        if not torch.equal(same, values):
-            raise ValueError(f"its weight is {first!r} too, which is quantized otherwise")
-        tensors[f"{first}.codes"] = pack_codes(quantized.codes, quantizer.grid)
-        tensors[f"{first}.scale"] = quantized.scale
-        if quantized.zero_point is not None:
-            tensors[f"{first}.zero_point"] = quantized.zero_point
-        described["weights"][key] = {
-            "tensor": first,
-            "shape": list(quantized.codes.shape),
-            "dtype": str(weight.dtype),
-            "bits": quantizer.bits,
-            "grid": quantizer.grid_kind,
-            "axis": quantizer.axis,
-            "group_size": quantizer.group_size,
-        }
+    if any(id(weight) not in own for weight in layer.weights()):
+        raise ValueError(
+            "its weight is made by another module, such as of pruning or weight norm; make it "
+            "a parameter before, with torch.nn.utils.prune.remove or the like"
+        )
+    if keep:
+        return described | {"kept": describe(quantizer, "weight")}
+    (weight,) = layer.weights()
+    key = own[id(weight)]
+    by_channel = layer.by_channel(weight.detach())
+    values = quantizer(by_channel).detach()
+    if not bool(values.isfinite().all()):
+        raise ValueError("got a weight with a NaN or an infinity")
+    first = names.setdefault(id(weight), f"{name}.{key}".lstrip("."))
+    about, parts = store(quantizer, by_channel, values)
+    tensors |= {f"{first}.{part}": tensor for part, tensor in parts.items()}
+    described["weights"][key] = {
+        "tensor": first,
+        "shape": list(values.shape),
+        "dtype": str(weight.dtype),
+    } | about
     return described
 
 
-def _describe_input(quantizer: Quantizer) -> dict[str, Any]:
-    kind = type(quantizer).__name__
-    if kind not in _INPUTS or type(quantizer) is not _INPUTS[kind][0]:
-        raise ValueError(f"got {quantizer} for its input, takes one of {', '.join(_INPUTS)}")
-    attributes = vars(quantizer) | {"grid": quantizer.grid_kind}
-    return {"kind": kind} | {name: attributes[name] for name in _INPUTS[kind][1]}
+_UNCALLED = "has seen no input"
+_OTHERWISE = "shares its weight with something that uses it otherwise"
 
 
-def _refuse_other_users(
-    model: nn.Module, layers: Mapping[str, QuantLayer], codes_of: Mapping[int, tuple[str, Tensor]]
-) -> None:
-    """A weight of which only the codes are kept must not be read in float."""
+def _why_kept(layer: QuantLayer) -> str:
+    """Why the weight of a layer is kept as it is; empty where codes can stand for it."""
+    if layer.weight_quantizer is None:
+        return ""
+    if len(layer.weights()) > 1:
+        return "has several weights"
+    if getattr(layer, "was_given_parameters", False):
+        return "is called with parameters="
+    quantizer = layer.input_quantizer
+    unknown = quantizer is not None and quantizer.keeps_range and quantizer.range.isnan().all()
+    return _UNCALLED if unknown else ""
+
+
+def _of_several_uses(model: nn.Module, names: Set[str]) -> dict[str, str]:
+    """Those of the layers whose weight has another user too, for which other codes, or none,
+    stand for it."""
+    users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        quantizes = name in layers and module.weight_quantizer is not None
-        for key, parameter in module._parameters.items():
-            if id(parameter) in codes_of and not quantizes:
-                first = codes_of[id(parameter)][0]
-                raise ValueError(
-                    f"layer {name!r}: its {key} is {first!r} too, which is quantized; give it a "
-                    "copy of its own, or quantize both"
-                )
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    found = {}
+    for of_weight in users.values():
+        layers = [model.get_submodule(name) for name in of_weight if name in names]
+        if len(of_weight) == 1 or not layers:
+            continue
+        values = [layer.quantized_weight(*layer.weights()).detach() for layer in layers]
+        if len(layers) < len(of_weight) or not all(torch.equal(values[0], v) for v in values):
+            found |= dict.fromkeys(names & set(of_weight), _OTHERWISE)
+    return found
 
 
-def _others(model: nn.Module, seen: set[int]) -> dict[str, Tensor]:
-    """Parameters and buffers but for those that were ``seen`` and what quantizes weights, each
-    once."""
+def _warn_of(kept: Mapping[str, str]) -> None:
+    told = [f"{name} {why}" for name, why in kept.items() if why in (_UNCALLED, _OTHERWISE)]
+    if told:
+        warnings.warn(
+            f"layers whose weights are kept in float: {'; '.join(told)}. A model is saved after it "
+            "was trained or calibrated; layers that share a weight share its codes where their "
+            "quantizers are alike",
+            stacklevel=3,
+        )
+
+
+def _others(model: nn.Module, seen: set[int], stored: set[str]) -> dict[str, Tensor]:
+    """Parameters and buffers but for those that were ``seen`` and what quantizes the weights of
+    ``stored`` layers, each once."""
     left_out = []
     for name, module in model.named_modules():
-        if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
+        if name in stored:
             left_out.append(f"{name}.{_WEIGHT}.".lstrip("."))
         if isinstance(module, Quantizer):
             left_out.append(f"{name}.{_EXTRA}".lstrip("."))
@@ -208,8 +233,8 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Returns:
         a quantized copy in evaluation mode, which computes what the saved one does in evaluation,
-        to the bit. Its weights are the quantized values; they can be trained on, with the scales
-        that they have.
+        to the bit. Its weights are the quantized values, frozen (`freeze_weights_`) until
+        ``model.train()``; they can be trained on, with the scales that they have.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -237,14 +262,15 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         _change_as_saved_(model, content["modules"], tensors)
         _check_modules(model, content["modules"])
         _quantize_(model, content["layers"], tensors)
-        _load_others_(model, tensors)
+        _load_others_(model, content["layers"], tensors)
+        fuse_as_(model, content["fused"])
     except Exception as error:  # there can be anything in it
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{path}: does not fit the model, or is damaged ({what:.500}); build the model as it "
             "was before quantize_model_ when the file was saved, or save the file again"
         ) from error
-    return model.eval()
+    return freeze_weights_(model.eval())
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -273,8 +299,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         content = json.loads(metadata["content"])
-        if version != str(VERSION) or not all(
-            isinstance(content[part], dict) for part in ("layers", "modules")
+        content = {"fused": {}} | content  # version 1 has none
+        if version not in map(str, range(1, VERSION + 1)) or not all(
+            isinstance(content[part], dict) for part in ("layers", "modules", "fused")
         ):
             raise ValueError("its metadata are not those of this version")
     except Exception as error:
@@ -330,7 +357,7 @@ def _check_modules(model: nn.Module, expected: Mapping[str, str]) -> None:
 def _classes(model: nn.Module) -> dict[str, str]:
     """The names of the classes of all modules before quantization."""
     return {
-        name: (_float_class(m) if isinstance(m, QuantLayer) else type(m)).__name__
+        name: float_class(m).__name__
         for name, m in model.named_modules()
         if not isinstance(m, Quantizer)
     }
@@ -339,15 +366,19 @@ def _classes(model: nn.Module) -> dict[str, str]:
 def _quantize_(
     model: nn.Module, layers: Mapping[str, Mapping[str, Any]], tensors: dict[str, Tensor]
 ) -> None:
-    overrides = {}
-    weights = {}
+    overrides, weights = {}, {}
     for name, described in layers.items():
-        found = {}
+        weight = None
+        if "kept" in described:
+            weight = make(described["kept"])
+            layer = model.get_submodule(name)
+            if isinstance(layer, GroupedLinear):
+                layer.was_given_parameters = True
         for key, about in described["weights"].items():
-            found[key] = _weight(about, tensors)
-            weights[f"{name}.{key}".lstrip(".")] = *found[key], about
-        only = next(iter(found.values()))[0] if len(found) == 1 else None
-        overrides[name] = {"weight": only, "activation": _input(name, described, tensors)}
+            parts = {part: tensors.get(f"{about['tensor']}.{part}") for part in _PARTS}
+            weight = restore(about, parts)
+            weights[f"{name}.{key}".lstrip(".")] = weight, parts["codes"], about
+        overrides[name] = {"weight": weight, "activation": _input(name, described, tensors)}
         overrides[name] |= {option: described[option] for option in _OF_LAYERS & described.keys()}
     quantize_model_(
         model, first_last_bits=None, overrides=overrides, filter=lambda name, _: name in layers
@@ -363,26 +394,13 @@ def _quantize_(
                 f"{name}: {about['dtype']} of shape {about['shape']} in the file, "
                 f"{parameter.dtype} of shape {list(like.shape)} in the model"
             )
-        codes = unpack_codes(packed, quantizer.grid, like.shape)
-        values = dequantize(
-            codes,
-            quantizer.scale,
-            quantizer.axis,
-            zero_point=quantizer.zero_point,
-            group_size=quantizer.group_size,
-        )
+        values = stored_values(quantizer, packed, like.shape)
         parameter.data.copy_(layer.from_channels(values, parameter.detach()))
-        used |= {f"{about['tensor']}.{part}" for part in ("codes", "scale", "zero_point")}
+        if isinstance(layer, QuantGroupedLinear):
+            layer.has_stored_weight = True
+        used |= {f"{about['tensor']}.{part}" for part in _PARTS}
     for name in used & tensors.keys():
         del tensors[name]
-
-
-def _weight(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Fixed, Tensor]:
-    codes, scale, zero_point = (
-        tensors.get(f"{about['tensor']}.{part}") for part in ("codes", "scale", "zero_point")
-    )
-    options = {name: about[name] for name in ("bits", "axis", "grid", "group_size")}
-    return Fixed(scale, zero_point=zero_point, **options), codes
 
 
 def _input(
@@ -392,15 +410,13 @@ def _input(
     about = described["inputs"].get("input_quantizer")
     if about is None:
         return None
-    kind, names = _INPUTS[about["kind"]]
-    options = {option: about[option] for option in names}
-    if kind is MovingAbsMax and about["axis"] is not None:
-        observed = tensors[f"{name}.input_quantizer.observed".lstrip(".")]
-        options["ranges"] = observed.numel()
-    return kind(**options)
+    observed = tensors.get(f"{name}.input_quantizer.observed".lstrip("."))
+    return make(about, None if observed is None else observed.numel())
 
 
-def _load_others_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _load_others_(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]
+) -> None:
     own = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         if name not in own:
@@ -410,8 +426,14 @@ def _load_others_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"{name}: {tensor.dtype} of shape {list(tensor.shape)} in the file, "
                 f"{own[name].dtype} of shape {list(own[name].shape)} in the model"
             )
-    layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
-    expected = _others(model, {id(w) for layer in layers for w in layer.weights()})
-    if missing := expected.keys() - tensors.keys():
+    stored = {name for name, described in layers.items() if described["weights"]}
+    weights = {id(w) for name in stored for w in model.get_submodule(name).weights()}
+    if missing := _others(model, weights, stored).keys() - tensors.keys():
         raise ValueError(f"{', '.join(sorted(missing)[:3])}: in the model only")
     model.load_state_dict(tensors, strict=False)
+    for name, described in layers.items():
+        quantizers = described["inputs"] | {_WEIGHT: described.get("kept", {})}
+        for key, about in quantizers.items():
+            quantizer = getattr(model.get_submodule(name), key)
+            if isinstance(quantizer, LearnedQuantizer):
+                quantizer.initialized = bool(about["initialized"])

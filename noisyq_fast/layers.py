@@ -6,6 +6,7 @@ batch's absmax in training and its moving average otherwise (arXiv 2303.11803, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import EllipsisType
 from typing import Any
@@ -68,6 +69,8 @@ class QuantLayer(nn.Module):
     """Whether `fuse_` can make it return a `Deferred`."""
     integer_axes: tuple[Axis, ...] = (None, TOKEN)
     """Those of the scales of its input with which it computes in integers."""
+    made_of_weights: dict[tuple[str, str], tuple[Any, Any]] | None = None
+    """Codes and values of its weights while `freeze_weights_` keeps them."""
     # `fuse_` sets these.
     defers: bool = False
     recomputes: bool = False  # makes its sums again in the backward
@@ -186,6 +189,8 @@ class QuantLayer(nn.Module):
     def normalizes(self, output: Tensor) -> bool:
         """Whether a batch norm that follows is part of what the layer computes: where its sums
         cannot be deferred, because its output is traced or transformed."""
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norm):
+            return False  # whose ranks meet in no graph
         return self.defers and self.computes_in_integers() and not deferrable(output)
 
     def computes_in_integers(self) -> bool:
@@ -194,6 +199,9 @@ class QuantLayer(nn.Module):
     def weight_codes(self, weight: Tensor | None = None) -> Codes:
         """The layer's weight as it is now, or another of its shape, as codes of its shape."""
         weight = self.weight if weight is None else weight
+        return self._made_once("codes", self._weight_codes, weight)
+
+    def _weight_codes(self, weight: Tensor) -> Codes:
         if not gradients.wanted():
             weight = weight.detach()
         by_channel = self.by_channel(weight)
@@ -205,6 +213,10 @@ class QuantLayer(nn.Module):
         source = weight if made.source is by_channel else self.from_channels(made.source, weight)
         codes = self.from_channels(made.codes, weight)
         return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=source)
+
+    def coded(self, x: Tensor) -> tuple[Codes, Codes, Tensor | None]:
+        """Its input as codes, and the weight, as codes, and the bias that meet it."""
+        return self.input_quantizer.codes(x), self.weight_codes(), self.bias
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The float layer's own arithmetic, with the rest of its forward's arguments."""
@@ -218,11 +230,27 @@ class QuantLayer(nn.Module):
         weight = self.weight if weight is None else weight
         if self.weight_quantizer is None:
             return weight
+        return self._made_once("values", self._quantized_weight, weight)
+
+    def _quantized_weight(self, weight: Tensor) -> Tensor:
         if not gradients.wanted():
             # Such as PyTorch's counter of FLOPs hook the inputs of modules that require grad.
             weight = weight.detach()
         by_channel = self.weight_quantizer(self.by_channel(weight))
         return self.from_channels(by_channel, weight)
+
+    def _made_once(self, what: str, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
+        """What is made of a weight; of one that is frozen, what was made of it before."""
+        if self.made_of_weights is None or gradients.wanted() or torch.compiler.is_compiling():
+            return make(weight)
+        name = next((name for name, p in self._parameters.items() if p is weight), None)
+        if name is None or type(weight) is not nn.Parameter or weight.is_inference():
+            return make(weight)
+        state = weight._version, self.weight_quantizer.bits, self.weight_quantizer.enabled
+        found = self.made_of_weights.get((name, what))
+        if found is None or found[0] != state:
+            found = self.made_of_weights[name, what] = state, make(weight)
+        return found[1]
 
     def by_channel(self, weight: Tensor) -> Tensor:
         """The weight with the output channels first."""
@@ -233,6 +261,25 @@ class QuantLayer(nn.Module):
         return by_channel
 
     # What is kept.
+
+    def train(self, mode: bool = True) -> QuantLayer:
+        if mode:
+            self.made_of_weights = None
+        return super().train(mode)
+
+    def _forget_what_was_made(self) -> None:
+        if self.made_of_weights is not None:
+            self.made_of_weights = {}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QuantLayer:
+        self._forget_what_was_made()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).copy()
+        if state.get("made_of_weights") is not None:
+            state["made_of_weights"] = {}
+        return state
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -253,6 +300,7 @@ class QuantLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         self._rename_old_range(state_dict, prefix)
+        self._forget_what_was_made()
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _rename_old_range(self, state_dict: dict[str, Any], prefix: str) -> None:
@@ -336,7 +384,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
     def compute_integers(self, x: Tensor) -> Tensor:
-        return products.linear(self.input_quantizer.codes(x), self.weight_codes(), self.bias)
+        return products.linear(*self.coded(x))
 
 
 class _QuantConv(QuantLayer):
@@ -350,8 +398,8 @@ class _QuantConv(QuantLayer):
             *(list(self.stride), padding, list(self.dilation), False),
             *([0] * len(padding), self.groups),
         )
-        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
-        operands = codes, weight, self.bias, geometry
+        codes, weight, bias = self.coded(x)
+        operands = codes, weight, bias, geometry
         are_plain = deferrable(codes.codes) and deferrable(weight.codes)
         if self.defers and are_plain and x.dtype == torch.float32:
             y = products.deferred_convolution(*operands, self, x)
@@ -364,7 +412,11 @@ class _QuantConv(QuantLayer):
         return y.squeeze(0) if unbatched else y
 
     def why_float(self) -> str | None:
-        if self.input_quantizer and self.input_quantizer.grid_kind == ODD and self._pads_before():
+        if (
+            self.input_quantizer
+            and self.input_quantizer.grid_of_codes == ODD
+            and self._pads_before()
+        ):
             return "the zeros around its input have no code on the odd grid"
         return super().why_float()
 

@@ -2,8 +2,7 @@
 `noisyq_fast.rules`.
 
 Values and codes are the same bits in every backend, and so are gradients. Saved for backward is the
-input and nothing else of its size. CUDA C++ leaves these operators out: on a GPU Triton computes
-them.
+input and nothing else of its size.
 """
 
 import torch

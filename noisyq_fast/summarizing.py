@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from noisyq_fast.adder import AdderConv2d, AdderLinear
 from noisyq_fast.convert import check_not_lazy, why_not_quantized
 from noisyq_fast.counting import Work, count, parameters_of
 from noisyq_fast.integer.batch_norm import ExactBatchNorm
@@ -27,19 +29,21 @@ class LayerSummary:
 
     Attributes:
         name: in the model; empty for the model itself.
-        kind: its class.
+        kind: its class, and in brackets what makes its weight (`torch.nn.utils.parametrize`).
         weight_bits, activation_bits: of weights and inputs; ``None`` where they are float.
         weight_grid, activation_grid: such as ``"signed channel"``: the values of the codes, and
             what has a scale of its own; empty where they are float.
         calls: how often a forward calls it.
         macs: multiply-accumulates with its weights.
         quantized_macs: those with quantized weights and inputs.
+        additions: those without a multiplication, of an `AdderConv2d` or `AdderLinear`.
         parameters: how many numbers it trains. Those that several layers share count at the first.
         quantized_parameters: those of them that are quantized.
         size_in_bits: what inference needs to store: quantized weights at their width with a float32
             scale for each channel (or tensor, or group; with 8 bits more for a zero point), one for
-            each range of an input, all else at its own width. What several layers share counts at
-            the first.
+            each range of an input, all else at its own width. Weights that are made of fewer bits
+            than they have, such as of shared values, count as these. What several layers share
+            counts at the first.
         why_float: why it, or a part of it, is float; empty where it is quantized.
         arithmetic: ``"integer"`` where it multiplies codes; a batch norm that takes its statistics
             from exact sums is ``"exact"``; else ``"float"``.
@@ -62,6 +66,7 @@ class LayerSummary:
     why_float: str
     arithmetic: str = "float"
     chain: str = ""
+    additions: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Summary:
         layers: in the order of execution; those that are not called last.
         operators: outside of the layers, in the order of execution.
         float_size_in_bits: what inference needs to store without quantization.
-        macs, quantized_macs, parameters, quantized_parameters, size_in_bits: sums.
+        macs, quantized_macs, additions, parameters, quantized_parameters, size_in_bits: sums.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -97,6 +102,10 @@ class Summary:
     @property
     def quantized_macs(self) -> int:
         return self._sum("quantized_macs")
+
+    @property
+    def additions(self) -> int:
+        return self._sum("additions")
 
     @property
     def parameters(self) -> int:
@@ -115,7 +124,10 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, numbers and strings, for JSON or a data frame."""
-        sums = ("macs", "quantized_macs", "parameters", "quantized_parameters", "size_in_bits")
+        sums = (
+            *("macs", "quantized_macs", "additions"),
+            *("parameters", "quantized_parameters", "size_in_bits"),
+        )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
 
     def __str__(self) -> str:
@@ -215,9 +227,16 @@ class _Stored:
         self.parameters |= new.keys()
         return sum(new.values())
 
-    def add(self, x: Tensor, bits: int | None = None, scale_bits: int = 0) -> int:
-        """The bits that a tensor takes beside what is stored already."""
-        float_bits = 8 * x.element_size() * x.numel()
+    def add(
+        self,
+        x: Tensor,
+        bits: int | None = None,
+        scale_bits: int = 0,
+        made_of: Sequence[Tensor] = (),
+    ) -> int:
+        """The bits that a tensor takes beside what is stored already; or those that it is made of,
+        where these are fewer."""
+        float_bits = sum(8 * part.element_size() * part.numel() for part in made_of or [x])
         if id(x) not in self.widths:
             self.widths[id(x)] = x, set()
             self.float_bits += float_bits
@@ -225,7 +244,9 @@ class _Stored:
         if bits in widths:
             return 0
         widths.add(bits)
-        return float_bits if bits is None else bits * x.numel() + scale_bits
+        if bits is None:
+            return float_bits
+        return min(bits * x.numel(), float_bits) + scale_bits
 
 
 def _row(
@@ -242,10 +263,12 @@ def _row(
     if weight is not None:
         weights = layer.weights()
         each = _SCALE_BITS + (_ZERO_POINT_BITS if weight.grid.is_affine else 0)
-        bits += sum(
-            stored.add(w, weight.bits, each * weight.scales(layer.by_channel(w))) for w in weights
-        )
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
+        # One weight at most is made of others.
+        parts = [] if len(weights) > 1 else [state[key] for key in made]
+        for w in weights:
+            scale_bits = each * weight.scales(layer.by_channel(w))
+            bits += stored.add(w, weight.bits, scale_bits, parts)
         quantized = stored.count(own[key] for key in made & own.keys())
         state = {key: x for key, x in state.items() if key not in made}
     of_range = [p for q in _quantizers(layer) if q.keeps_range for p in q.parameters()]
@@ -257,7 +280,7 @@ def _row(
     fully = weight is not None and activation is not None
     return LayerSummary(
         name=name,
-        kind=type(layer).__name__,
+        kind=_kind(layer),
         weight_bits=weight and weight.bits,
         activation_bits=activation and activation.bits,
         weight_grid="" if weight is None else weight.form,
@@ -271,7 +294,16 @@ def _row(
         why_float=_why_float(name, layer, work, any_quantized),
         arithmetic=arithmetic,
         chain=chain,
+        additions=work.macs[name] if isinstance(layer, AdderConv2d | AdderLinear) else 0,
     )
+
+
+def _kind(layer: nn.Module) -> str:
+    name = type(layer).__name__
+    if not is_parametrized(layer):
+        return name
+    makers = [type(m).__name__.strip("_") for made in layer.parametrizations.values() for m in made]
+    return f"{name.removeprefix('Parametrized')} ({', '.join(makers)})"
 
 
 def _arithmetic(layer: nn.Module) -> tuple[str, str]:
@@ -391,6 +423,9 @@ def _sums(summary: Summary) -> list[str]:
             f"exact, the same bits on every backend: {_share(exact, summary.macs)} of the MACs, "
             f"in integers; batch norm x{norms}"
         )
+    if summary.additions:
+        share = _share(summary.additions, summary.macs)
+        lines.append(f"additions without a multiplication: {share} of the MACs")
     reasons: dict[str, list[LayerSummary]] = {}
     for layer in summary.layers:
         if layer.why_float:

@@ -76,6 +76,10 @@ class ManyWidths(Quantizer):
     def gives_codes(self) -> bool:
         return self.active is not None and self.active.gives_codes
 
+    @property
+    def grid_of_codes(self) -> str:
+        return self.grid_kind if self.active is None else self.active.grid_of_codes
+
     def codes(self, x: Tensor) -> Codes:
         if self.active is None:
             raise ValueError("codes: got the width 32, which has none; takes one that is quantized")
@@ -131,7 +135,25 @@ class ManyWidths(Quantizer):
         return f"ManyWidths({self.extra_repr()})"
 
 
-class BatchNormOfWidths(nn.Module):
+class NormOfWidths(nn.Module):
+    """Batch norms of which the width says which one computes. Where `fuse_` lets the active one
+    take its statistics from exact sums, it does so for all of them."""
+
+    def norms(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    @property
+    def active(self) -> nn.Module:
+        """The one that computes."""
+        raise NotImplementedError
+
+    def tell_layer(self) -> None:
+        """Has the layer of exact sums before it, if there is one, call the active one."""
+        for layer in getattr(self.active, "follows", ()):
+            layer.norm = (self.active,)
+
+
+class BatchNormOfWidths(NormOfWidths):
     """A batch norm for each width: a copy of one. It takes that one's state dict too, for all."""
 
     def __init__(self, norm: _BatchNorm, widths: Sequence[int]) -> None:
@@ -146,9 +168,17 @@ class BatchNormOfWidths(nn.Module):
 
     def set_width(self, width: int) -> None:
         self.at = width
+        self.tell_layer()
+
+    def norms(self) -> list[nn.Module]:
+        return list(self.each.values())
+
+    @property
+    def active(self) -> nn.Module:
+        return self.each[str(self.at)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.each[str(self.at)](x)
+        return self.active(x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         (first, *_) = self.each.values()
@@ -223,6 +253,36 @@ def set_bits(model: nn.Module, bits: int) -> Iterator[None]:
     finally:
         for part, width in zip(parts, before, strict=True):
             part.set_width(width)
+
+
+def single_width(model: nn.Module, bits: int) -> nn.Module:
+    """A copy of a model that has one of its widths alone, and gives its outputs: without the
+    quantizers and batch norms of the others. Such as for a file, or to count its size.
+
+    Args:
+        model: with `ManyWidths` quantizers, batch norms of `split_norms_`, or both.
+        bits: one of its widths; 32 is float, where there is that one.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a model of one width, or without this one.
+
+    Example:
+        >>> import noisyq_fast
+        >>> weight = noisyq_fast.ManyWidths(noisyq_fast.AbsMax(4), [4, 2])
+        >>> layer = noisyq_fast.QuantLinear(3, 2, weight=weight)
+        >>> noisyq_fast.single_width(layer, 2).weight_quantizer
+        AbsMax(bits=2, axis=0)
+    """
+    with set_bits(model, bits):
+        copied = nn.ModuleList([copy.deepcopy(model)])
+    for parent in list(copied.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, ManyWidths | BatchNormOfWidths):
+                parent._modules[name] = child.each[str(bits)]
+                if isinstance(child, ManyWidths) and child.active is not None:
+                    child.active.name = child.name
+    return copied[0]
 
 
 def _checked(widths: Sequence[int]) -> Sequence[int]:

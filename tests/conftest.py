@@ -54,6 +54,15 @@ def learned_backend(request):
         yield request.param
 
 
+@pytest.fixture(params=["float", "integer"])
+def both_arithmetics(request, monkeypatch):
+    """What `quantize_model_` takes by default."""
+    defaults = noisyq_fast.quantize_model_.__kwdefaults__
+    monkeypatch.setitem(defaults, "arithmetic", request.param)
+    yield
+    torch.compiler.reset()  # which has a limit of compilations for all tests together
+
+
 def pytest_collectstart(collector):
     # What a module draws when it is imported must not depend on the modules before it.
     torch.manual_seed(0)

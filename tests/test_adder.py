@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._decomp import decomposition_table
 
 import noisyq_fast
 from noisyq_fast import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear, checks
@@ -78,6 +79,13 @@ def test_memory_layouts_give_the_same_bits(backend):
             operator = getattr(torch.ops.noisyq, name)
             ours = operator(grad, x, weight, *options)
             assert torch.equal(operator(grad, other, weight, *options), ours)
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_plain_operators_compute_the_same(shapes):
+    _, *arguments = case(*shapes, torch.float64)
+    operator = torch.ops.noisyq.adder_conv2d.default
+    torch.testing.assert_close(decomposition_table[operator](*arguments), operator(*arguments))
 
 
 @pytest.mark.parametrize("shapes", SHAPES[:5])
@@ -177,8 +185,13 @@ def test_summary_counts_the_additions():
     model = nn.Sequential(AdderConv2d(2, 4, 3), nn.Flatten(), AdderLinear(16, 3))
     counted = noisyq_fast.summary(model, torch.randn(1, 2, 4, 4))
     assert [layer.macs for layer in counted.layers] == [2 * 2 * 4 * 2 * 9, 16 * 3]
+    assert counted.additions == counted.macs
+    model.append(nn.Linear(3, 2))
     noisyq_fast.quantize_model_(model)
-    assert noisyq_fast.summary(model, torch.randn(1, 2, 4, 4)).quantized_macs == counted.macs
+    found = noisyq_fast.summary(model, torch.randn(1, 2, 4, 4))
+    assert (found.quantized_macs, found.additions) == (counted.macs + 6, counted.macs)
+    assert "additions without a multiplication: 98.2% of the MACs" in str(found)
+    assert found.to_dict()["additions"] == counted.macs
 
 
 def test_autocast_sums_in_full_precision():

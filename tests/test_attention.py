@@ -18,6 +18,8 @@ from noisyq_fast import (
     quantize_model_,
 )
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 E, HEADS, L, S, N = 8, 2, 5, 7, 3
 
 

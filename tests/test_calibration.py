@@ -20,6 +20,8 @@ from noisyq_fast import (
 )
 from noisyq_fast.calibration.input_ranges import _BINS, METHODS
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 
 def layer(bits=4, **options):
     model = nn.Sequential(nn.Linear(4, 3))

@@ -17,6 +17,8 @@ from noisyq_fast import (
     quantize_model_,
 )
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 
 def make_model():
     return nn.Sequential(

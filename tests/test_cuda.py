@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from assert_same import assert_same
-from every_operator import every_operator, every_operator_on_grid
+from every_operator import every_learned_operator, every_operator, every_operator_on_grid, operators
 from guarded_memory import guarded, guarded_like
 from memory_layouts import TENSORS
 from strategies import DTYPES, VALUES
@@ -31,6 +31,7 @@ from noisyq_fast.backends.cuda_launch import (
 )
 from noisyq_fast.backends.reference import MASKED, NOTHING
 from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
+from noisyq_fast.rules import Rule
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -144,6 +145,23 @@ def test_every_operator_however_it_is_launched(emulated, dtype, shape, limits, m
             assert_same(every_operator(emulated, x, axis), expected)
 
 
+@pytest.mark.parametrize("limits", LIMITS[::3], ids=str)
+@pytest.mark.parametrize("shape", [(), (64,), (70, 2), (2, 5, 3, 3), (4, 3, 2, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_rule_however_it_is_launched(emulated, dtype, shape, limits, monkeypatch):
+    monkeypatch.setattr(emulated, "_limits", lambda device: limits)
+    x = torch.randn(shape).to(dtype)
+    arguments = [(x, axis) for axis in (None, 0, 1)[: x.dim() + 1]]
+    arguments += [(x.flatten()[1:], None)] if x.numel() > 1 else []  # not aligned
+    arguments += [(x.to(memory_format=torch.channels_last), 1)] if x.dim() == 4 else []
+    for x, axis in arguments:
+        actual, expected = (
+            every_learned_operator(operators(module.backend), x, axis)
+            for module in (emulated, reference)
+        )
+        assert_same(actual, expected)
+
+
 KINDS = [SIGNED, FULL, UNSIGNED, AFFINE]
 GRIDS = [Grid(4, AFFINE), Grid(8, UNSIGNED), Grid(3, FULL), Grid(8, AFFINE)]
 
@@ -225,6 +243,7 @@ def test_nothing_beyond_a_tensor_is_touched(emulated, dtype, shape, place, monke
     for axis in (None, 0, 1)[: x.dim() + 1]:
         every_operator(emulated, x, axis)
         every_operator_on_grid(emulated, x, axis, GRIDS[0])
+        every_learned_operator(emulated, x, axis, ["qil_odd"])
 
 
 @pytest.mark.parametrize("size", [13_001, 13_008])
@@ -330,6 +349,7 @@ def test_pytorch_only_allocates(emulated, axis):
     running, observed = torch.ones(2, *([] if axis is None else [x.shape[axis]]))
     ends = torch.stack([-running, running])
     codes, scale = emulated.quantize(x, 7, axis)
+    parameters, rule = running.unsqueeze(0), Rule("lsq", -8, 7)
     with Calls() as calls:
         emulated.fake_quantize(x, 7, axis)
         emulated.fake_quantize_many([x, x], [7, 7], [axis, None])
@@ -344,6 +364,10 @@ def test_pytorch_only_allocates(emulated, axis):
         emulated.fake_quantize_fixed_range_on_grid(x, ends, GRIDS[0], axis, "negative")
         codes, scale, zero_point = emulated.quantize_on_grid(x, GRIDS[0], axis)
         emulated.dequantize_on_grid(codes, scale, zero_point, axis)
+        emulated.fake_quantize_learned(x, parameters, rule, axis)
+        emulated.quantize_learned(x, parameters, rule, axis)
+        if axis != 1:  # channels that are spread are copied
+            emulated.fake_quantize_learned_backward(x, x, parameters, rule, axis, 0.3)
     assert calls.names - {"zeros"} == {"empty_like", "new_empty"}
 
 

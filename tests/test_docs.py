@@ -56,7 +56,7 @@ def examples(name, package=None):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("README.md", 2), ("docs/guide.md", 8), ("docs/integer.md", 1)]
+    ("name", "count"), [("README.md", 2), ("docs/guide.md", 8), ("docs/integer.md", 2)]
 )
 def test_examples_of_pages(name, count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files

@@ -10,6 +10,8 @@ from torch import nn
 
 from noisyq_fast import GroupedLinear, Quantizer, QuantLayer, dequantize_model_, quantize_model_
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 
 def ends(model, example, **options):
     """Names of the layers that get 8 bits."""

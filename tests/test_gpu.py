@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assert_same import assert_same
+from every_operator import EVERY, operators
 from memory_layouts import TENSORS, channels_last
 from strategies import DTYPES, VALUES
 from torch import nn
@@ -28,6 +29,7 @@ from noisyq_fast import (
 )
 from noisyq_fast.backends import BACKENDS
 from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
+from noisyq_fast.learned import fake_quantize_learned, quantize_learned
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
@@ -73,6 +75,8 @@ OPERATORS = {
     ),
     "quantize": lambda x, r, axis: quantize(x, 8, axis),
     "dequantize": lambda x, r, axis: dequantize(x.to(torch.int8), r, axis),
+    "learned": lambda x, r, axis: fake_quantize_learned(x, r.unsqueeze(0), "lsq", -8, 7, axis),
+    "learned, codes": lambda x, r, axis: quantize_learned(x, r.unsqueeze(0), "sat", 0, 15, axis),
 }
 
 
@@ -150,6 +154,16 @@ def test_equals_the_cpu(operator):
     with noisyq_fast.use_backend("reference"):
         expected = results(operator, x, 1)
     assert_same([y.cpu() for y in results(operator, x.to(DEVICE), 1)], expected)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_operator_equals_the_cpu(gpu_backend, family):
+    found = []
+    for name, device in (("reference", "cpu"), (gpu_backend, DEVICE)):
+        torch.manual_seed(0)
+        outputs = EVERY[family](operators(BACKENDS[name]), device)
+        found.append([y.cpu() for y in outputs])
+    assert_same(*found)
 
 
 def test_more_than_2_to_the_31_elements():

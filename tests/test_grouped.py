@@ -18,6 +18,8 @@ from noisyq_fast import (
     quantize_model_,
 )
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 GROUPS, INPUTS, OUTPUTS = 3, 17, 5
 SIZES = GROUPS, INPUTS, OUTPUTS
 NAN, INF = float("nan"), float("inf")

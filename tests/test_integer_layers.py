@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import noisyq_fast
 from noisyq_fast import (
+    AQD,
     AbsMax,
     GroupedLinear,
     MovingAbsMax,
@@ -102,6 +103,14 @@ def test_layers_on_all_grids(name, grid):
     assert other.why_float() is None or grid in ("unsigned", "affine", "odd")
     with warnings.catch_warnings(action="ignore"):  # of values below 0 on an unsigned grid
         check_layers(layer, other, torch.randn(shape))
+
+
+def test_an_input_without_a_code_for_0_is_not_padded_before_it_is_quantized():
+    make, shape = MORE["Conv2d, same"]
+    layer, other = pair(make, activation=AQD(4, signed=True))
+    x = torch.randn(shape)
+    assert other.why_float() == "the zeros around its input have no code on the odd grid"
+    assert_same(other(x), layer(x))
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -306,3 +315,43 @@ def test_grouped_linear_with_other_parameters():
         other.weight.copy_(weight)
         other.bias.copy_(bias)
     assert_same(layer(x, parameters=(weight, bias)), other(x))
+
+
+def make_chains():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)]
+    layers += [nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(100, 5)), torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fuses", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict.fromkeys(("weight_grid", "activation_grid"), "affine"),
+        {"activation": MovingAbsMax(4, ste="clipped")},
+    ],
+    ids=["signed", "affine", "clipped"],
+)
+def test_forward_mode_agrees_with_reverse_mode(options, fuses, training):
+    model, x = make_chains()
+    quantize_model_(model, arithmetic="integer", example=x, **options)(x)
+    if fuses:
+        noisyq_fast.fuse_(model, x)
+    model.train(training)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+    def call(parameters, x):
+        states = parameters, {name: b.clone() for name, b in buffers.items()}
+        return torch.func.functional_call(model, states, (x,))
+
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}, torch.randn_like(x)
+    y, of_y = torch.func.jvp(call, (parameters, x), tangents)
+    cotangent = torch.randn_like(y)
+    _, backward = torch.func.vjp(call, parameters, x)
+    of_parameters, of_x = backward(cotangent)
+    reverse = (of_x * tangents[1]).sum()
+    reverse += sum((g * tangents[0][name]).sum() for name, g in of_parameters.items())
+    torch.testing.assert_close((of_y * cotangent).sum(), reverse, rtol=1e-4, atol=1e-4)

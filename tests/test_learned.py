@@ -4,24 +4,12 @@ the dtype and the number of threads; sums in the order that is stated."""
 import pytest
 import torch
 from assert_same import assert_same
+from every_operator import RULES
 
-from noisyq_fast import rules, use_backend
+from noisyq_fast import use_backend
 from noisyq_fast.backends import elementary, on_triton, reference_learned
 from noisyq_fast.learned import fake_quantize_learned, quantize_learned
 
-RULES = {
-    "lsq": ([0.17], -8, 7),
-    "pact": ([1.3], 0, 15),
-    "sat": ([1.3], 0, 3),
-    "aqd": ([1.3], 0, 15),
-    "aqd_odd": ([1.3], -15, 15),
-    "qil": ([0.6, 0.55], 0, 15),
-    "qil_odd": ([0.6, 0.55, 0.7], -7, 7),
-    "dsq": ([-0.93, 1.07, 0.2], 0, 15),
-    "dorefa_original": ([3.0, 0.5], -15, 15),
-    "dorefa_modified": ([3.0, 0.5], -8, 7),
-    "dorefa_centered": ([3.0, 0.5], -15, 15),
-}
 EVERY_SIZE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -3e38, 1.3, -1.3]
 SMALL = [
     ((70,), None, torch.float32, "contiguous"),
@@ -37,10 +25,6 @@ LARGE = [
     ((2, 3, 64, 65), 1, torch.bfloat16, "contiguous"),
     ((90, 50), None, torch.float16, "sliced"),
 ]
-
-
-def test_every_rule_is_tried():
-    assert tuple(RULES) == rules.NAMES
 
 
 def made(shape, axis, dtype, layout, parameters):
@@ -90,10 +74,30 @@ def test_equal_to_the_bit(name, tensor, learned_backend):
     compare(name, learned_backend, tensor)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "emulated-cuda"])
 @pytest.mark.parametrize("tensor", LARGE, ids=str)
 @pytest.mark.parametrize("name", RULES)
-def test_equal_to_the_bit_over_several_chunks(name, tensor):
-    compare(name, "auto", tensor)
+def test_equal_to_the_bit_over_several_chunks(name, tensor, backend):
+    compare(name, backend, tensor)
+
+
+def test_equal_to_the_bit_over_chunks_of_chunks():
+    x = torch.randn(4097, 4096)
+    p = torch.tensor([0.17])
+    arguments = x, x, p, "lsq", -8, 7, None, 0.3
+    found = []
+    for backend in ("reference", "cpu", "emulated-cuda"):
+        with use_backend(backend):
+            found.append(torch.ops.noisyq.fake_quantize_learned_backward(*arguments)[1])
+    assert_same(found[1:], found[:1] * 2)
+
+
+def test_a_gradient_of_another_dtype(learned_backend):
+    x, p = torch.randn(3, 70).bfloat16().T, torch.tensor([[0.17, 0.2, 0.3]])
+    arguments = torch.randn(70, 3), x, p, "lsq", -8, 7, 1, 0.3
+    actual = torch.ops.noisyq.fake_quantize_learned_backward(*arguments)
+    with use_backend("reference"):
+        assert_same(actual, torch.ops.noisyq.fake_quantize_learned_backward(*arguments))
 
 
 @pytest.mark.skipif(not on_triton.INTERPRETED, reason="the interpreter is off")

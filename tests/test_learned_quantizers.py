@@ -32,12 +32,20 @@ from noisyq_fast import (
     summary,
 )
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 X = torch.rand(4, 3, 8, 8)
 PAIRS = {
     "lsq": (LSQ(4), LSQ(4)),
     "lsq2": (LSQ(2, axis=0), LSQ(2)),
     "pact": (SAT(4), PACT(4)),
+    "pact centered": (
+        SAT(3, rounding="centered", rescale=False),
+        PACT(3, start=0.5, gradient="pact"),
+    ),
+    "pact original": (SAT(2, rounding="original"), PACT(2, start=3.0)),
     "aqd": (AQD(4), AQD(4)),
+    "aqd standardized": (AQD(3, standardize=True), AQD(3)),
     "qil": (QIL(4), QIL(4)),
     "qil2": (QIL(2), QIL(2)),
     "dsq": (DSQ(4), DSQ(4)),
@@ -173,6 +181,25 @@ def test_the_deviation_of_sat_comes_from_exact_sums():
     again = quantizer(weight.to(memory_format=torch.channels_last))
     assert_same(again, quantizer(weight))
     assert_same(quantizer.eval()(weight), quantizer(weight))  # the scale stays
+
+
+def test_standardized_weights():
+    weight = (3 + 2 * torch.randn(6, 4, 3, 3)).requires_grad_()
+    quantizer, plain = (AQD(4, standardize=s).for_weight(weight) for s in (True, False))
+    deviation = weight.detach().double().std() + 1e-5
+    standardized = ((weight.detach() - weight.detach().double().mean()) / deviation).float()
+    y = quantizer(weight)
+    torch.testing.assert_close(y, plain(standardized.requires_grad_()))
+    for values in (weight, standardized):
+        made = quantizer if values is weight else plain
+        made(values).backward(torch.ones_like(y))
+    torch.testing.assert_close(weight.grad, (standardized.grad / deviation).float())
+    torch.testing.assert_close(quantizer.clip.grad, plain.clip.grad)
+    layout = torch.channels_last
+    assert_same(quantizer.codes(weight).codes * quantizer.code_scale()[:, None, None, None], y)
+    assert quantizer(weight.to(memory_format=layout)).is_contiguous(memory_format=layout)
+    assert not model("aqd standardized")[0].weight_quantizer.standardize
+    assert "standardize=True" in repr(model("aqd standardized")[3].weight_quantizer)
 
 
 # What they learn.
@@ -342,15 +369,38 @@ def test_codes_that_are_no_bytes_are_refused():
         DSQ(4).for_weight(layer.weight).codes(layer.weight)
 
 
-def test_compiled_to_one_graph():
-    net = model("lsq")
-    calibrate(net, [X])
-    eager = copy.deepcopy(net)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for f in (eager, compiled):
-        f(X).square().sum().backward()
-    for a, b in zip(eager.parameters(), net.parameters(), strict=True):
+def inner_layer(pair, training):
+    """That has the quantizers of the pair, after a step, and an input."""
+    net = trained(model(pair), steps=1)
+    net.zero_grad()
+    return net[3:5].train(training), net[:3](X).detach()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_compiled_to_one_graph(pair, training):
+    layer, x = inner_layer(pair, training)
+    eager = copy.deepcopy(layer)
+    torch._dynamo.reset()  # it compiles a function a few times and no more
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outputs = [f(x) for f in (eager, compiled)]
+    assert_same(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    for a, b in zip(eager.parameters(), layer.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_exported(pair, training):
+    layer, x = inner_layer(pair, training)
+    expected = copy.deepcopy(layer)(x)
+    exported = torch.export.export(layer, (x,))
+    parameters = [id(p) for q in learned(layer) for p in q.parameters()]
+    names = {name for name, p in layer.named_parameters() if id(p) in parameters}
+    assert names <= exported.state_dict.keys()
+    assert_same(exported.module()(x).detach(), expected.detach())
 
 
 def test_attention_and_grouped_layers_take_them():

@@ -8,9 +8,12 @@ from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from noisyq_fast import AQD, DSQ, LSQ, constrain_, quantize_model_, sync_ranges_
+from noisyq_fast import AQD, DSQ, LSQ, PACT, QIL, SAT, constrain_, quantize_model_, sync_ranges_
 
-QUANTIZERS = [LSQ(4), AQD(4), DSQ(4)]
+QUANTIZERS = [
+    *((quantizer, quantizer) for quantizer in (LSQ(4), AQD(4), DSQ(4), QIL(2))),
+    (SAT(4), PACT(4, start=2.0)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +27,8 @@ def learn(number, parts, together):
     """What was learned in two steps, by each rank from its part or by one process from all."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-    quantizer = QUANTIZERS[number]
-    quantize_model_(net, weight=quantizer, activation=quantizer, first_last_bits=None)
+    weight, activation = QUANTIZERS[number]
+    quantize_model_(net, weight=weight, activation=activation, first_last_bits=None)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     constrain_(net, optimizer)
     forward = net

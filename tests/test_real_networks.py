@@ -18,11 +18,15 @@ from noisyq_fast import (
     calibrate,
     dequantize_model_,
     disabled,
+    load_integers,
     quantize_model_,
+    save_integers,
     summary,
 )
 from noisyq_fast.calibration import METHODS
 from noisyq_fast.running import tensors_in
+
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
 IMAGES = torch.randn(2, 3, 32, 32)
 TOKENS = torch.randint(0, 90, (2, 12))
@@ -168,6 +172,22 @@ def test_networks_are_summarized_and_calibrated(make):
     with disabled(model):
         for a, b in zip(outputs(model, example), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+@pytest.mark.parametrize("make", [make for make, *_ in NETWORKS.values()], ids=NETWORKS)
+def test_networks_come_back_from_integer_files(make, arithmetic, tmp_path):
+    model, example = make()
+    untrained, _ = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_model_(model, example=example, arithmetic=arithmetic)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        calibrate(model, [example]).eval()
+        assert save_integers(model, tmp_path / "model") < 0.9 * size
+    again = load_integers(untrained, tmp_path / "model")
+    for a, b in zip(outputs(again, example), outputs(model, example), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_offloaded_weights():

@@ -20,6 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from noisyq_fast import MovingAbsMax, QuantLayer, quantize_model_, sync_ranges_
+from noisyq_fast.integer.batch_norm import ExactBatchNorm
 
 BATCH, STEPS = 4, 3
 
@@ -272,3 +273,37 @@ def test_chains_have_the_numbers_of_one_process(ranks, wrap):
             assert torch.equal(a, b)
         for name, gradient in of_rank.items():
             torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-4)
+
+
+def train_synchronized(x):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    make, *_ = test_fuse.NETWORKS["projection, in place"]
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make())
+    model = sync_ranges_(test_fuse.fused(model, first_last_bits=None))
+    assert sum(isinstance(m, ExactBatchNorm) for m in model.modules()) > 1
+    part = x[: len(x) - 1] if rank == 0 else x[len(x) - 1 :]  # parts of different sizes
+    y = test_fuse.plain(model(part))
+    y.square().sum().backward()
+    gradients = named_gradients(model)
+    for gradient in gradients.values():
+        dist.all_reduce(gradient)
+    ys = [None] * size
+    dist.all_gather_object(ys, y.detach())
+    return torch.cat(ys), gradients, {n: b.clone() for n, b in model.named_buffers()}
+
+
+def test_synchronized_batch_norms_have_the_numbers_of_one_process(ranks):
+    torch.manual_seed(0)
+    make, *_ = test_fuse.NETWORKS["projection, in place"]
+    model = test_fuse.fused(make(), first_last_bits=None)
+    expected = test_fuse.plain(model(test_fuse.X))
+    expected.square().sum().backward()
+    buffers = dict(model.named_buffers())
+    for y, gradients, moved in ranks(train_synchronized, test_fuse.X):
+        assert torch.equal(y, expected)
+        assert moved.keys() == buffers.keys()
+        for name, buffer in moved.items():
+            assert torch.equal(buffer, buffers[name]), name
+        for name, gradient in named_gradients(model).items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4)

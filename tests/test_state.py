@@ -18,6 +18,8 @@ from noisyq_fast import (
     quantize_model_,
 )
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 
 def make_float():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from noisyq_fast import (
@@ -20,6 +20,8 @@ from noisyq_fast import (
     summary,
 )
 from noisyq_fast.quantizers import Quantizer
+
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
 IMAGE = torch.randn(1, 3, 8, 8)
 
@@ -370,6 +372,36 @@ def test_weights_that_are_made_anew_are_all_counted():
     model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(60)))
     sizes = {row.size_in_bits for row in summary(converted(model), torch.randn(2, 4)).layers}
     assert sizes == {4 * 16 + 32 * (4 + 4 + 1)}
+
+
+class Shared(nn.Module):
+    """A weight of few values."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, values):
+        return values.repeat(self.shape.numel() // len(values)).view(self.shape)
+
+    def right_inverse(self, weight):
+        return weight.flatten()[:4].clone()
+
+
+def test_a_weight_made_of_few_values_is_stored_as_these():
+    layers = [nn.Linear(64, 8, bias=False) for _ in range(2)]
+    parametrize.register_parametrization(layers[1], "weight", Shared(layers[1].weight.shape))
+    x = torch.randn(1, 64)
+    of_layer = [summary(layer, x) for layer in layers]
+    assert [s.layers[0].kind for s in of_layer] == ["Linear", "Linear (Shared)"]
+    assert [s.parameters for s in of_layer] == [512, 4]
+    assert [s.size_in_bits for s in of_layer] == [32 * 512, 32 * 4]
+    of_layer = [summary(converted(layer), x) for layer in layers]
+    assert [s.layers[0].kind for s in of_layer] == ["QuantLinear", "QuantLinear (Shared)"]
+    assert [s.quantized_parameters for s in of_layer] == [512, 4]
+    scales = 8 + 1
+    assert [s.size_in_bits for s in of_layer] == [4 * 512 + 32 * scales, 32 * (4 + scales)]
+    assert [s.float_size_in_bits for s in of_layer] == [32 * 512, 32 * 4]
 
 
 def test_spectral_norm_stays_as_it_is():

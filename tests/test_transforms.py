@@ -9,6 +9,8 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 from noisyq_fast import quantize_model_
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 X = torch.randn(3, 4)
 
 

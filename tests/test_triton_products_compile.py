@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_triton_compile import KERNELS, LEARNED
+
+from noisyq_fast.backends import on_triton
 
 ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = r"mma\.(sync|mma_async)\S*\.s32\.s8\.s8|tcgen05\.mma\S*kind::i8"
@@ -27,6 +30,15 @@ PASSES = {
     "grads_of_norm",
     "grads_of_sums",
 }
+
+
+def test_every_kernel_that_is_launched_is_compiled():
+    """Here or in `test_triton_compile`."""
+    sources = Path(on_triton.__file__).parent.glob("*.py")
+    launched = {
+        name for source in sources for name in re.findall(r"kernels\(\)\.(\w+)", source.read_text())
+    }
+    assert launched == KERNELS | LEARNED | PRODUCTS | PASSES
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

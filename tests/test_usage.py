@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from noisyq_fast import quantize_model_, usage
 
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
+
 
 class ReadsWeight(nn.Module):
     """Multiplies by a layer's weight itself."""

@@ -18,6 +18,7 @@ from noisyq_fast import (
     QuantLinear,
     dequantize_model_,
     fake_quantize,
+    quantize,
     quantize_model_,
 )
 
@@ -52,7 +53,10 @@ WRAPPINGS = {
         remove_parametrization,
     ),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
+    pytest.mark.usefixtures("both_arithmetics"),
+]
 
 
 def make_model():
@@ -77,13 +81,26 @@ def wrapped(wrapping, first):
 
 
 def quantized_linear(x, layer, weight):
-    return F.linear(fake_quantize(x, 5), fake_quantize(weight, 3, axis=0), layer.bias)
+    if layer.arithmetic == "float":
+        return F.linear(fake_quantize(x, 5), fake_quantize(weight, 3, axis=0), layer.bias)
+    (codes, scale), (weight_codes, weight_scale) = quantize(x, 5), quantize(weight, 3, axis=0)
+    sums = codes.double() @ weight_codes.double().T
+    return sums.float() * (scale * weight_scale) + layer.bias
+
+
+def record_weights(layer):
+    """The weights that its quantizer gets."""
+    quantizer, weights = layer.weight_quantizer, []
+    quantizer.register_forward_pre_hook(lambda _, args: weights.extend(args))
+    codes = quantizer.codes
+    quantizer.codes = lambda weight: (weights.append(weight), codes(weight))[1]
+    return weights
 
 
 def check_steps(model):
     """Layer 2 computes with its weight of the step, which learns, also after an evaluation."""
-    layer, weights, calls = model[2], [], []
-    layer.weight_quantizer.register_forward_pre_hook(lambda _, args: weights.extend(args))
+    layer, calls = model[2], []
+    weights = record_weights(layer)
     layer.register_forward_hook(lambda _, args, y: calls.append((*args, y)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trained = {name: p for name, p in layer.named_parameters() if "weight" in name}

@@ -2,7 +2,7 @@
 // float; a chunk of other numbers, or one that does not lie together, is copied first.
 #include <vector>
 
-#include "../kernels.h"
+#include "../chunks.h"
 #include "../rules.h"
 #include "loops.h"
 #include "parallel.h"
@@ -10,28 +10,6 @@
 namespace noisyq::cpu {
 
 namespace {
-
-constexpr int kLanes = 64;
-constexpr int kChunk = kLanes * kLanes;
-
-// Where chunks are: `kChunk` elements of a channel, in the order of memory.
-struct Chunks {
-  Layout layout;
-
-  int64_t size() const { return layout.outer * layout.inner; }  // of a channel
-  int64_t each() const { return std::max<int64_t>(1, (size() + kChunk - 1) / kChunk); }
-  int64_t count() const { return layout.channels * each(); }
-  int64_t channel(int64_t chunk) const { return chunk / each(); }
-  int64_t first(int64_t chunk) const { return chunk % each() * kChunk; }
-  int64_t elements(int64_t chunk) const {
-    return std::min<int64_t>(kChunk, size() - first(chunk));
-  }
-  // The offset of the i-th element of a channel.
-  int64_t offset(int64_t c, int64_t i) const {
-    return (i / layout.inner * layout.channels + c) * layout.inner + i % layout.inner;
-  }
-  bool lies_together() const { return layout.outer <= 1 || layout.channels == 1; }
-};
 
 template <class T>
 NOISYQ_EACH_VECTOR_WIDTH void to_floats(const T* x, float* y, int64_t count) {
@@ -141,7 +119,7 @@ NOISYQ_EACH_VECTOR_WIDTH void derivatives_of(const float* x, const float* grad, 
 // The sum of `count` values, which it overwrites.
 float sum(float* values, int64_t count) {
   while (true) {
-    const int64_t chunks = std::max<int64_t>(1, (count + kChunk - 1) / kChunk);
+    const int64_t chunks = chunks_of(count);
     for (int64_t c = 0; c < chunks; ++c) {
       float lanes[kLanes] = {};
       const int64_t end = std::min<int64_t>(count, (c + 1) * kChunk);
@@ -164,26 +142,6 @@ void each_chunk(const Chunks& chunks, int threads, const Body& body) {
       body(chunk, buffers.data());
     }
   });
-}
-
-template <class Body>
-void with_rule(RuleKind kind, const Body& body) {
-  switch (kind) {
-    case RuleKind::lsq: return body(static_cast<LSQ*>(nullptr));
-    case RuleKind::pact: return body(static_cast<Clip<ClipKind::pact>*>(nullptr));
-    case RuleKind::sat: return body(static_cast<Clip<ClipKind::sat>*>(nullptr));
-    case RuleKind::aqd: return body(static_cast<Clip<ClipKind::aqd>*>(nullptr));
-    case RuleKind::aqd_odd: return body(static_cast<Clip<ClipKind::aqd_odd>*>(nullptr));
-    case RuleKind::qil: return body(static_cast<QIL<false>*>(nullptr));
-    case RuleKind::qil_odd: return body(static_cast<QIL<true>*>(nullptr));
-    case RuleKind::dsq: return body(static_cast<DSQ*>(nullptr));
-    case RuleKind::dorefa_original:
-      return body(static_cast<DoReFa<Rounding::original>*>(nullptr));
-    case RuleKind::dorefa_modified:
-      return body(static_cast<DoReFa<Rounding::modified>*>(nullptr));
-    case RuleKind::dorefa_centered:
-      return body(static_cast<DoReFa<Rounding::centered>*>(nullptr));
-  }
 }
 
 }  // namespace

@@ -139,16 +139,37 @@ NOISYQ_INLINE float passed(float grad, V v, float factor, float term) {
   return kRelu && !(mapped<false, false>(v, factor, term, 0.0f) > 0.0f) ? 0.0f : grad;
 }
 
+// Of a few periods, of which the last may end early. A number of lanes at a time, whose sums stay in
+// registers; each lane adds its elements in order.
 template <bool kRelu, class G, class V>
 NOISYQ_EACH_VECTOR_WIDTH void add_grads(const G* grad, const V* v, const float* factor,
                                         const float* term, const float* mean, float* sum,
-                                        float* product, int64_t count) {
+                                        float* product, int64_t period, int64_t count) {
+  constexpr int64_t kLanes = 32;
+  const auto add = [&](int64_t element, int64_t k, float& sum, float& product) {
+    const float g = passed<kRelu>(to_float(grad[element]), v[element], factor[k], term[k]);
+    sum += g;
+    product += g * (static_cast<float>(v[element]) - mean[k]);
+  };
+  const int64_t whole = count / period * period;
+  for (int64_t first = 0; first < period; first += kLanes) {
+    if (period - first >= kLanes) {
+      float sums[kLanes], products[kLanes];
+      std::copy_n(sum + first, kLanes, sums);
+      std::copy_n(product + first, kLanes, products);
+      for (int64_t begin = first; begin < whole; begin += period) {
 #pragma omp simd
-  for (int64_t k = 0; k < count; ++k) {
-    const float g = passed<kRelu>(to_float(grad[k]), v[k], factor[k], term[k]);
-    sum[k] += g;
-    product[k] += g * (static_cast<float>(v[k]) - mean[k]);
+        for (int64_t i = 0; i < kLanes; ++i) add(begin + i, first + i, sums[i], products[i]);
+      }
+      std::copy_n(sums, kLanes, sum + first);
+      std::copy_n(products, kLanes, product + first);
+    } else {
+      for (int64_t begin = 0; begin < whole; begin += period) {
+        for (int64_t k = first; k < period; ++k) add(begin + k, k, sum[k], product[k]);
+      }
+    }
   }
+  for (int64_t k = 0; k < count - whole; ++k) add(whole + k, k, sum[k], product[k]);
 }
 
 template <bool kRelu, class G, class V, class T>
@@ -315,11 +336,10 @@ void grads_of_norm(DType dtype, const void* grad, Sums v, int64_t rows, int64_t 
           float *one = of_period.data(), *other = one + periods.period;
           for (int64_t b = member.begin(blocks); b < member.end(blocks); ++b) {
             std::fill(of_period.begin(), of_period.end(), 0.0f);
-            periods.each(b * block, std::min((b + 1) * block, periods.count()),
-                         [&](int64_t begin, int64_t count) {
-                           add_grads<is_relu.value>(g + begin, sums + begin, factors.data(),
-                                                    terms.data(), means.data(), one, other, count);
-                         });
+            const int64_t begin = b * block * periods.period;
+            const int64_t count = std::min(block * periods.period, periods.elements - begin);
+            add_grads<is_relu.value>(g + begin, sums + begin, factors.data(), terms.data(),
+                                     means.data(), one, other, periods.period, count);
             double* out = partial.data() + 2 * b * channels;
             for (int64_t k = 0; k < periods.period; ++k) {
               out[k % channels] += one[k];

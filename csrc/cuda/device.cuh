@@ -128,8 +128,8 @@ __device__ __forceinline__ uint32_t absmax_of_pack(const Pack<T, N>& pack, uint3
   return absmax;
 }
 
-template <class Op, class Out, class T, int N>
-__device__ __forceinline__ Pack<Out, N> map_pack(const Pack<T, N>& pack, Levels levels) {
+template <class Op, class Out, class T, int N, class Levels>
+__device__ __forceinline__ Pack<Out, N> map_pack(const Pack<T, N>& pack, const Levels& levels) {
   Pack<Out, N> mapped;
 #pragma unroll
   for (int i = 0; i < N; ++i) {

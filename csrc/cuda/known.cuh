@@ -1,4 +1,4 @@
-// A map with levels that are known before the launch: `levels_of(channel)`.
+// A map with levels that are known before the launch: `levels_of(channel)`, whatever `Op` takes.
 #pragma once
 
 #include "walk.cuh"
@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto* packs = reinterpret_cast<const Pack<T, N>*>(x);
   auto* out = reinterpret_cast<Pack<Out, N>*>(y);
   share.backwards(packs, [&] {
-    const Levels levels = levels_of(share.channel);
+    const auto levels = levels_of(share.channel);
     return [=](int64_t at, const Pack<T, N>& pack) {
       store(out + at, map_pack<Op, Out>(pack, levels));
     };

@@ -1,11 +1,7 @@
 """Training methods, by the name that `--method` takes."""
 
 import dataclasses
-import inspect
 from collections.abc import Collection
-from typing import Annotated
-
-import tyro
 
 from experiments.checks import flag
 from experiments.methods.adder import Adder
@@ -56,7 +52,6 @@ __all__ = [
     "Options",
     "check_together",
     "chosen",
-    "described",
     "label",
 ]
 
@@ -109,10 +104,7 @@ OWN_LOSS = "cross_entropy"
 
 Options = dataclasses.make_dataclass(
     "Options",
-    [
-        (name, Annotated[method, tyro.conf.arg(name="")], method())
-        for name, method in METHODS.items()
-    ],
+    [(name, method, method()) for name, method in METHODS.items()],
     frozen=True,
 )
 """The options of all methods, each method's under its name."""
@@ -149,11 +141,6 @@ def check_together(on: dict[str, Method], labels: str, dataset: str) -> None:
         found = [name for name, method in on.items() if what == method.REPLACES]
         if len(found) > 1:
             raise ValueError(f"--method: got {' with '.join(found)}, of which a run has one {one}")
-
-
-def described() -> str:
-    """What each method does, for --help."""
-    return "\n\n".join(f"{name}: {inspect.cleandoc(m.__doc__)}" for name, m in METHODS.items())
 
 
 def label(methods: dict[str, Method]) -> str:

@@ -21,8 +21,8 @@ class LCNN(Method):
     Entries of P with `|p| <= e`, the threshold, become 0 and stay it; what is left is drawn to 0 by
     `l e sum |p|` in the loss. As in the authors' code e is so high that `--lcnn-sparsity` of P
     starts as 0. There l is 0 by default, with which P stays dense. Other than there, an entry that
-    has gone is masked, so that no momentum brings it back, and the optimizer is Adam. Reported are
-    the parameters and MACs of a dense P, and at the end its lookups.
+    has gone is masked, so that no momentum brings it back, and the optimizer is Adam. The
+    parameters and MACs of the result are those of a dense P; its lookups are the entries kept.
     """
 
     REPLACES: ClassVar[str] = "layers"
@@ -90,6 +90,9 @@ class LCNN(Method):
             return self.lcnn_lambda * sum(layer.threshold_penalty() for layer in lookups(model))
 
         return Changed(loss, added=added)
+
+    def costs(self, model: nn.Module) -> dict[str, int]:
+        return {"lookups": sum(layer.lookups() for layer in lookups(model))}
 
     def finish(self, model: nn.Module, state: dict[str, Any]) -> str:
         layers = lookups(model)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import noisyq_fast
 from experiments.checks import require, require_choice, require_whole
 from experiments.methods.method import Method
+from experiments.models.residual import Residual
 from experiments.training.schedules import phases
 from noisyq_fast import AQD, DSQ, LSQ, PACT, QIL, SAT, Quantizer
 from noisyq_fast.grouped import PER_GROUP
@@ -68,7 +69,7 @@ class LearnedSteps(LearnedQuant):
     The first and the last layer keep 8 bits. Steps begin at 2 mean|x| / sqrt(largest code), of the
     weights and of the first batch. Other than in the paper, the optimizer is Adam, which takes no
     notice of the factor of a step's gradient: a rate of its own stands for it. The paper starts
-    from a trained float network (--weights).
+    from a trained float network (--weights), and has 8 bits at both ends (both unverified).
     """
 
     NAME: ClassVar[str] = "lsq"
@@ -165,7 +166,8 @@ class LearnedIntervals(LearnedQuant):
     """QIL (Jung et al. 2018, arXiv 1808.05779): learns the interval outside of which weights and
     inputs are pruned or clipped and, of 2-bit weights, how values are spread inside.
 
-    The first and the last layer are those of quant, 8 bits; in the paper they are float.
+    The first and the last layer are those of quant, 8 bits; in the paper they are float
+    (unverified).
     Progressive training goes from float over 5 bits down to those asked for, with equal shares of
     --epochs.
     """
@@ -253,13 +255,15 @@ class ClippedLevels(LearnedQuant):
     """AQD (Chen et al. 2020, arXiv 2007.06919): learns where inputs, and the weights of each output
     channel, are clipped; weights have no 0.
 
-    The first and the last layer keep 8 bits, with the weights of quant. What the paper does to the
-    sums of skip connections and to batch norms is left out. It starts from a trained float network
-    (--weights).
+    The first and the last layer keep 8 bits. The paper, whose networks compute in integers alone,
+    quantizes what skip connections add too: that is an option here, and so are standardized
+    weights, which are one in its authors' code. What it does to batch norms is left out. It starts
+    from a trained float network (--weights).
     """
 
     NAME: ClassVar[str] = "aqd"
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"aqd_bits": 4}
+    LEGACY: ClassVar[Mapping[str, Any]] = {"aqd_skips": False, "aqd_standardize": False}
     NOT_WITH: ClassVar[Mapping[str, str]] = {"prune": "which would take channels away, not levels"}
 
     aqd_bits: int | None = None
@@ -268,5 +272,33 @@ class ClippedLevels(LearnedQuant):
     aqd_rate: float = 0.1
     """aqd: the learning rate of clipping levels, as a part of that of weights."""
 
+    aqd_skips: bool = False
+    """aqd: quantize what is added where a shortcut ends, both with one clipping level for each
+    sum, to as many levels below 0 as above; as in the paper."""
+
+    aqd_standardize: bool = False
+    """aqd: subtract the mean from weights and divide them by their deviation before they are
+    clipped; not in the first and the last layer."""
+
+    @property
+    def label(self) -> str:
+        skips = "-skips" if self.aqd_skips else ""
+        return super().label + skips + ("-standardized" if self.aqd_standardize else "")
+
+    def evaluation_options(self) -> dict[str, Any]:
+        options = self.without_legacy()
+        del options["aqd_rate"]
+        return options
+
     def quantizers(self) -> tuple[Quantizer, Quantizer]:
-        return AQD(self.bits), AQD(self.bits)
+        return AQD(self.bits, standardize=self.aqd_standardize), AQD(self.bits)
+
+    def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
+        model = super().network(model, example)
+        if self.aqd_skips:
+            blocks = [module for module in model.modules() if isinstance(module, Residual)]
+            takes = "a network with shortcuts, such as --model resnet20"
+            require("aqd_skips", type(model).__name__, bool(blocks), takes)
+            for block in blocks:
+                block.skip = AQD(self.bits, signed=True).for_input()
+        return model

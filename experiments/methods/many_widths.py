@@ -1,7 +1,8 @@
 """Networks that compute at many widths: AdaBits (Jin et al. 2019, arXiv 1912.09666) and Quantizable
 DNNs (Du et al. 2020, arXiv 2004.05284)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -10,22 +11,23 @@ import torch
 from torch import Tensor, nn
 
 import noisyq_fast
-from experiments.checks import require, require_whole
+from experiments.checks import require, require_choice, require_whole
 from experiments.losses import imitation
 from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
-from noisyq_fast import PACT, SAT, ManyWidths, set_bits, split_norms_
+from noisyq_fast import PACT, SAT, ManyWidths, set_bits, single_width, split_norms_
 from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.quantizers.sat import ROUNDINGS
 from noisyq_fast.widths import FLOAT
 
 TARGETS = ("labels of float", "labels of all", "chain")
 
 
 class ManyWidthsMethod(Method):
-    """What both share. A subclass has the fields ``NAME_bits``, ``NAME_most`` and
-    ``NAME_tested``."""
+    """What both share. A subclass has the fields ``NAME_bits``, ``NAME_most``, ``NAME_tested``,
+    ``NAME_rounding`` and ``NAME_start``."""
 
     REPLACES: ClassVar[str | None] = "procedure"
     STARTS_FROM_FLOAT: ClassVar[bool] = True
@@ -43,9 +45,20 @@ class ManyWidthsMethod(Method):
         require_whole(f"{self.NAME}_bits", fewest, 2, most)
         fits = tested is None or tested in self.widths(fewest or most, most)
         require(f"{self.NAME}_tested", tested, fits, "one of the widths that are trained")
+        require_choice(f"{self.NAME}_rounding", self.rounding, tuple(ROUNDINGS))
+        fits = 0 < self.start <= 1000
+        require(f"{self.NAME}_start", self.start, fits, "a number above 0, up to 1,000")
 
     def _options(self) -> tuple[int | None, int, int | None]:
         return tuple(getattr(self, f"{self.NAME}_{name}") for name in ("bits", "most", "tested"))
+
+    @property
+    def rounding(self) -> str:
+        return getattr(self, f"{self.NAME}_rounding")
+
+    @property
+    def start(self) -> float:
+        return getattr(self, f"{self.NAME}_start")
 
     def widths(self, fewest: int, most: int) -> list[int]:
         return [*self.FIRST, *range(most, fewest - 1, -1)]
@@ -58,7 +71,11 @@ class ManyWidthsMethod(Method):
     @property
     def label(self) -> str:
         fewest, most, tested = self._options()
-        return f"{self.NAME}{most}-{fewest}" + ("" if tested is None else f"-at{tested}")
+        parts = [f"{self.NAME}{most}-{fewest}"]
+        parts += [] if tested is None else [f"at{tested}"]
+        parts += [] if self.rounding == "modified" else [self.rounding]
+        parts += [] if self.start == 8 else [f"start{self.start:g}"]
+        return "-".join(parts)
 
     @property
     def learned_rate(self) -> float:
@@ -66,13 +83,16 @@ class ManyWidthsMethod(Method):
         return ClippedActivations.pact_rate
 
     def evaluation_options(self) -> dict[str, Any]:
-        return {f"{self.NAME}_widths": self.trained}
+        rounding = f"{self.NAME}_rounding"
+        later = {k: v for k, v in self.without_legacy().items() if k == rounding}
+        return {f"{self.NAME}_widths": self.trained} | later
 
     def network(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
+        weight = SAT(4, rounding=self.rounding, rescale=self.RESCALES)
         noisyq_fast.quantize_model_(
             model,
-            weight=ManyWidths(SAT(4, rescale=self.RESCALES), self.trained),
-            activation=ManyWidths(PACT(4), self.trained),
+            weight=ManyWidths(weight, self.trained),
+            activation=ManyWidths(PACT(4, start=self.start), self.trained),
             example=example,
             input_ranges=getattr(model, "input_ranges", PER_GROUP),
         )
@@ -95,12 +115,14 @@ class AdaBits(ManyWidthsMethod):
     Quantizers are those of pact, with the first and the last layer at 8 bits, where the authors
     take the largest width. The sum makes the gradient as many times larger as there are widths;
     Adam, other than their SGD, takes no notice. The authors start from a trained float network
-    (--weights). As many passes a sample as widths.
+    (--weights). As many passes a sample as widths. The result has the scores and size of every
+    width under "by_width".
     """
 
     NAME: ClassVar[str] = "adabits"
     RESCALES: ClassVar[bool] = True
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"adabits_bits": 3}
+    LEGACY: ClassVar[Mapping[str, Any]] = {"adabits_rounding": "modified", "adabits_start": 8.0}
 
     adabits_bits: int | None = None
     """adabits: the smallest width, 2 to 8 bits (3)."""
@@ -111,6 +133,13 @@ class AdaBits(ManyWidthsMethod):
     adabits_tested: int | None = None
     """adabits: the width by which the run is judged; the largest if it is not given. Those of all
     are in result.json."""
+
+    adabits_rounding: Literal[tuple(ROUNDINGS)] = "modified"
+    """adabits: of weights, as by pact: modified, the default of the authors' code, is biased, so
+    that few bits learn little in a short training; the authors now recommend centered."""
+
+    adabits_start: float = 8.0
+    """adabits: where clipping begins; with few bits and short training a smaller one, such as 3."""
 
     def losses(self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return [own(logits[-1])]
@@ -123,14 +152,19 @@ class Quantizable(ManyWidthsMethod):
 
     Only the abstract of the paper was at hand and there is no code: that no width has labels, the
     weight of the imitation (1), its temperature (1), the widths and the quantizers (those of pact,
-    without the scale of weights) are unverified. Batch norms and clipping levels belong to a
-    width. As many passes a sample as widths.
+    with the rounding of DoReFa-Net and without the scale of weights) are unverified. Batch norms
+    and clipping levels belong to a width. As many passes a sample as widths. The result has the
+    scores and size of every width under "by_width".
     """
 
     NAME: ClassVar[str] = "quantizable"
     RESCALES: ClassVar[bool] = False
     FIRST: ClassVar[tuple[int, ...]] = (FLOAT,)
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"quantizable_bits": 2}
+    LEGACY: ClassVar[Mapping[str, Any]] = {
+        "quantizable_rounding": "modified",
+        "quantizable_start": 8.0,
+    }
 
     quantizable_bits: int | None = None
     """quantizable: the smallest width, 2 to 8 bits (2)."""
@@ -145,6 +179,13 @@ class Quantizable(ManyWidthsMethod):
     quantizable_targets: Literal[TARGETS] = TARGETS[0]
     """quantizable: what widths learn: labels at float only; labels at all of them too; or in a
     chain, from the next wider one, as in any-precision networks (arXiv 1911.07346)."""
+
+    quantizable_rounding: Literal[tuple(ROUNDINGS)] = "original"
+    """quantizable: of weights, as by pact. With modified, which is biased, the smaller widths
+    learn next to nothing from float."""
+
+    quantizable_start: float = 3.0
+    """quantizable: where clipping begins."""
 
     @property
     def label(self) -> str:
@@ -183,7 +224,7 @@ class AtEveryWidth(Procedure):
         self.losses_of = losses
         self.PASSES = Passes(len(self.widths), len(self.widths))
         super().__init__(parts)
-        for network in self.networks:  # also for what does not ask `predict`
+        for network in self.networks:
             _stay_at(network, tested)
 
     def step(self, batch: Batch) -> StepResult:
@@ -203,15 +244,11 @@ class AtEveryWidth(Procedure):
         self.optimizers[0].step()
         return StepResult(total, seen[self.widths.index(self.tested)])
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        return self._at(self.tested, inputs)
-
-    def _at(self, width: int, inputs: Tensor) -> Tensor:
-        with set_bits(self.networks[0], width):
-            return self.networks[0](inputs)
-
-    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {str(width): partial(self._at, width) for width in self.widths}
+    @contextmanager
+    def at_width(self, width: float) -> Iterator[nn.Module]:
+        network = self.networks[0]
+        with set_bits(network, int(width)):
+            yield single_width(network, int(width))
 
 
 def _stay_at(model: nn.Module, width: int) -> None:

@@ -119,6 +119,11 @@ class Method:
         """After training; gives a line for the user."""
         return None
 
+    def costs(self, model: nn.Module) -> dict[str, int]:
+        """What running the network takes, by name, that parameters and multiply-accumulates do not
+        tell; for the result."""
+        return {}
+
     def shape(self, state: dict[str, Any]) -> dict[str, Any]:
         """The part of `state`, as plain values, that `restore` needs."""
         return {}

@@ -1,16 +1,17 @@
 """Slimmable networks (Yu et al. 2018, arXiv 1812.08928)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-import noisyq_fast
 from experiments.checks import require, require_whole
 from experiments.losses import imitation
 from experiments.methods.method import Method
-from experiments.models.slimmable import make_slimmable_, parameters_used, set_width
+from experiments.models.narrowing import narrowed
+from experiments.models.slimmable import make_slimmable_, set_width
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
 
@@ -25,13 +26,14 @@ NOT_WITH = {
 class Slimmable(Method):
     """One network that computes at several widths, each with the first channels of every layer. A
     step adds up the gradients of all widths, from the widest down. Each width has batch norms of
-    its own, and with quant ranges of activations.
+    its own and, if it is quantized, ranges of activations; what a quantizer learns of weights is
+    shared as the weights are.
 
-    The run is judged at width 1; its result has the scores, parameters and multiplications of every
-    width under "by_width". The channels of ResNet-20's shortcuts are in another order: the first
-    stay first. Weights are those of all methods at the start. Other than in the paper, the
-    optimizer is Adam, which does not see that the sum of losses makes gradients larger. As many
-    forward and backward passes a sample as widths, of which the narrow ones cost less.
+    The run is judged at width 1; its result has the scores, size and work of every width under
+    "by_width". The channels of ResNet-20's shortcuts are in another order: the first stay first.
+    Weights are those of all methods at the start. Other than in the paper, the optimizer is Adam,
+    which does not see that the sum of losses makes gradients larger. As many forward and backward
+    passes a sample as widths, of which the narrow ones cost less.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"slim_widths": WIDTHS}
@@ -95,7 +97,6 @@ class ManyWidths(Procedure):
         super().__init__(parts)
         self.widths = sorted(widths, reverse=True)
         self.distils = distils
-        self.by_width: dict[str, dict[str, Any]] = {}
         self.PASSES = Passes(len(self.widths_of_step()), len(self.widths_of_step()))
 
     def widths_of_step(self) -> list[float]:
@@ -119,27 +120,14 @@ class ManyWidths(Procedure):
         optimizer.step()
         return StepResult(first, widest)
 
-    def finish(self) -> list[str]:
-        network, task = self.networks[0], self.parts.task
-        lines = []
-        for width in self.widths:
-            set_width(network.eval(), width)
-            logits = [
-                self.parts.logits(network, part) if task.count(part) else None
-                for part in ("trained", "held_out", "test")
-            ]
-            example = self.parts.example()
-            scores = task.result(*logits)
-            self.by_width[f"{width:g}"] = scores | {
-                "parameters": parameters_used(network, example),
-                "macs": (macs := noisyq_fast.summary(network, example).macs),
-            }
-            lines.append(f"width {width:g}: {task.summary(scores)}, {macs / 1e6:.2f} million MACs")
-        set_width(network, 1)
-        return lines
-
-    def result(self) -> dict[str, Any]:
-        return {"by_width": self.by_width} if self.by_width else {}
+    @contextmanager
+    def at_width(self, width: float) -> Iterator[nn.Module]:
+        network = self.networks[0]
+        set_width(network, width)
+        try:
+            yield narrowed(network, width, self.parts.example())
+        finally:
+            set_width(network, 1)
 
 
 def add_gradients(

@@ -24,13 +24,13 @@ class UniversallySlimmable(Method):
     every layer. A step adds up the gradients of the widest, the narrowest and some at random (the
     sandwich rule). The widest learns from labels, the others from its probabilities.
 
-    All widths share the scale and shift of batch norms. Running statistics, and with quant ranges
-    of activations, are measured after training for each width that is evaluated, as the mean over
-    batches of 5,120 training images. The run is judged at width 1; its result has the scores,
-    parameters and multiplications of every evaluated width under "by_width". The channels of
-    ResNet-20's shortcuts are in another order: the first stay first. Other than in the paper, the
-    optimizer is Adam. As many forward and backward passes a sample as a step has widths, of which
-    the narrow ones cost less.
+    All widths share the scale and shift of batch norms, and what quantizers learn. Running
+    statistics, and with quant ranges of activations, are measured after training for each width
+    that is evaluated, as the mean over batches of 5,120 training images. The run is judged at width
+    1; its result has the scores, size and work of every evaluated width under "by_width". The
+    channels of ResNet-20's shortcuts are in another order: the first stay first. Other than in the
+    paper, the optimizer is Adam. As many forward and backward passes a sample as a step has widths,
+    of which the narrow ones cost less.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"us_least_width": 0.25}
@@ -128,4 +128,5 @@ class Sandwich(ManyWidths):
             )
             with self.parts.autocast():
                 measure_anew_(network, inputs, statistics(network))
-        return super().finish()
+        set_width(network, 1)
+        return []

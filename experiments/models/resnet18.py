@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.models.residual import Residual
 
-class BasicBlock(nn.Module):
+
+class BasicBlock(Residual):
     """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the size changes
     (option B)."""
 
@@ -23,7 +25,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.bn2(self.conv2(out))
+        return F.relu(self.summand(out) + self.summand(self.shortcut(x)))
 
 
 class ResNet18Cifar(nn.Module):

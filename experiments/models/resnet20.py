@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.models.residual import Residual
 
-class BasicBlock(nn.Module):
+
+class BasicBlock(Residual):
     """Two 3x3 convolutions around a shortcut without parameters (option A)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -19,7 +21,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        # Quantized before channels of zeros come to it, which stay 0.
+        return F.relu(self.summand(out) + self.shortcut(self.summand(x)))
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Every `stride`-th pixel, with channels of zeros on both sides."""

@@ -3,8 +3,9 @@ arXiv 1812.08928; Yu and Huang 2019, arXiv 1903.05134)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.models.resnet20 import BasicBlock
-from noisyq_fast import Quantizer, QuantLayer, register_layer, usage
+from noisyq_fast import QuantConv2d, Quantizer, QuantLayer, QuantLinear, register_layer, usage
 from noisyq_fast.first_last import by_execution
+from noisyq_fast.integer.codes import Codes
 from noisyq_fast.running import in_evaluation
+from noisyq_fast.widths import NormOfWidths
 
 
 def divisible(count: float, divisor: int) -> int:
@@ -39,6 +42,11 @@ class Widths:
     def channels(self, count: int, width: float) -> int:
         """How many of a layer's channels there are."""
         return min(count, divisible(count * width, self.divisor))
+
+    def counts(self, count: int) -> set[int]:
+        """All numbers of a layer's channels that there can be, or numbers that divide them."""
+        known = {self.channels(count, width) for width in self.measured}
+        return known if self.private else known | {min(count, self.divisor)}
 
     @property
     def places(self) -> int:
@@ -90,47 +98,94 @@ class SlimLinear(_Slim, nn.Linear):
 
 
 class _QuantSlim(QuantLayer):
-    """Each width has an activation range of its own; scales of weights are those of the part that
-    is used."""
+    """Each width has an activation range of its own, but for what is learned where widths are not
+    private: that is shared, like the scales and shifts of batch norms. Scales of weights are those
+    of the part that is used, or the first ones of those that the quantizer keeps for each channel.
+    """
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().set_quantizers_(weight, activation)
-        others = [] if activation is None else [activation] * (self.widths.places - 1)
-        device = self.weight.device
-        self.narrower = nn.ModuleList(quantizer.like().to(device) for quantizer in others)
+        own = self.input_quantizer
+        learns = own is not None and any(True for _ in own.parameters())
+        shared = own is None or (learns and not self.widths.private)
+        others = [] if shared else [own] * (self.widths.places - 1)
+        self.narrower = nn.ModuleList(quantizer.like() for quantizer in others)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        if self.place == 0 or self.input_quantizer is None:
-            return super().quantized_input(x)
-        return self.narrower[self.place - 1](x)
+    def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        super().check_granularity(weight, activation)
+        size = None if weight is None else weight.group_size
+        uneven = [n for n in self.widths.counts(self.weight.shape[1]) if size and n % size]
+        if uneven:
+            raise ValueError(
+                f"weight_group_size: got {size}, which does not divide the {uneven[0]} input "
+                "channels of a narrower width; takes a size that divides those of all widths"
+            )
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        narrower = enumerate(getattr(self, "narrower", ()))  # none yet while the layer is made
+        return super().quantizers() | {f"narrower.{i}": quantizer for i, quantizer in narrower}
+
+    @property
+    def active_quantizer(self) -> Quantizer | None:
+        """That of inputs at the width which is set."""
+        if self.place == 0 or len(self.narrower) == 0:
+            return self.input_quantizer
+        return self.narrower[self.place - 1]
 
     def statistics(self) -> list[nn.Module]:
-        if self.input_quantizer is None:
-            return []
-        return [[self.input_quantizer, *self.narrower][self.place]]
+        quantizer = self.active_quantizer
+        return [] if quantizer is None else [quantizer]
+
+    def keeps_channels(self) -> bool:
+        """Whether the quantizer of the weight has numbers of its own for each output channel."""
+        quantizer = self.weight_quantizer
+        if quantizer is None or quantizer.axis != 0:
+            return False
+        return any(True for _ in itertools.chain(quantizer.parameters(), quantizer.buffers()))
 
     def forward(self, x: Tensor) -> Tensor:
         usage.called(self)
+        if self.computes_in_integers():
+            return self.compute_integers(x)
         x = self.quantized_input(x)
         weight, bias = self.used(x)
-        return self.compute(x, self.quantized_weight(weight), bias)
+        if self.keeps_channels():
+            weight = self.quantized_weight(self.weight[:, : x.shape[1]])[: self.active]
+        else:
+            weight = self.quantized_weight(weight)
+        return self.compute(x, weight, bias)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        quantizer = self.active_quantizer
+        return x if quantizer is None else quantizer(x)
+
+    def coded(self, x: Tensor) -> tuple[Codes, Codes, Tensor | None]:
+        weight, bias = self.used(x)
+        if self.keeps_channels():
+            codes = _first_channels(self.weight_codes(self.weight[:, : x.shape[1]]), self.active)
+        else:
+            codes = self.weight_codes(weight)
+        return self.active_quantizer.codes(x), codes, bias
 
 
-class QuantSlimConv2d(_QuantSlim, SlimConv2d):
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+def _first_channels(codes: Codes, count: int) -> Codes:
+    parts = {name: getattr(codes, name) for name in ("codes", "scale", "zero_point", "source")}
+    return replace(codes, **{k: x if x is None else x[:count] for k, x in parts.items()})
 
 
-class QuantSlimLinear(_QuantSlim, SlimLinear):
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+class QuantSlimConv2d(_QuantSlim, QuantConv2d, SlimConv2d):
+    pass
+
+
+class QuantSlimLinear(_QuantSlim, QuantLinear, SlimLinear):
+    pass
 
 
 register_layer(SlimConv2d, QuantSlimConv2d)
 register_layer(SlimLinear, QuantSlimLinear)
 
 
-class SlimNorm(nn.Module):
+class SlimNorm(NormOfWidths):
     """Batch norm with running statistics of its own for each width, and with a scale and shift of
     its own for each or the first part of shared ones."""
 
@@ -150,19 +205,20 @@ class SlimNorm(nn.Module):
     def set_width(self, width: float) -> None:
         self.width = width
         self.place = self.widths.place(width)
+        self.tell_layer()
+
+    def norms(self) -> list[nn.Module]:
+        return list(self.of_widths)
+
+    @property
+    def active(self) -> nn.Module:
+        return self.of_widths[self.place]
 
     def statistics(self) -> list[nn.Module]:
-        return [self.of_widths[self.place]]
-
-    def used(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts of scale and shift that meet an input."""
-        if self.weight is None:
-            norm = self.of_widths[self.place]
-            return norm.weight, norm.bias
-        return self.weight[: x.shape[1]], self.bias[: x.shape[1]]
+        return [self.active]
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.of_widths[self.place]
+        norm = self.active
         if not (self.training or norm.track_running_stats):
             known = ", ".join(f"{width:g}" for width in self.widths.measured)
             raise RuntimeError(
@@ -171,7 +227,8 @@ class SlimNorm(nn.Module):
             )
         if self.weight is None:
             return norm(x)
-        weight, bias = (part.view(-1, *[1] * (x.ndim - 2)) for part in self.used(x))
+        both = self.weight[: x.shape[1]], self.bias[: x.shape[1]]
+        weight, bias = (part.view(-1, *[1] * (x.ndim - 2)) for part in both)
         return torch.addcmul(bias, norm(x), weight)
 
 
@@ -186,15 +243,25 @@ def _first(
     return copy
 
 
-class SlimBasicBlock(BasicBlock):
+class FirstChannelsBlock(BasicBlock):
     """Along the shortcut channel i stays channel i, so that the first ones are the same at every
     width; in ResNet-20 they go to the middle. At width 1 this is another order of channels."""
 
     def shortcut(self, x: Tensor) -> Tensor:
         if self.new_channels == 0:
             return x
-        new = self.conv2.active - x.shape[1]
+        new = self.output_channels - x.shape[1]
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, new))
+
+    @property
+    def output_channels(self) -> int:
+        return self.conv2.out_channels
+
+
+class SlimBasicBlock(FirstChannelsBlock):
+    @property
+    def output_channels(self) -> int:
+        return self.conv2.active
 
 
 _CLASSES = {nn.Conv2d: SlimConv2d, nn.Linear: SlimLinear, BasicBlock: SlimBasicBlock}
@@ -292,20 +359,3 @@ def statistics(model: nn.Module) -> list[nn.Module]:
     """The batch norms and quantizers that are used at the width which is set."""
     found = slim_modules(model)
     return [m for module in found if hasattr(module, "statistics") for m in module.statistics()]
-
-
-def parameters_used(model: nn.Module, example: Tensor) -> int:
-    """How many parameters are used at the width which is set."""
-    counts = []
-
-    def count(module: nn.Module, args: tuple[Tensor]) -> None:
-        counts.extend(part.numel() for part in module.used(args[0]) if part is not None)
-
-    hooks = [module.register_forward_pre_hook(count) for module in slim_modules(model)]
-    try:
-        with in_evaluation(model):
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(counts)

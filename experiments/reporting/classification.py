@@ -1,9 +1,16 @@
 """The report on runs on classification."""
 
-from experiments.reporting import comparison, data_size, figures, tables
+import polars as pl
+
+from experiments.reporting import comparison, data_size, figures, tables, widths
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.report import Report
 from experiments.reporting.runs import Study
+
+
+def _section(title: str, study: Study, summary: pl.DataFrame) -> str:
+    return "\n\n".join([tables.study_section(title, study, summary), *widths.sections(study)])
+
 
 REPORT = Report(
     command="figures",
@@ -16,15 +23,17 @@ REPORT = Report(
     (loss curves), figure 2 (accuracy and gain over noise, the published curves dashed), figure 3
     (settings of quantization, dropout and pruning), memorisation over noise, and gain against
     memorisation. Studies that differ in --train-size alone, three or more, also give accuracy over
-    the number of training images, with a line that is fitted over its logarithm.
+    the number of training images, with a line that is fitted over its logarithm. Networks of many
+    widths also have tables of each width, in channels or in bits, and widths.csv.
     """,
     name="classification",
     run=FinishedRun,
     study=Study,
     summary=comparison.summary,
-    section=tables.study_section,
+    section=_section,
     across=data_size.sections,
     draw=figures.draw_all,
     folder="report",
     csv="summary.csv",
+    more={"widths.csv": widths.summary},
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from experiments import tasks
@@ -15,6 +14,7 @@ from experiments.config import TOLD_BY_METHODS, WITHOUT_EFFECT
 from experiments.methods import METHODS
 from experiments.reporting import agreement
 from experiments.reporting.options import require_type
+from experiments.reporting.packed import Folder
 from experiments.reporting.reading import (
     COUNT,
     DIFFERENCE,
@@ -24,8 +24,11 @@ from experiments.reporting.reading import (
     SIZE,
     Fields,
     Number,
+    exists,
+    shown,
 )
 
+_COSTS = ("parameters", "size_in_bits", "macs")
 # Where and how a run was made, rather than what it is.
 _CIRCUMSTANCES = WITHOUT_EFFECT | {"device", "threads"}
 _OF_METHODS = TOLD_BY_METHODS | {f.name for method in METHODS.values() for f in fields(method)}
@@ -35,7 +38,7 @@ _OF_METHODS = TOLD_BY_METHODS | {f.name for method in METHODS.values() for f in 
 class FinishedRun:
     """What a run on classification wrote, with types and ranges that are checked."""
 
-    folder: Path
+    folder: Folder
     label: str
     """The methods and their settings."""
     noise: float | None
@@ -50,6 +53,9 @@ class FinishedRun:
     """Of each epoch its number and what is named in `BY_EPOCH`."""
     measured: dict[str, float | None]
     """The numbers that are compared, by name; None where there is none."""
+    by_width: dict[float, dict[str, float | None]]
+    """Those at each width of a network that has several: in bits, from 2, or as a share of the
+    channels, up to 1."""
 
     MEASURED: ClassVar[dict[str, Number]] = {
         "wrong_labels": SHARE,
@@ -68,8 +74,20 @@ class FinishedRun:
         "parameters": COUNT,
         "size_in_bits": COUNT,
         "macs": COUNT,
+        "additions": COUNT.or_null,
+        "lookups": COUNT.or_null,
     }
     """The numbers of the result that are compared."""
+
+    BY_WIDTH: ClassVar[dict[str, Number]] = {
+        "test_accuracy": SHARE,
+        "train_accuracy_flipped": SHARE.or_null,
+        "train_accuracy_clean": SHARE.or_null,
+        "parameters": COUNT.or_null,
+        "size_in_bits": COUNT.or_null,
+        "macs": COUNT.or_null,
+    }
+    """Those at a width."""
 
     BY_EPOCH: ClassVar[dict[str, Number]] = {
         "loss": FINITE,
@@ -82,10 +100,10 @@ class FinishedRun:
     """The options, beside those of methods, in which runs that are compared may differ."""
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Folder) -> Self:
         """A ValueError tells which file is missing or what is wrong in it."""
         config = Fields.of_file(folder / "config.json")
-        result = with_passes(Fields.of_file(folder / "result.json"))
+        result = as_written_now(Fields.of_file(folder / "result.json"))
         checked = cls._checked(config, result)
         return cls(folder, **checked, epochs=cls._epochs(folder, config, result))
 
@@ -110,7 +128,7 @@ class FinishedRun:
     @property
     def numbers(self) -> tuple[Any, ...]:
         """All that a report can show of the run, beside what tells it from others."""
-        return self.measured, self.epochs, self.data
+        return self.measured, self.by_width, self.epochs, self.data
 
     @classmethod
     def _checked(cls, config: Fields, result: Fields) -> dict[str, Any]:
@@ -130,9 +148,21 @@ class FinishedRun:
             "setup": cls._setup(config) | {"data": data[:8]},
             "data": data[:8],
             "measured": measured,
+            "by_width": cls._by_width(result),
         }
         agreement.check(config, result)
         return checked
+
+    @classmethod
+    def _by_width(cls, result: Fields) -> dict[float, dict[str, float | None]]:
+        if "by_width" not in result.content:
+            return {}
+        found, numbers = result.object("by_width"), {}
+        for name in found.content:
+            at_width = _with_defaults(found.object(name), **dict.fromkeys(_COSTS))
+            measured = {key: at_width.number(key, kind) for key, kind in cls.BY_WIDTH.items()}
+            numbers[_width(found, name)] = measured
+        return numbers
 
     @classmethod
     def _noise(cls, config: Fields, measured: dict[str, float | None]) -> float | None:
@@ -149,12 +179,14 @@ class FinishedRun:
         return setup | {name: value for name, value in legacy.items() if name not in setup}
 
     @classmethod
-    def _epochs(cls, folder: Path, config: Fields, result: Fields) -> list[dict[str, float | None]]:
+    def _epochs(
+        cls, folder: Folder, config: Fields, result: Fields
+    ) -> list[dict[str, float | None]]:
         path = folder / "metrics.jsonl"
         planned, trained = config.content["epochs"], result.content["epochs_trained"]
         takes = f"1 to {planned}, the epochs in config.json" if planned else "0 as in config.json"
         result.require("epochs_trained", min(planned, 1) <= trained <= planned, takes)
-        if not planned and not os.path.lexists(path):
+        if not planned and not exists(path):
             return []  # an evaluation
         epochs, lines = [], list(Fields.of_lines(path))
         for number, line in enumerate(lines, 1):
@@ -168,9 +200,30 @@ class FinishedRun:
         return epochs
 
 
-def with_passes(result: Fields) -> Fields:
-    """A result with the passes that a sample took, which were one an epoch before they were
-    written."""
-    trained = result.content.get("epochs_trained")
-    passes = {"forward_passes": trained, "backward_passes": trained}
-    return Fields(result.place, passes | result.content) if trained is not None else result
+def as_written_now(result: Fields) -> Fields:
+    """A result with the names of this version, and what earlier ones did not write: the passes that
+    a sample took, which were one an epoch, and costs that are not known."""
+    content = dict(result.content)
+    if "modes" in content:
+        content.setdefault("by_width", content.pop("modes"))
+    result = _with_defaults(Fields(result.place, content), additions=None, lookups=None)
+    trained = content.get("epochs_trained")
+    if trained is None:
+        return result
+    return _with_defaults(result, forward_passes=trained, backward_passes=trained)
+
+
+def _with_defaults(fields: Fields, **values: Any) -> Fields:
+    return Fields(fields.place, values | fields.content)
+
+
+def _width(fields: Fields, name: str) -> float:
+    """A width from its name."""
+    try:
+        width = float(name)
+    except ValueError:
+        width = math.nan
+    if not (0 < width <= 1 or width in (*range(2, 9), 32)):
+        takes = "a share of the channels, above 0 up to 1, or bits, 2 to 8 or 32"
+        raise ValueError(f"{fields.place}: got the width {shown(name)}, takes {takes}")
+    return width

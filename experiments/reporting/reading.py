@@ -7,10 +7,12 @@ import json
 import os
 import reprlib
 import stat
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+from experiments.reporting import packed
 
 _LARGEST = {"metrics.jsonl": 2**26}
 _LARGEST_OTHER = 2**20
@@ -57,11 +59,11 @@ class Fields:
     content: dict[str, Any]
 
     @classmethod
-    def of_file(cls, path: Path) -> Fields:
+    def of_file(cls, path: packed.Folder) -> Fields:
         return cls.parsed(_bytes(path), str(path))
 
     @classmethod
-    def of_lines(cls, path: Path) -> Iterator[Fields]:
+    def of_lines(cls, path: packed.Folder) -> Iterator[Fields]:
         """One object a line."""
         for number, line in enumerate(_bytes(path).splitlines(), 1):
             yield cls.parsed(line, f"{path}, line {number}")
@@ -119,14 +121,22 @@ def _is_text(value: Any, longest: int) -> bool:
     return isinstance(value, str) and len(value) <= longest and value.isprintable()
 
 
-def _bytes(path: Path) -> bytes:
-    """The content of a regular file."""
+def exists(path: packed.Folder) -> bool:
+    """Also as a link to nothing."""
+    return path.exists() if isinstance(path, zipfile.Path) else os.path.lexists(path)
+
+
+def _bytes(path: packed.Folder) -> bytes:
+    """The content of a regular file, or of one in a packed file."""
     limit = _LARGEST.get(path.name, _LARGEST_OTHER)
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path}: is not a regular file")
-            content = file.read(limit + 1)
+        if isinstance(path, zipfile.Path):
+            content = packed.read(path, limit + 1)
+        else:
+            with open(path, "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ValueError(f"{path}: is not a regular file")
+                content = file.read(limit + 1)
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent}: {path.name} is missing") from error
     except OSError as error:

@@ -1,7 +1,7 @@
 """What is made of the finished runs of a task."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
@@ -30,3 +30,5 @@ class Report:
     """Where it is written, in the directory of the runs."""
     csv: str
     """File of the summaries."""
+    more: Mapping[str, Callable[[Study], pl.DataFrame]] = field(default_factory=dict)
+    """Files of other tables, which are written where they have rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.methods import BASELINE, METHODS
+from experiments.reporting import packed
 from experiments.reporting.finished_run import FinishedRun
-from experiments.reporting.reading import Fields
+from experiments.reporting.packed import Folder
+from experiments.reporting.reading import Fields, exists
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Found(NamedTuple):
 
     finished: list[FinishedRun]
     """The runs of the kind that was asked for."""
-    unfinished: list[Path]
+    unfinished: list[Folder]
     """The folders of those that have not ended."""
     left_out: list[str]
     """Of every folder that cannot be reported, which it is and why."""
@@ -94,11 +95,13 @@ class Found(NamedTuple):
 def find(directory: Path, kind: type[FinishedRun] = FinishedRun) -> Found:
     """The runs of a kind anywhere under a directory, each once."""
     finished, unfinished, left_out, others = [], [], [], 0
-    for folder in _folders(directory):
+    for folder in sorted(packed.folders(directory), key=str):
         try:
+            if folder.name == packed.NAME:
+                raise ValueError(f"{folder}: is no zip file, or a damaged one")
             if not kind.is_on(_dataset(folder)):
                 others += 1
-            elif os.path.lexists(folder / "result.json"):
+            elif exists(folder / "result.json"):
                 finished.append(kind.read(folder))
             else:
                 unfinished.append(folder)
@@ -108,16 +111,7 @@ def find(directory: Path, kind: type[FinishedRun] = FinishedRun) -> Found:
     return Found(kept, unfinished, left_out + doubles, others)
 
 
-def _folders(directory: Path) -> list[Path]:
-    walked = os.walk(directory)
-    return sorted(
-        Path(folder)
-        for folder, inner, files in walked
-        if not {"config.json", "result.json"}.isdisjoint(inner + files)
-    )
-
-
-def _dataset(folder: Path) -> str | None:
+def _dataset(folder: Folder) -> str | None:
     config = Fields.of_file(folder / "config.json")
     return config.text("dataset") if "dataset" in config.content else None
 

@@ -10,7 +10,7 @@ from experiments.reporting import escaping
 from experiments.reporting.runs import Study
 
 Row = dict[str, Any]
-_MEASURES = {
+MEASURES = {
     "test accuracy, %": ("test_accuracy", 100),
     "wrong training labels fitted, %": ("train_accuracy_flipped", 100),
     "right training labels fitted, %": ("train_accuracy_clean", 100),
@@ -25,8 +25,12 @@ COSTS = {
     "parameters": ("parameters", 1, ",.0f"),
     "kB": ("size_in_bits", 1 / 8e3, ",.1f"),
     "million MACs": ("macs", 1e-6, ".2f"),
+    "of them additions": ("additions", 1e-6, ".2f"),
+    "lookups": ("lookups", 1, ",.0f"),
     "epochs trained": ("epochs_trained", 1, "g"),
 }
+_RARE = ("additions", "lookups")
+"""Costs that most networks do not have: their columns are there if any has."""
 BUDGET = "forward + backward passes a sample"
 INTERVAL = "± half a 95 % confidence interval of the paired difference"
 
@@ -37,7 +41,7 @@ def study_section(title: str, study: Study, summary: pl.DataFrame) -> str:
         *introduction(title, study),
         "Mean ± standard deviation over seeds (n of them where methods differ in it).",
     ]
-    for name, (measure, factor) in _MEASURES.items():
+    for name, (measure, factor) in MEASURES.items():
         if f"{measure}_mean" in summary.columns:
             mean = functools.partial(mean_cell, measure=measure, factor=factor)
             budget = measure.startswith("test_accuracy")
@@ -97,6 +101,11 @@ def costs(
     study: Study, summary: pl.DataFrame, columns: dict[str, tuple[str, float, str]] = COSTS
 ) -> str:
     """What each label takes: by the column's title a measure, its factor and its format."""
+    columns = {
+        title: column
+        for title, column in columns.items()
+        if column[0] not in _RARE or _any_has(summary, column[0])
+    }
     body = []
     for label in study.labels:
         rows = summary.filter(label=label)
@@ -106,6 +115,10 @@ def costs(
         ]
         body.append([label, *values])
     return markdown(["cost", *columns], body)
+
+
+def _any_has(summary: pl.DataFrame, measure: str) -> bool:
+    return f"{measure}_mean" in summary.columns and bool((summary[f"{measure}_mean"] > 0).any())
 
 
 def mean_cell(row: Row | None, measure: str, form: str = ".2f", factor: float = 100) -> str:

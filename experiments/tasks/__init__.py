@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 
 from experiments.tasks.action_units import ActionUnits
 from experiments.tasks.classification import Classification
@@ -22,10 +21,7 @@ TASKS: dict[str, type[Task]] = {"classification": Classification, "action_units"
 
 Options = dataclasses.make_dataclass(
     "Options",
-    [
-        (name, Annotated[task.OPTIONS, tyro.conf.arg(name="")], task.OPTIONS())
-        for name, task in TASKS.items()
-    ],
+    [(name, task.OPTIONS, task.OPTIONS()) for name, task in TASKS.items()],
     frozen=True,
 )
 """The options of all tasks, each task's under its name."""

@@ -43,7 +43,7 @@ def _choice(option: str) -> Any:
 
 @dataclass(frozen=True)
 class ActionUnitOptions(TaskOptions):
-    """What takes effect with a data set of faces only."""
+    """Data sets of faces only."""
 
     DATASETS: ClassVar[tuple[str, ...]] = AU_DATASETS
     NOISE_KINDS: ClassVar[tuple[str, ...]] = (ANNOTATORS,)
@@ -52,30 +52,30 @@ class ActionUnitOptions(TaskOptions):
     ON_THE_MACHINE: ClassVar[tuple[str, ...]] = ("encoder",)
 
     fold: int | None = None
-    """faces: test on this third of the subjects, 1 to 3, and train on the others (1)."""
+    """Test on this third of the subjects, 1 to 3, and train on the others. If not given: 1."""
 
     encoder: _choice("encoder") | None = None
-    """faces: what sees the face. small: eight convolutions. inception_v3: as in the paper (pip
-    install 'noisyq_fast[vision]'). If not given: inception_v3 for bp4d and disfa on a GPU and with
+    """What sees the face. small: eight convolutions. inception_v3: as in the paper (pip install
+    'noisyq_fast[vision]'). If not given: inception_v3 for bp4d and disfa on a GPU and with
     --pretrained, else small."""
 
     pretrained: bool = False
-    """faces: start inception_v3 from ImageNet weights (fetched by torchvision, 104 MB)."""
+    """Start inception_v3 from ImageNet weights (fetched by torchvision, 104 MB)."""
 
     au_head: _choice("au_head") | None = None
-    """faces: layers of its own for each action unit, or shared by all (per-au)."""
+    """Layers of its own for each action unit, or shared by all. If not given: per-au."""
 
     au_norm: _choice("au_norm") | None = None
-    """faces: batch norm in the head per-au: for each action unit and feature; shared: for each
+    """Batch norm in the head. per-au: for each action unit and feature; shared: for each
     feature, and one activation range for all; folded: per-au, but multiplied into the weights
-    before they are quantized (per-au)."""
+    before they are quantized. If not given: per-au."""
 
     image_size: int | None = None
-    """faces: height and width in pixels, 32 to 1,024 (64 for small, 299 for inception_v3)."""
+    """Height and width in pixels, 32 to 1,024. If not given: 64 for small, 299 for inception_v3."""
 
     frames_per_subject: int | None = None
-    """synthetic-au: pictures of each of the 41 subjects, a multiple of 32 (256); together at most
-    half of the machine's memory."""
+    """synthetic-au: pictures of each of the 41 subjects, a multiple of 32; together at most half of
+    the machine's memory. If not given: 256."""
 
     strict: bool = False
     """bp4d, disfa: stop at the first faults in the files, rather than leave those frames out."""

@@ -27,19 +27,19 @@ _RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class ClassificationOptions(TaskOptions):
-    """What takes effect with images that have a class only."""
+    """Data sets of images that have a class only."""
 
     DATASETS: ClassVar[tuple[str, ...]] = tuple(DATASETS)
     NOISE_KINDS: ClassVar[tuple[str, ...]] = (*NOISE_KINDS, *HUMAN_LABELS)
     LEGACY: ClassVar[Mapping[str, Any]] = {"model": "resnet20", "noise_over": "subset"}
 
     model: literal_type_from_choices(MODELS) | None = None
-    """Images with a class: the network. resnet20: 0.27 million parameters. resnet18_cifar: 11
+    """The network. resnet20: 0.27 million parameters. resnet18_cifar: 11
     million, which fit wrong labels in fewer epochs, at 14 times the computation. If not given:
     resnet20."""
 
     noise_over: NoiseOver = "subset"
-    """Images with a class: what noise is drawn over. subset: the images of --train-size. all: all
+    """What noise is drawn over. subset: the images of --train-size. all: all
     training images, so that a larger --train-size holds a smaller one with the same wrong labels,
     as human labels always do; the share of noise in a subset is then that of all but for chance."""
 

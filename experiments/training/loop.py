@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -44,6 +44,8 @@ class Trainer:
         self.passes = Passes(0, 0)
         self.before: dict[str, Any] = {}
         """What the network was worth before the procedure finished it, if that changed it."""
+        self.by_width: dict[str, dict[str, Any]] = {}
+        """Scores, size and work of the finished network at each width of the procedure."""
         self.stopped = False
 
         self.parts = Parts(config, task, device, self.methods)
@@ -245,14 +247,12 @@ class Trainer:
 
     # What came of it.
 
-    def _predict(
-        self, part: Part, predict: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor | None:
+    def _predict(self, part: Part) -> Tensor | None:
         """The logits of all samples of a part; None if there are none."""
         if self.task.count(part) == 0:
             return None
         self.procedure.networks.eval()
-        return self.parts.logits(predict or self.procedure.predict, part)
+        return self.parts.logits(self.procedure.predict, part)
 
     def finish(self) -> list[str]:
         """Lets the methods and the procedure end their work; gives what they tell the user."""
@@ -261,26 +261,26 @@ class Trainer:
         if self.procedure.DEPLOYS:
             self.before = {f"float_{name}": score for name, score in self._scores().items()}
         self._count(self.procedure.deploy())
-        return [line for line in lines if line] + self.procedure.finish()
+        lines += self.procedure.finish()
+        for width in self.procedure.widths:
+            scores = self.by_width[f"{width:g}"] = self._at_width(width)
+            macs = scores["macs"] / 1e6
+            lines.append(f"width {width:g}: {self.task.summary(scores)}, {macs:.2f} million MACs")
+        return [line for line in lines if line]
 
     def result(self) -> dict[str, Any]:
         """The network as it is now, on the samples trained on, held out and of the test set."""
         self.require_finite(_AT_THE_END)
-        summary = noisyq_fast.summary(self.procedure.judged, self.parts.example())
-        asked = self.procedure.predicting
-        modes = self._scores_of_modes()
         return (
             self._scores()
             | self.before
-            | ({"modes": modes} if modes else {})
+            | ({"by_width": self.by_width} if self.by_width else {})
             | {
                 "epochs_trained": len(self.history),
                 "forward_passes": self.passes.forward,
                 "backward_passes": self.passes.backward,
-                "parameters": asked * summary.parameters,
-                "size_in_bits": asked * summary.size_in_bits,
-                "macs": asked * summary.macs,
             }
+            | self._costs(self.procedure.judged)
         )
 
     def _scores(self) -> dict[str, Any]:
@@ -291,14 +291,20 @@ class Trainer:
         require_finite_scores(scores, _AT_THE_END)
         return scores
 
-    def _scores_of_modes(self) -> dict[str, dict[str, Any]]:
-        """Those of each way to predict that the procedure has beside the one it is judged by."""
-        modes = {}
-        for name, predict in self.procedure.modes().items():
-            parts = ("trained", "held_out", "test")
-            modes[name] = self.task.result(*(self._predict(part, predict) for part in parts))
-            require_finite_scores(modes[name], _AT_THE_END)
-        return modes
+    def _at_width(self, width: float) -> dict[str, Any]:
+        with self.procedure.at_width(width) as network:
+            return self._scores() | self._costs(network)
+
+    def _costs(self, network: nn.Module) -> dict[str, int]:
+        """What it takes to store and to run a network of those that are asked."""
+        summary = noisyq_fast.summary(network, self.parts.example())
+        costs = {
+            name: getattr(summary, name)
+            for name in ("parameters", "size_in_bits", "macs", "additions")
+        }
+        for method in self.methods.values():
+            costs |= method.costs(network)
+        return {name: self.procedure.predicting * count for name, count in costs.items()}
 
     def _line(self, metrics: EpochMetrics) -> str:
         epochs = self.config.epochs

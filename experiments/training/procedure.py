@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -164,6 +165,8 @@ class Procedure:
         networks: the first one is what the run leaves.
         losses: one for each network.
         optimizers: one for each network.
+        widths: those at which the run is scored as well, the widest first: bits, from 2, or shares
+            of the channels, up to 1. `at_width` computes at one of them.
         rounds: how often an epoch goes over all samples.
         predicting: how many networks `predict` asks.
     """
@@ -176,6 +179,7 @@ class Procedure:
     DEPLOYS: ClassVar[bool] = False
     """Whether `finish` changes what is judged: the run is scored before it as well."""
 
+    widths: Sequence[float] = ()
     rounds: int = 1
     predicting: int = 1
 
@@ -234,9 +238,10 @@ class Procedure:
         """The logits by which the run is judged, in evaluation mode."""
         return self.networks[0](inputs)
 
-    def modes(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Other ways to predict, by name, whose results are told beside: such as widths."""
-        return {}
+    def at_width(self, width: float) -> AbstractContextManager[nn.Module]:
+        """A context in which `predict` computes at one of `widths`. Gives a network of this width
+        alone, whose size and work are reported."""
+        raise NotImplementedError
 
     def end_epoch(self, epoch: int) -> Passes:
         """After `epoch`, before it is evaluated; gives the passes that it took."""

@@ -29,12 +29,14 @@ from noisyq_fast.backends.kernel_arguments import (
     core,
     dense,
     launch_failed,
+    like,
     mask_of,
     missing,
     write_back,
 )
 from noisyq_fast.backends.reference import CLIPPED, FLT_MIN, NOTHING
 from noisyq_fast.grid import Grid
+from noisyq_fast.rules import CHUNK, NAMES, Rule
 
 Layout = tuple[int, int, int]
 Average = tuple[int, int, float]
@@ -307,7 +309,110 @@ def dequantize_on_grid(
     return y
 
 
+# Of quantizers that learn.
+
+
+@backend.register
+def fake_quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
+    x, y = dense(x)
+    _map_learned(kernels.fake_quantize_learned, x, parameters, y, rule, axis)
+    return y
+
+
+@backend.register
+def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
+    x, codes = dense(x, torch.int16)
+    _map_learned(kernels.quantize_learned, x, parameters, codes, rule, axis)
+    return codes
+
+
+@backend.register
+def fake_quantize_learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    rule: Rule,
+    axis: int | None,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(parameters)
+    x, grad = like(x, dx), like(grad, dx)
+    outer, channels, inner = channel_layout(dx, axis)
+    arguments = parameters.contiguous(), rule, channels, gradient_scale
+    if (outer == 1 or channels == 1) and grad.dtype == x.dtype:
+        return dx, _learned_backward(grad, x, dx, *arguments)
+    # Channels that are spread, and gradients of another dtype, are rare: they are copied.
+    memory = (outer, channels, inner), (channels * inner, inner, 1)
+    x, grad = (t.as_strided(*memory).transpose(0, 1).float().contiguous() for t in (x, grad))
+    of_channels = torch.empty_like(x)
+    sums = _learned_backward(grad, x, of_channels, *arguments)
+    dx.as_strided(*memory).transpose(0, 1).copy_(of_channels)
+    return dx, sums
+
+
 # Calls of the kernels.
+
+
+def _map_learned(
+    kernel: Callable, x: Tensor, parameters: Tensor, y: Tensor, rule: Rule, axis: int | None
+) -> None:
+    layout = channel_layout(y, axis)
+    if layout[0] > 0:
+        parameters = parameters.contiguous()
+        _launch(
+            kernel,
+            x,
+            DTYPE_CODES[x.dtype],
+            x.data_ptr(),
+            parameters.data_ptr(),
+            y.data_ptr(),
+            *layout,
+            _splits(x, layout)[1],
+            *_rule_arguments(rule),
+        )
+
+
+def _learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    dx: Tensor,
+    parameters: Tensor,
+    rule: Rule,
+    channels: int,
+    gradient_scale: float,
+) -> Tensor:
+    """Of contiguous channels: writes ``dx``, and returns the gradient of the parameters."""
+    size = x.numel() // channels
+    sums = torch.empty_like(parameters)
+    partial = parameters.new_empty(sums.numel() * _partial_sums(size))
+    _launch(
+        kernels.fake_quantize_learned_backward,
+        x,
+        DTYPE_CODES[x.dtype],
+        grad.data_ptr(),
+        x.data_ptr(),
+        parameters.data_ptr(),
+        dx.data_ptr(),
+        sums.data_ptr(),
+        partial.data_ptr(),
+        channels,
+        size,
+        *_rule_arguments(rule),
+        gradient_scale,
+    )
+    return sums
+
+
+def _rule_arguments(rule: Rule) -> tuple[int, int, int]:
+    return NAMES.index(rule.name), rule.low, rule.high
+
+
+def _partial_sums(size: int) -> int:
+    """How many sums of chunks there are before the last, of a channel of ``size`` elements."""
+    chunks = -(-size // CHUNK)
+    return 0 if chunks <= 1 else chunks + _partial_sums(chunks)
 
 
 def _fake_quantize_on_grid(

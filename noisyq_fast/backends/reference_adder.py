@@ -33,7 +33,7 @@ def channels_last(size: list[int], like: Tensor) -> Tensor:
 def adder_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
     size = output_size(x, weight, stride, padding)
     y = channels_last([len(x), len(weight), *size], x).zero_()
-    for i, j, window in _windows(x, weight, size, stride, padding):
+    for i, j, window in windows(x, weight, size, stride, padding):
         for c in range(x.shape[1]):
             y -= (weight[:, c, i, j, None, None] - window[:, c : c + 1]).abs()
     return y
@@ -45,9 +45,9 @@ def adder_conv2d_input_gradient(
 ) -> Tensor:
     size = list(grad.shape[2:])
     dx = torch.zeros_like(_padded(x, padding))
-    windows = _windows(x, weight, size, stride, padding)
-    of_dx = _windows(dx, weight, size, stride, (0, 0))
-    for (i, j, window), (_, _, sums) in zip(windows, of_dx, strict=True):
+    of_x = windows(x, weight, size, stride, padding)
+    of_dx = windows(dx, weight, size, stride, (0, 0))
+    for (i, j, window), (_, _, sums) in zip(of_x, of_dx, strict=True):
         for o in range(len(weight)):
             slope = (weight[o, :, i, j, None, None] - window).clamp(-1, 1)
             sums += slope * grad[:, o : o + 1]
@@ -62,7 +62,7 @@ def adder_conv2d_weight_gradient(
 ) -> Tensor:
     size = list(grad.shape[2:])
     dw = torch.zeros_like(weight)
-    for i, j, window in _windows(x, weight, size, stride, padding):
+    for i, j, window in windows(x, weight, size, stride, padding):
         of_images = weight.new_zeros(len(x), *weight.shape[:2])
         for p in range(size[0]):
             for q in range(size[1]):
@@ -78,7 +78,7 @@ def _padded(x: Tensor, padding: Pair) -> Tensor:
     return F.pad(x, (columns, columns, rows, rows))
 
 
-def _windows(
+def windows(
     x: Tensor, weight: Tensor, size: list[int], stride: Pair, padding: Pair
 ) -> Iterator[tuple[int, int, Tensor]]:
     """For each element of the kernel, what it meets of the input, a view like the output."""

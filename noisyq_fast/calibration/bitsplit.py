@@ -116,11 +116,12 @@ def fit_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def fit_scale(x: Tensor, scale: Tensor, code_min: int, code_max: int) -> tuple[Tensor, Tensor]:
     """Codes of the last axis and its scale, each in turns the best for the other."""
+    codes, products = torch.empty_like(x), torch.empty_like(x)  # memory for all turns
     for _ in range(1000):
         before = scale
-        codes = (x / scale.unsqueeze(-1)).round().clamp(code_min, code_max)
-        squared = codes.square().sum(-1)
-        scale = torch.where(squared > 0, (x * codes).sum(-1) / squared, scale)
+        torch.div(x, scale.unsqueeze(-1), out=codes).round_().clamp_(code_min, code_max)
+        squared = torch.square(codes, out=products).sum(-1)
+        scale = torch.where(squared > 0, torch.mul(x, codes, out=products).sum(-1) / squared, scale)
         if not bool(((scale - before).abs() >= _SETTLED).any()):
             break
     return codes, scale
@@ -138,11 +139,16 @@ def stitch(
     """
     unit = 1 << bits - 2
     planes, gram, target = split(codes, bits), x.mT @ x, output.mT @ x
+    left = torch.arange(planes.shape[-2], device=planes.device)  # filters that still change
     for _ in range(epochs):
-        top = best_scale(joined(planes), gram, target, scale * unit)
-        before = planes.clone()
-        update_planes_(planes, top, gram, target)
-        if torch.equal(before, planes):
+        of_left = planes[..., left, :]
+        targets, otherwise = target[..., left, :], scale[..., left] * unit
+        before = of_left.clone()
+        top = best_scale(joined(of_left), gram, targets, otherwise)
+        update_planes_(of_left, top, gram, targets)
+        planes[..., left, :] = of_left
+        left = left[_filters_that_differ(before, of_left)]
+        if not left.numel():
             break
     codes = joined(planes) * unit
     return codes, best_scale(codes, gram, target, scale)
@@ -184,8 +190,16 @@ def update_planes_(planes: Tensor, top: Tensor, gram: Tensor, target: Tensor) ->
             entries = planes[m, ..., block]
             parts = entries, error[..., block], gram[..., block, block], worth[..., 0]
             best = torch.from_numpy(_best_entries(*(x.cpu().numpy() for x in parts))).to(entries)
-            error += worth * (best - entries) @ gram[..., block, :]
-            entries.copy_(best)
+            changed = _filters_that_differ(entries, best)
+            if bool(changed.any()):
+                change = (worth * (best - entries))[..., changed, :]
+                error[..., changed, :] += change @ gram[..., block, :]
+                entries.copy_(best)
+
+
+def _filters_that_differ(x: Tensor, y: Tensor) -> Tensor:
+    """Of ``[..., filters, inputs]``: bool ``[filters]``, whether they do in any group or plane."""
+    return (x != y).any(-1).reshape(-1, x.shape[-2]).any(0)
 
 
 def _best_entries(

@@ -13,23 +13,26 @@ Over the N sums v of a channel, which are whole numbers, and s, what they are to
 where all that is not exact is rounded once for each operation, in float64 but for the last line,
 which is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the
 running mean includes it. Momentum, the unbiased running variance and evaluation are those of
-`torch.nn.BatchNorm2d`.
+`torch.nn.BatchNorm2d`. A `torch.nn.SyncBatchNorm` adds S1, S2 and N of all ranks, exactly.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import line
-from noisyq_fast.integer.chain import Norm
-from noisyq_fast.integer.deferred import Deferred
+from noisyq_fast.backends.reference_integer import along_channels, channel_axis, line
+from noisyq_fast.data_parallel import has_other_ranks
+from noisyq_fast.integer.chain import Norm, records
+from noisyq_fast.integer.deferred import Deferred, deferrable
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 
@@ -39,8 +42,11 @@ class _NormGradient(gradients.Gradient):
     @staticmethod
     def forward(ctx: Any, below_autograd: Any, product: Tensor, *others: Any) -> Tensor:
         weight, bias, sums, scale, factor, term, mean, inverse, uses_batch = others
-        ctx.save_for_backward(weight, sums, scale, factor, term, mean, inverse)
+        saved = weight, sums, scale, factor, term, mean, inverse
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.uses_batch = uses_batch
+        ctx.dtype = product.dtype
         ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
         return below_autograd()
 
@@ -54,6 +60,30 @@ class _NormGradient(gradients.Gradient):
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
         of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
         return None, grad, of_weight, of_bias, *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        weight, sums, scale, _, _, mean, inverse = ctx.saved_tensors
+        _, of_product, of_weight, of_bias, *_ = tangents
+
+        def along(x: Tensor) -> Tensor:
+            return along_channels(x.float(), sums)
+
+        normalized = (sums.float() - along(mean)) * along(inverse * scale)
+        parts = []
+        if of_product is not None:
+            slope = inverse if weight is None else inverse * weight
+            tangent = of_product.float()
+            if ctx.uses_batch:
+                others = [d for d in range(sums.dim()) if d != channel_axis(sums) % sums.dim()]
+                tilt = (tangent * normalized).mean(others, keepdim=True)
+                tangent = tangent - tangent.mean(others, keepdim=True) - normalized * tilt
+            parts.append(tangent * along(slope))
+        if of_weight is not None:
+            parts.append(normalized * along(of_weight))
+        if of_bias is not None:
+            parts.append(along(of_bias).expand(sums.shape))
+        return sum(parts).to(ctx.dtype)
 
 
 LARGEST_SUM = 2**31 - 2**7
@@ -96,6 +126,42 @@ _grads_of_norm_of_sums = declare(
 )
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks that share a batch: each has a part."""
+
+    process_group: dist.ProcessGroup | None
+
+    @torch.no_grad()
+    def added(self, sum_: Tensor, squares: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """The sums of v and of v^2 over all parts, and how many v there are."""
+        parts = torch.cat([sum_, squares.flatten(), sum_.new_tensor([count])])
+        dist.all_reduce(parts, dist.ReduceOp.SUM, self.process_group)
+        total, squares, count = parts.split([len(sum_), 2 * len(sum_), 1])
+        upper, lower = squares.reshape(-1, 2).unbind(1)
+        squares = torch.stack([upper + (lower >> 32), lower & 0xFFFFFFFF], 1)
+        return (total.contiguous(), squares), int(count)
+
+    def line(
+        self,
+        count: int,
+        line: tuple[Tensor, ...],
+        of_weight: Tensor,
+        of_bias: Tensor,
+        spread: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Slope, shift and tilt of all parts: the gradients of weight and bias of each part are
+        added in the order of the ranks, in float64."""
+        part = torch.stack([of_bias, of_weight]).double()
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.process_group))]
+        dist.all_gather(parts, part, self.process_group)
+        slope = line[0].double()
+        of_bias, of_weight = functools.reduce(torch.add, parts)
+        shift = slope * of_bias / count
+        tilt = slope * spread.double() * of_weight / count
+        return line[0], shift.float(), tilt.float()
+
+
 class ExactBatchNorm:
     """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it.
     Of other tensors it is the batch norm that it was.
@@ -131,26 +197,42 @@ class ExactBatchNorm:
         )
 
     def _of_deferred(self, x: Deferred) -> Deferred:
-        def statistics(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-            sums = x.measured()
-            compute = select("normalization", sums.values.device.type)
-            return compute(*sums.moments[:2], count, sums.scale, weight, bias, self.eps)
-
         sums = x.chain.sums
         count = sums.values.numel() // sums.scale.numel()
+        ranks = self._ranks()
+        if ranks is not None:
+            moments, count = ranks.added(*x.measured().moments[:2], count)
+
+        def statistics(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+            found = x.measured().moments[:2] if ranks is None else moments
+            compute = select("normalization", sums.values.device.type)
+            return compute(*found, count, sums.scale, weight, bias, self.eps)
+
         factor, term, norm = self._line(sums.scale, sums.bias, count, statistics)
+        if ranks is not None:
+            norm = replace(norm, of_ranks=functools.partial(ranks.line, count))
         return x.normalized(self, norm, factor, term)
+
+    def _ranks(self) -> _Ranks | None:
+        """Those that share the batch."""
+        if not isinstance(self, nn.SyncBatchNorm) or not self._takes_batch() or records:
+            return None
+        return _Ranks(self.process_group) if has_other_ranks(self.process_group) else None
+
+    def _takes_batch(self) -> bool:
+        return self.training or self.running_mean is None
 
     @torch.no_grad()
     def _line(
         self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
     ) -> tuple[Tensor, Tensor, Norm]:
         """Factor and term of the sums, and the norm that they are made of."""
-        if len(scale) != self.num_features:
+        keeps_numbers = self.weight is not None or self.running_mean is not None
+        if keeps_numbers and len(scale) != self.num_features:
             got = f"got a layer of {len(scale)} channels before it"
             raise ValueError(f"batch norm: {got}, takes {self.num_features}")
         affine = [None if x is None else x.detach() for x in (self.weight, self.bias)]
-        of_batch = self.training or self.running_mean is None
+        of_batch = self._takes_batch()
         if of_batch:
             if self.training and count <= 1:
                 raise ValueError(
@@ -162,13 +244,34 @@ class ExactBatchNorm:
                     batch_mean = batch_mean + bias.double()
                 self._track(batch_mean, variance * (count / (count - 1)))
         else:
-            mean = self.running_mean.double()
-            if bias is not None:
-                mean = mean - bias.double()
-            inverse = (1 / (self.running_var.double() + self.eps).sqrt()).float()
-            factor, term = line(mean, inverse, scale, *affine)
-            mean = (mean / scale.double()).float()
+            factor, term, mean, inverse = self._running_line(scale, bias, *affine)
         return factor, term, Norm(self.weight, self.bias, mean, inverse, of_batch)
+
+    def _running_line(
+        self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of running statistics; with frozen weights what was computed before, if it was of the
+        same scale (which is NaN where an input was)."""
+        made = self.follows[0].made_of_weights if self.follows else None
+        if made is None or scale.device.type != "cpu" or not deferrable(scale):
+            return self._computed_line(scale, bias, *affine)
+        of = (self.running_mean, self.running_var, bias, *affine)
+        state = self.eps, *(None if x is None or x.is_inference() else x._version for x in of)
+        before, found = made.get(("line", ""), (None, None))
+        if before is None or before[0] != state or not torch.equal(before[1], scale):
+            found = self._computed_line(scale, bias, *affine)
+            made["line", ""] = (state, scale), found
+        return found
+
+    def _computed_line(
+        self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean = self.running_mean.double()
+        if bias is not None:
+            mean = mean - bias.double()
+        inverse = (1 / (self.running_var.double() + self.eps).sqrt()).float()
+        factor, term = line(mean, inverse, scale, *affine)
+        return factor, term, (mean / scale.double()).float(), inverse
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)

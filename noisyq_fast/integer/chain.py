@@ -52,6 +52,8 @@ class Norm:
     Attributes:
         mean: of v, float32 ``[C]``; inverse: 1 / standard deviation; both as they were used.
         uses_batch: whether they are of the batch, so that gradients flow through them.
+        of_ranks: of a batch of which other ranks have parts: makes of slope, shift and tilt, as
+            from `reference_integer.grads_of_norm`, those of the whole; ``None``: there are none.
     """
 
     weight: Tensor | None
@@ -59,6 +61,7 @@ class Norm:
     mean: Tensor
     inverse: Tensor
     uses_batch: bool
+    of_ranks: Callable | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,7 @@ class ChainGradient(torch.autograd.Function):
         )
         ctx.relu = chain.relu
         ctx.uses_batch = norm is not None and norm.uses_batch
+        ctx.of_ranks = None if norm is None else norm.of_ranks
         ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias)]
         return without_values(product)
 
@@ -152,6 +156,8 @@ class ChainGradient(torch.autograd.Function):
             line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
             )
+            if ctx.of_ranks is not None:
+                line = ctx.of_ranks(line, of_weight, of_bias, inverse * scale)
             grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
         elif relu:
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)

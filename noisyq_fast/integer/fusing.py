@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from noisyq_fast.integer.chain import Record, recording
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments, left_as_it_was
+from noisyq_fast.widths import NormOfWidths
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _MOST_TERMS = LARGEST_SUM // 255**2
 
 
@@ -30,12 +32,12 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
 
     The model's own forward is called as before, so it may depend on its mode, on Python state and
     on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
-    Modules, parameters, hooks and the names of the state dict stay. A `SyncBatchNorm` stays as it
-    is.
+    Modules, parameters, hooks and the names of the state dict stay. A `torch.nn.SyncBatchNorm` adds
+    the sums of all ranks, exactly. Batch norms of `split_norms_` are in the chain at every width.
 
     Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
     a convolution computes its batch norm too, with the same bits, and the graph has to use the two
-    as the model does on the example. The mean over pixels is then PyTorch's.
+    as the model does on the example. The mean over pixels and a `SyncBatchNorm` are then PyTorch's.
 
     Args:
         model: with layers of ``quantize_model_(..., arithmetic="integer")``. Changed in place.
@@ -83,6 +85,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
             norm.__class__ = exact(type(norm))
         seen = [_seen(model, example, training) for training in (False, True)]
         _pair(layers, norms, seen)
+        _treat_widths_alike(model)
     except BaseException:
         unfuse_(model)
         raise
@@ -98,6 +101,36 @@ def unfuse_(model: nn.Module) -> None:
         elif isinstance(module, ExactBatchNorm):
             module.__class__ = module.float_class
             vars(module).pop("follows", None)
+
+
+def how_fused(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What `fuse_` has made of layers, by name, for `fuse_as_`."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        name: {
+            "norm": [names[norm] for norm in layer.norm],
+            "followed_by": layer.followed_by,
+            "recompute": layer.recomputes,
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantLayer) and layer.defers
+    }
+
+
+def fuse_as_(model: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Does what `fuse_` did to a model of the same modules, without an example."""
+    for name, about in found.items():
+        layer = model.get_submodule(name)
+        if not (isinstance(layer, QuantLayer) and layer.can_defer):
+            raise ValueError(f"{name}: a convolution in the file, {type(layer).__name__} here")
+        layer.defers, layer.recomputes = True, bool(about["recompute"])
+        layer.followed_by = str(about["followed_by"])
+        layer.norm = tuple(model.get_submodule(norm) for norm in about["norm"])
+        for norm in layer.norm:
+            if type(norm) not in _NORMS:
+                raise ValueError(f"{name}: a batch norm in the file, {type(norm).__name__} here")
+            norm.__class__ = exact(type(norm))
+            norm.follows = (layer,)
 
 
 def _seen(model: nn.Module, example: Any, training: bool) -> Record:
@@ -137,3 +170,13 @@ def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) 
                 layer.defers, layer.norm, layer.followed_by = False, (), ""
             vars(norm).pop("follows", None)
             norm.__class__ = norm.float_class
+
+
+def _treat_widths_alike(model: nn.Module) -> None:
+    """Makes batch norms of other widths exact where the one that has run on the example is."""
+    for several in model.modules():
+        if isinstance(several, NormOfWidths) and isinstance(several.active, ExactBatchNorm):
+            for norm in several.norms():
+                if not isinstance(norm, ExactBatchNorm):
+                    norm.__class__ = exact(type(norm))
+                    norm.follows = several.active.follows

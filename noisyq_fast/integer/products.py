@@ -184,7 +184,9 @@ class _Product(gradients.Gradient):
         ctx.geometry = geometry
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.compute_dtype = _autocast_dtype(codes.device.type)
-        return below_autograd()
+        y = below_autograd()
+        ctx.output_shape = y.shape
+        return y
 
     @classmethod
     def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -202,6 +204,23 @@ class _Product(gradients.Gradient):
             for g, dtype in zip((dx, dw, db), ctx.dtypes, strict=True)
         )
         return None, *grads, *[None] * (8 + len(ctx.geometry))
+
+    @classmethod
+    def _jvp(cls, ctx: Any, *tangents: Tensor | None) -> Tensor:
+        codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
+        _, of_x, of_weight, of_bias, *_ = tangents
+        parts = []
+        if of_x is not None:
+            weight = cls.weight_values(ctx, w_codes, w_scale, w_zero)
+            parts.append(cls.product(ctx, _unmasked(of_x.float(), codes, masked), weight))
+        if of_weight is not None:
+            scale = scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
+            x = _floats(codes, zero, torch.float32) * scale
+            of_weight = _unmasked(of_weight.float(), w_codes, w_masked)
+            parts.append(cls.product(ctx, x, of_weight))
+        if of_bias is not None:
+            parts.append(cls.along_outputs(of_bias.float(), w_codes))
+        return sum(parts).expand(ctx.output_shape).to(ctx.dtypes[0])
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:
@@ -242,7 +261,7 @@ class _Convolution(_Product):
         to_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         dtype = ctx.compute_dtype
-        w = _channel_values(w_codes, w_scale, w_zero, ctx.geometry)
+        w = _Convolution.weight_values(ctx, w_codes, w_scale, w_zero)
         # Of the gradient of x only its shape matters.
         x = _floats(codes, zero, dtype) if to_weight else without_values(codes, dtype)
         dx, dw, _ = torch.ops.aten.convolution_backward(
@@ -253,6 +272,22 @@ class _Convolution(_Product):
     @staticmethod
     def grad_of_bias(grad: Tensor, _: Tensor) -> Tensor:
         return grad.sum([d for d in range(grad.dim()) if d != 1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _Convolution._jvp(ctx, *tangents)
+
+    @staticmethod
+    def weight_values(ctx: Any, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return _channel_values(codes, scale, zero, ctx.geometry)
+
+    @staticmethod
+    def product(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.convolution(x, weight, None, *ctx.geometry)
+
+    @staticmethod
+    def along_outputs(of_bias: Tensor, weight: Tensor) -> Tensor:
+        return of_bias.reshape([-1, *[1] * (weight.dim() - 2)])
 
 
 def _floats(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -292,7 +327,7 @@ class _Linear(_Product):
         to_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         dtype = ctx.compute_dtype
-        w = steps(w_codes, w_zero).float() * w_scale.unsqueeze(-1)
+        w = _Linear.weight_values(ctx, w_codes, w_scale, w_zero)
         dx = dw = None
         if to_x:
             dx = grad.to(dtype) @ w.to(dtype)
@@ -309,6 +344,22 @@ class _Linear(_Product):
     @staticmethod
     def grad_of_bias(grad: Tensor, weight: Tensor) -> Tensor:
         return grad.sum(-2) if weight.dim() > 2 else as_rows(grad).sum(0)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _Linear._jvp(ctx, *tangents)
+
+    @staticmethod
+    def weight_values(ctx: Any, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return steps(codes, zero).float() * scale.unsqueeze(-1)
+
+    @staticmethod
+    def product(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.mT
+
+    @staticmethod
+    def along_outputs(of_bias: Tensor, weight: Tensor) -> Tensor:
+        return of_bias.unsqueeze(-2) if weight.dim() > 2 else of_bias
 
 
 def _product_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple:

@@ -3,6 +3,7 @@
 from noisyq_fast.quantizers.absmax import AbsMax
 from noisyq_fast.quantizers.aqd import AQD
 from noisyq_fast.quantizers.dsq import DSQ
+from noisyq_fast.quantizers.evenly_spaced import EvenlySpaced
 from noisyq_fast.quantizers.fixed import Fixed
 from noisyq_fast.quantizers.learned import LearnedQuantizer
 from noisyq_fast.quantizers.lsq import LSQ
@@ -20,6 +21,7 @@ __all__ = [
     "QIL",
     "SAT",
     "AbsMax",
+    "EvenlySpaced",
     "Fixed",
     "LearnedQuantizer",
     "MovingAbsMax",

@@ -5,8 +5,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import rules
-from noisyq_fast.quantizers.learned import LearnedQuantizer, quotient
+from noisyq_fast import checks, rules
+from noisyq_fast.backends.reference_learned import sum_of_groups
+from noisyq_fast.grid import ODD, UNSIGNED
+from noisyq_fast.integer.codes import Codes
+from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
+from noisyq_fast.quantizers.quantizer import Quantizer
 
 
 class AQD(LearnedQuantizer):
@@ -16,12 +20,16 @@ class AQD(LearnedQuantizer):
     are not 0. An input with values below 0 is rounded like weights.
 
     The levels a begin at the largest ``|x|``; the authors' code takes its running mean over the
-    first steps.
+    first steps. Zeros that a convolution pads with come after the quantizer and stay 0.
 
     Args:
         bits: width of the codes, 2..8.
         axis: of weights; a level for each of its indices, the output channels; ``None``: one.
         signed: as for `LearnedQuantizer`.
+        standardize: whether weights are ``(w - mean) / (std + 1e-5)`` before they are clipped, an
+            option of the authors' code; without a gradient of mean and deviation, which are those
+            of the whole weight (unverified). Nothing scales values back, so that a batch norm has
+            to follow: the first and the last layers of a model leave it out.
 
     Attributes:
         clip: the parameter a.
@@ -35,7 +43,16 @@ class AQD(LearnedQuantizer):
 
     KIND: ClassVar[int] = 6
 
-    def __init__(self, bits: int = 4, axis: int | None = 0, *, signed: bool | None = None) -> None:
+    def __init__(
+        self,
+        bits: int = 4,
+        axis: int | None = 0,
+        *,
+        signed: bool | None = None,
+        standardize: bool = False,
+    ) -> None:
+        checks.boolean("standardize", standardize)
+        self.standardize = standardize
         super().__init__(bits, axis, signed=signed)
 
     @property
@@ -47,12 +64,50 @@ class AQD(LearnedQuantizer):
         n = (1 << self.bits) - 1
         return -n if self.is_signed else 0, n
 
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return super().fake_quantize(self._standardized(x))
+
+    def codes(self, x: Tensor) -> Codes:
+        return super().codes(self._standardized(x))
+
+    def _standardized(self, x: Tensor) -> Tensor:
+        """From sums in the order of `noisyq_fast.rules`, as every backend takes them."""
+        if not self.standardize or self.role != WEIGHT or x.numel() == 0:
+            return x
+        with torch.no_grad():
+            n = float(x.numel())
+            mean = quotient(sum_of_groups(x.float(), x, None), n)
+            squares = (x.float() - mean).square()
+            variance = quotient(sum_of_groups(squares, x, None), max(n - 1, 1))
+            spread = variance.sqrt() + 1e-5
+        return ((x.float() - mean) / spread).to(x.dtype)
+
     def initial(self, x: Tensor) -> tuple[Tensor]:
         return (self.largest(x.abs()),)
 
     def within(self, low: Tensor, high: Tensor) -> tuple[Tensor]:
         return (high,)
 
+    @property
+    def grid_of_codes(self) -> str:
+        return ODD if self.is_signed else UNSIGNED
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """What the codes of a weight are multiplied by."""
+        self.prepare(weight)
+        return self.code_scale()
+
     def code_scale(self) -> Tensor:
         clip = self.clip.detach().float()
         return quotient(clip, float(self.code_ends[1])).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def at_end(self, bits: int, place: str) -> Quantizer:
+        quantizer = super().at_end(bits, place)
+        quantizer.standardize = False
+        return quantizer
+
+    def _variant(self) -> int:
+        return int(self.standardize)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", standardize=True" if self.standardize else "")

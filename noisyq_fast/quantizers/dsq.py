@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import rules
-from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer
+from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer, quotient
 
 # At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.
 _ALPHA_ENDS = 1e-3, 0.5
@@ -16,14 +16,17 @@ class DSQ(LearnedQuantizer):
     """Rounds to ``2^b`` values from l to u; the gradient is that of a tanh in each cell: steeper
     than 1 where the value jumps from one to the next, flatter between, and 1 in the mean.
 
-    l and u begin at the least and the largest value. They and alpha have no factor of their
-    gradients: a smaller rate than that of weights is advisable.
+    l and u begin at the least and the largest value. Their gradients are those of the values that
+    are put out; that the paper does not write them more coarsely is unverified. They and alpha have
+    no factor of their gradients: a smaller rate than that of weights is advisable.
 
     Args:
         bits: width of the codes, 2..8.
         alpha: where the shape of the cells begins, above 0, up to 0.5, where it is nearly that of
-            straight-through rounding.
-        learn_alpha: whether it is learned; popular implementations fix it at 0.4.
+            straight-through rounding; that the paper has these ends is unverified. 0.2 is where
+            popular implementations that learn it begin.
+        learn_alpha: whether it is learned; that of the authors' group fixes it at 0.4, with the
+            range from an observer.
 
     Attributes:
         low, high, alpha: the parameters.
@@ -65,6 +68,11 @@ class DSQ(LearnedQuantizer):
         """l < u, and alpha between 0.001 and 0.5."""
         self.high.data.copy_(torch.maximum(self.high, self.low + LEAST))
         self.alpha.data.clamp_(*_ALPHA_ENDS)
+
+    def code_step(self) -> Tensor:
+        """From one value to the next."""
+        width = (self.high - self.low).detach().float()
+        return quotient(width, float(self.code_ends[1])).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _allocate(self, shape: list[int]) -> None:
         super()._allocate(shape)

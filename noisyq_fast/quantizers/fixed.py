@@ -12,6 +12,7 @@ from noisyq_fast.backends.reference import Levels
 from noisyq_fast.granularity import Axis, Groups, by_group
 from noisyq_fast.grid import SIGNED
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.ops import dequantize
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 
@@ -93,6 +94,12 @@ class Fixed(Quantizer):
             return self._levels().values(x, self.axis)
         groups = Groups(x, self.axis, self.group_size)
         return groups.restored(self._levels(groups).values(groups.x, 0))
+
+    def values_of(self, codes: Tensor) -> Tensor:
+        """The values, float32, of codes."""
+        scale, zero_point = self.scale, self.zero_point
+        options = {"zero_point": zero_point, "group_size": self.group_size}
+        return dequantize(codes, scale, self.axis, **options)
 
     def codes(self, x: Tensor) -> Codes:
         with self._named():

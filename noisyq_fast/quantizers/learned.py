@@ -179,12 +179,13 @@ class LearnedQuantizer(Quantizer):
         return parameters.detach() if self.frozen else parameters
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        self._prepare(x)
+        self.prepare(x)
         return fake_quantize_learned(
             x, self.stacked(), self.rule, *self.code_ends, self.axis, self.gradient_scale(x)
         )
 
-    def _prepare(self, x: Tensor) -> None:
+    def prepare(self, x: Tensor) -> None:
+        """Puts the parameters where the first tensor says that they begin."""
         if self.initialized:
             return
         if self.role == INPUT and not self.training:
@@ -292,7 +293,7 @@ class LearnedQuantizer(Quantizer):
     def codes(self, x: Tensor) -> Codes:
         with self._named():
             with torch.no_grad():
-                self._prepare(x)
+                self.prepare(x)
                 codes = quantize_learned(
                     x, self.stacked(), self.rule, *self._byte_ends(), self.axis
                 )

@@ -25,8 +25,8 @@ class PACT(LearnedQuantizer):
             convolutions of Jin et al. 2019 (arXiv 1912.10207, *SAT*), who take 10 before the last
             layer.
         gradient: of a, below it: ``"sat"`` ``code / n - x / a`` (Jin et al.); ``"pact"`` 0. Above
-            it is 1 in both. The paper adds an L2 penalty on a, as it begins too large; with
-            ``"sat"`` none is needed.
+            it is 1 in both. The paper adds an L2 penalty on a, as it begins too large, that of the
+            weights in reproductions; with ``"sat"`` none is needed.
 
     Attributes:
         clip: the parameter a.

@@ -18,9 +18,11 @@ class QIL(LearnedQuantizer):
 
     Nothing scales values back: weights lie in -1 to 1 and inputs in 0 to 1 however large they were,
     so that a batch norm has to follow. The first and the last layers of a model, before the last of
-    which there is none, take `AbsMax` and `MovingAbsMax` instead.
+    which there is none, take `AbsMax` and `MovingAbsMax` instead; in the paper they are float
+    (unverified).
 
-    Interval and exponent begin at c = d = max|x| / 2, where nothing is pruned or clipped, and 1.
+    Interval and exponent begin at c = d = max|x| / 2, where nothing is pruned or clipped, and 1, as
+    in popular implementations; where they begin in the paper is unverified.
     Weights that are pruned have no gradient: they return only when the interval moves.
 
     Args:

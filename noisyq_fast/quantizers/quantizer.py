@@ -132,6 +132,11 @@ class Quantizer(nn.Module):
                 raise
             raise type(error)(f"{self.name}: {error}") from error
 
+    @property
+    def grid_of_codes(self) -> str:
+        """The kind of the grid of `codes`."""
+        return self.grid_kind
+
     def codes(self, x: Tensor) -> Codes:
         """``x`` as `Codes`, whose values are to the bit those of `fake_quantize`: what layers that
         compute in integers multiply. Only where ``gives_codes``."""

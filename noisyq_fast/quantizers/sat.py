@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import gradients, rules
-from noisyq_fast.grid import FULL
+from noisyq_fast.grid import FULL, ODD
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.quantizers.learned import quotient
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 ROUNDINGS = {
@@ -33,10 +34,13 @@ class SAT(Quantizer):
         bits: width of the codes, 2..8.
         rounding: ``"modified"``, the default of the authors' code:
             ``2 min(floor(2^b u), 2^b - 1) / 2^b - 1`` with ``u = (t + 1) / 2``: has a 0, and is
-            biased towards -1; ``"centered"``: half a step more, unbiased, without a 0;
+            biased towards -1, with normal weights by 0.1 at 4 bits and by 0.3 at 2;
+            ``"centered"``, which the authors recommend by now: half a step more, unbiased, without
+            a 0;
             ``"original"``: ``2 rint((2^b - 1) u) / (2^b - 1) - 1``, that of DoReFa-Net. With the
             first two the codes of b bits are the first b bits of those of b + 1.
-        rescale: whether to multiply by the scale.
+        rescale: whether to multiply by the scale; the authors do so in the last layer and, on small
+            images, in convolutions too.
 
     Example:
         >>> import torch, noisyq_fast
@@ -86,10 +90,20 @@ class SAT(Quantizer):
         with torch.no_grad():
             parameters = self._parameters_of(x)
             codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], low, high)
-            factor = parameters[1]
-            scale = factor / torch.full_like(factor, self.denominator)
+            scale = self._scale_of_codes(parameters)
         source = self.fake_quantize(x) if gradients.wanted() else x
         return Codes(codes.to(torch.int8), scale, None, max(-low, high), source)
+
+    @property
+    def grid_of_codes(self) -> str:
+        return FULL if self.rounding == "modified" else ODD
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """What the codes of a weight are multiplied by."""
+        return self._scale_of_codes(self._parameters_of(weight.detach()))
+
+    def _scale_of_codes(self, parameters: Tensor) -> Tensor:
+        return quotient(parameters[1], float(self.denominator))
 
     def _parameters_of(self, x: Tensor) -> Tensor:
         """max|x|, with its gradient, and the scale."""

@@ -123,6 +123,7 @@ def edit(path, **changes):
 def _in_both(config, label):
     names = ("dataset", "noise", "noise_kind", "seed", "epochs", "fold")
     counts = dict.fromkeys(("parameters", "size_in_bits", "macs"), 1)
+    counts |= {"additions": 0, "lookups": None}
     return {
         **{name: config[name] for name in names if name in config},
         **counts,

@@ -1,10 +1,15 @@
 """Methods whose quantizers learn, and networks of many widths, as runs."""
 
+import copy
+
 import pytest
 import torch
 from test_training import ends_bit_identical, numbers, trainer
 
 from experiments import run
+from experiments.methods.learned import ClippedLevels
+from experiments.models import ResNet18Cifar, ResNet20
+from experiments.models.residual import Residual
 from experiments.weights import Weights
 from noisyq_fast import LearnedQuantizer
 from noisyq_fast.optimizing import learned_parameters
@@ -15,7 +20,7 @@ METHODS = [
     "--method pact --pact-rounding centered --pact-gradient pact",
     "--method qil --qil-bits 2 --qil-progressive",
     "--method dsq --dsq-alpha 0.4",
-    "--method aqd",
+    "--method aqd --aqd-skips --aqd-standardize",
     "--method adabits --adabits-bits 2 --adabits-most 3 --adabits-tested 2",
     "--method quantizable --quantizable-bits 3 --quantizable-most 3 --loss gce",
     "--method qkd --qil-bits 4",
@@ -61,6 +66,7 @@ def test_one_quantizer_a_run():
         ("--method adabits --adabits-bits 6", "--adabits-bits: got 6"),
         ("--method adabits --adabits-tested 2", "--adabits-tested: got 2"),
         ("--method lsq --lsq-rate 0", "--lsq-rate: got 0"),
+        ("--method adabits --adabits-start 0", "--adabits-start: got 0"),
     ],
 )
 def test_bad_options(method, message):
@@ -71,11 +77,71 @@ def test_bad_options(method, message):
 def test_results_tell_every_width():
     ours = trainer("--method quantizable --quantizable-bits 3 --quantizable-most 4", **SMALL)
     list(ours.epochs())
-    result = ours.result()
-    assert list(result["modes"]) == ["32", "4", "3"]
-    assert result["modes"]["4"]["test_accuracy"] == result["test_accuracy"]
-    assert {"train_accuracy_flipped", "test_loss"} <= result["modes"]["3"].keys()
+    lines = ours.finish()
+    result, widths = ours.result(), ours.result()["by_width"]
+    assert [line.partition(":")[0] for line in lines] == ["width 32", "width 4", "width 3"]
+    assert list(widths) == ["32", "4", "3"]
+    assert widths["4"]["test_accuracy"] == result["test_accuracy"]
+    assert {"train_accuracy_flipped", "test_loss"} <= widths["3"].keys()
+    sizes = [of_one["size_in_bits"] for of_one in widths.values()]
+    assert sizes[0] > 7 * sizes[1] > 7 * sizes[2]
+    assert widths["4"]["parameters"] < result["parameters"]  # norms and ranges of one width
     assert (ours.passes.forward, ours.passes.backward) == (3 * 4, 3 * 4)
+
+
+@pytest.mark.parametrize("model", [ResNet20, ResNet18Cifar])
+def test_what_skip_connections_add_is_quantized(model):
+    image = torch.randn(2, 3, 16, 16)
+    network = model().train()
+    plain = copy.deepcopy(network)
+    expected = ClippedLevels(aqd_bits=3).network(plain)(image)
+    network = ClippedLevels(aqd_bits=3, aqd_skips=True).network(network)
+    levels = []
+    for block in network.modules():
+        if isinstance(block, Residual):
+            block.skip.register_forward_hook(lambda skip, _, y: levels.append((skip, y)))
+    y = network(image)
+    assert not torch.equal(y, expected)
+    assert len(levels) == 2 * sum(isinstance(m, Residual) for m in network.modules())
+    for skip, y in levels:
+        codes = 7 * y / skip.clip
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+        assert set(codes.round().unique().tolist()) <= {-7, -5, -3, -1, 1, 3, 5, 7}
+    y.sum().backward()
+    assert all(skip.clip.grad is not None for skip, _ in levels)
+
+
+def test_a_network_without_skip_connections_is_refused():
+    with pytest.raises(ValueError, match="--aqd-skips: got Sequential, takes a network with"):
+        ClippedLevels(aqd_bits=3, aqd_skips=True).network(
+            torch.nn.Sequential(torch.nn.Linear(3, 2))
+        )
+
+
+def test_a_network_of_many_widths_rounds_as_it_is_told():
+    for options, rounding, start in (
+        ("quantizable", "original", 3),
+        ("adabits", "modified", 8),
+        ("adabits --adabits-rounding centered --adabits-start 4", "centered", 4),
+    ):
+        ours = trainer(f"--method {options}", **SMALL)
+        layer = ours.model.stage1[0].conv1
+        for weight, clipped in zip(
+            layer.weight_quantizer.each.values(), layer.input_quantizer.each.values(), strict=True
+        ):
+            assert weight is None or weight.rounding == rounding
+            assert clipped is None or clipped.start == start
+
+
+@pytest.mark.parametrize("name", ["adabits", "quantizable"])
+def test_runs_from_before_the_rounding_of_widths_keep_their_names(name):
+    options = f"--method {name} --{name}-rounding modified --{name}-start 8"
+    config = run.parse(options.split()).resolved(gpu=False, threads=1)
+    assert config.label == {"adabits": "adabits5-3", "quantizable": "quantizable4-2"}[name]
+    assert not {f"{name}_rounding", f"{name}_start"} & set(config.identity())
+    other = run.parse([*options.split()[:-1], "3"]).resolved(gpu=False, threads=1)
+    assert other.label == config.label + "-start3"
+    assert other.identity() != config.identity()
 
 
 def test_progressive_widths():

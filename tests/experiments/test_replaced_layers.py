@@ -296,14 +296,64 @@ def test_entries_go_in_training_only():
     assert layer.lookups() == 0
 
 
+# Inputs, outputs, and the rows before and after each replaced convolution on a picture of digits.
+INNER = [
+    *[(16, 16, 8, 8)] * 6,
+    *[(16, 32, 8, 4), *[(32, 32, 4, 4)] * 5],
+    *[(32, 64, 4, 2), *[(64, 64, 2, 2)] * 5],
+]
+
+
+def test_results_have_the_costs_of_each_kind_of_layer():
+    results = {name: trainer(method=name, **SMALL).result() for name in ["baseline", *NAMES]}
+    macs, parameters, additions = (
+        {name: result[cost] for name, result in results.items()}
+        for cost in ("macs", "parameters", "additions")
+    )
+    weights = sum(9 * i * o for i, o, _, _ in INNER)
+    dictionaries = sum(i * i // 2 for i, *_ in INNER)
+    norms = 2 * (7 * 16 + 6 * 32 + 6 * 64)
+    assert parameters == {
+        "baseline": 144 + weights + norms + 650,
+        "adder": 144 + weights + norms + 650,
+        "hashed": (144 + weights + 640) // 8 + norms + 10,
+        "lcnn": 144 + weights // 2 + dictionaries + norms + 650,
+    }
+    products = sum(9 * i * o * after**2 for i, o, _, after in INNER)
+    with_dictionaries = sum(i * i // 2 * (before + 2) ** 2 for i, _, before, _ in INNER)
+    ends = 8 * 8 * 144 + 640
+    dense = ends + products
+    lcnn = ends + products // 2 + with_dictionaries
+    assert macs == {"baseline": dense, "adder": dense, "hashed": dense, "lcnn": lcnn}
+    assert additions == {"baseline": 0, "adder": products, "hashed": 0, "lcnn": 0}
+    assert 0.98 < results["lcnn"]["lookups"] / (weights // 2) <= 1
+    assert "lookups" not in results["hashed"]
+
+
+def test_layers_have_their_names_in_a_summary():
+    adder, hashed, lcnn = (
+        [row.kind for row in noisyq_fast.summary(replaced(method), EXAMPLE).layers]
+        for method in (Adder(), Hashed(), LCNN())
+    )
+    assert adder[2:4] == ["AdderConv2d (Scaled)", "BatchNorm2d"]
+    assert hashed[2:4] == ["Conv2d (HashedWeight)", "BatchNorm2d"]
+    assert lcnn[2:5] == ["Conv2d", "Conv2d (Thresholded)", "BatchNorm2d"]
+    layer = HashedConv2d(3, 8, 3, compression=4)
+    (row,) = noisyq_fast.summary(layer, EXAMPLE).layers
+    assert (row.kind, row.parameters) == ("HashedConv2d (HashedWeight)", 54 + 8)
+    assert row.macs == 30 * 30 * 8 * 27
+
+
 def test_lookups_are_reported():
     ours = trainer("--method lcnn --lcnn-sparsity 0.5", **SMALL)
     list(ours.epochs())
     (line,) = ours.finish()
+    result = ours.result()
     layers = [m for m in ours.model.modules() if isinstance(m, LookupConv2d)]
     kept = sum(layer.lookups() for layer in layers)
     entries = sum(layer.entries.numel() for layer in layers)
     assert 0.3 < kept / entries < 0.6
+    assert result["lookups"] == kept
     assert f"{kept / entries:.1%} of {entries:,} entries; 18 dictionaries" in line
 
 

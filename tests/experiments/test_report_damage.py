@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import polars as pl
 import pytest
@@ -242,6 +243,63 @@ def test_the_others_are_reported(kind, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"left out: {reason}")
     assert line.endswith("/result.json: got nan as test_loss, takes a finite number from 0")
+
+
+def test_packed_runs_are_reported_as_their_folders(kind, tmp_path, capsys):
+    command, *_, summary = kind
+    runs, packed = tmp_path / "runs", tmp_path / "packed"
+    for seed in (0, 1):
+        for label in ("baseline", "quant-w4a4"):
+            folder = kind[2](runs, label, seed=seed)
+            config(data_dir=str(tmp_path))(folder)
+    unfinished = kind[2](runs, seed=2)
+    (unfinished / "result.json").unlink()
+    command(runs, tmp_path / "a")
+    report.COMMANDS["pack"](runs, packed / "runs.zip")
+    assert "4 runs written" in capsys.readouterr().out
+    command(packed, tmp_path / "b")
+    names = "report.md", "runs.csv", summary
+    of_folders, of_packed = (
+        [(tmp_path / out / name).read_text() for name in names] for out in ("a", "b")
+    )
+    left_out = f"\n## Unfinished runs, left out\n\n- {unfinished.name}\n"
+    assert [text.replace(left_out, "") for text in of_folders] == of_packed
+    with zipfile.ZipFile(packed / "runs.zip") as archive:
+        options = json.loads(archive.read(f"{folder.name}/config.json"))
+    assert (options["data_dir"], options["out"]) == ("DIR", "runs")
+    report.COMMANDS["pack"](packed, tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == (packed / "runs.zip").read_bytes()
+
+
+def test_folders_of_one_name_are_packed(kind, tmp_path):
+    _, run, write, *_ = kind
+    for seed in (0, 1):
+        write(tmp_path / str(seed), seed=seed).rename(tmp_path / str(seed) / "run")
+    report.COMMANDS["pack"](tmp_path, tmp_path / "packed" / "runs.zip")
+    found = find(tmp_path / "packed", run)
+    assert sorted(run.seeds for run in found.finished) == [(0, 0), (1, 1)]
+
+
+def damaged_zips(content):
+    yield b""
+    yield b"PK" + bytes(100)
+    yield content[: len(content) // 2]
+    middle = bytearray(content)
+    middle[60:90] = bytes(30)  # in the first file
+    yield bytes(middle)
+
+
+def test_damaged_packed_runs_are_named(kind, tmp_path):
+    _, run, write, *_ = kind
+    write(tmp_path / "runs")
+    report.COMMANDS["pack"](tmp_path / "runs", tmp_path / "runs.zip")
+    for content in damaged_zips((tmp_path / "runs.zip").read_bytes()):
+        (tmp_path / "runs.zip").write_bytes(content)
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        found = find(tmp_path, run)
+        assert not found.finished
+        assert len(found.left_out) == 1
+        assert found.left_out[0].startswith(str(tmp_path / "runs.zip"))
 
 
 def test_only_where_nothing_is_left_it_is_an_error(tmp_path):

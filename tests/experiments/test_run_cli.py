@@ -1,5 +1,7 @@
+import inspect
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import data, run
+from experiments.config import GROUPS
 from experiments.data import cifar10
 from experiments.methods import METHODS
 from experiments.output import RunFolder
@@ -85,6 +88,28 @@ def test_help_explains_every_option(tmp_path):
     for option in options:
         assert "--" + option.replace("_", "-") in output
     assert "re-drawn" in output
+    assert "default: None" not in output
+    for group in (
+        "data",
+        "noise",
+        "training",
+        "machine",
+        "quant",
+        "weight-decay",
+        "classification",
+    ):
+        assert f"─ {group} options ─" in output
+    assert max(map(len, output.splitlines())) <= 80  # where there is no terminal
+
+
+def test_help_says_what_an_option_that_is_not_given_stands_for():
+    owners = [*GROUPS, *(task.OPTIONS for task in TASKS.values()), *METHODS.values()]
+    for owner in owners:
+        text = " ".join(inspect.getsource(owner).split())
+        for field in fields(owner):
+            if field.default is None and field.name not in getattr(owner, "DEFAULTS", {}):
+                after = text.split(f" {field.name}: ", 1)[1].split('"""')[1]
+                assert re.search("if (it is )?not given", after, re.IGNORECASE), field.name
 
 
 def test_interrupt_ends_with_one_line(tmp_path):

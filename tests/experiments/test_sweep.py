@@ -218,7 +218,8 @@ def test_missing_file_names_what_there_is(main):
         2,
         "",
         "error: figure4: no such file; those that come along are "
-        "au_norm, data_size, figure2, figure3, league, learned, post_training, table1\n",
+        "au_norm, data_size, figure2, figure3, league, learned, post_training, restricted, "
+        "table1\n",
     )
 
 
@@ -237,6 +238,10 @@ def test_missing_file_names_what_there_is(main):
         ("league", "smoke", 65, 65),
         ("league", "small", 65 * 3, 65),
         ("league", "full", 65 * 5, 65),
+        # In float and quantized: nothing, and six networks that are restricted otherwise.
+        ("restricted", "smoke", 14, 14),
+        ("restricted", "small", 14 * 2, 14 * 2),
+        ("restricted", "full", 14 * 2 * 5, 14 * 2),
     ],
 )
 def test_shipped_grids(name, scale, count, at_first):
@@ -254,7 +259,7 @@ def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
     small_cifar10 = dataclasses.replace(digits.load(), name="cifar10")
     monkeypatch.setitem(data.DATASETS, "cifar10", lambda data_dir, download: small_cifar10)
     names = {}
-    for file in ("figure2", "figure3", "league", "post_training"):
+    for file in ("figure2", "figure3", "league", "post_training", "restricted"):
         for scale in ("smoke", "small"):
             arguments = (file, "--scale", scale, "--only", "seed=0", "--dry-run", "--")
             status, output, errors = main(*arguments, "--train-size", 64, "--epochs", 4)
@@ -265,6 +270,9 @@ def test_shipped_grids_are_valid_and_share_runs(main, monkeypatch):
         both = names["figure2", scale] & names["figure3", scale]
         methods = sorted(name.split("-")[1] for name in both if "noise0.4" in name)
         assert methods == ["baseline", "dropout0.1", "prune0.75", "quant"]
+        with_wrong_labels = {name for name in names["restricted", scale] if "noise0.4" in name}
+        assert with_wrong_labels <= names["league", scale]
+        assert len(with_wrong_labels) == 14
 
 
 def test_the_league_has_every_method_in_float_and_quantized():

@@ -3,23 +3,39 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import numbers, trainer
+from test_training import ends_bit_identical, numbers, trainer
 from torch import nn
 
 import noisyq_fast
 from experiments import run
 from experiments.methods.quant import Quant
 from experiments.models import ResNet18Cifar, ResNet20
+from experiments.models.narrowing import narrowed
 from experiments.models.resnet20 import BasicBlock
-from experiments.models.slimmable import make_slimmable_, parameters_used, set_width
+from experiments.models.slimmable import make_slimmable_, set_width
+from noisyq_fast import AQD, DSQ, LSQ, PACT, QIL, SAT
 
 SMALL = {"epochs": 4, "train_size": 64, "batch_size": 32}
-IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WIDTHS = [0.25, 0.5, 0.75, 1.0]
 
 
 def slimmable(private=True, model=None, **options):
     return make_slimmable_(model or ResNet20(), WIDTHS, IMAGE, private=private, **options)
+
+
+class ScaledNorm(nn.Module):
+    """A batch norm, and then a scale and shift: as those that all widths share are computed."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        return torch.addcmul(bias, self.norm(x), weight)
 
 
 class Narrow(ResNet20):
@@ -30,7 +46,7 @@ class Narrow(ResNet20):
             x = x[:, :, :: self.stride, :: self.stride]
             return nn.functional.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
-    def __init__(self, channels):
+    def __init__(self, channels, private=True):
         super().__init__()
         first, second, third = channels
         self.conv = nn.Conv2d(3, first, 3, padding=1, bias=False)
@@ -39,33 +55,135 @@ class Narrow(ResNet20):
         self.stage2 = self._stage(first, second, stride=2)
         self.stage3 = self._stage(second, third, stride=2)
         self.classifier = nn.Linear(third, 10)
-        for module in self.modules():
+        for module in list(self.modules()):
             if type(module) is BasicBlock:
                 module.__class__ = self.Block
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d) and not private:
+                    setattr(module, name, ScaledNorm(child.num_features))
+
+    def take_(self, wide, place):
+        """The first part of all that a slimmable network has for the width at a place."""
+        there, taken = wide.state_dict(), {}
+        for name, own in self.state_dict().items():
+            parent, _, last = name.replace(".norm.", ".").rpartition(".")
+            of_width = f"{parent}.of_widths.{place}.{last}"
+            narrower = parent.replace("input_quantizer", f"narrower.{place - 1}") + f".{last}"
+            found = next(n for n in (of_width, place and narrower, name) if n in there)
+            taken[name] = there[found][tuple(map(slice, own.shape))]
+        self.load_state_dict(taken)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize(
-    ("width", "channels"), [(1, (16, 32, 64)), (0.5, (8, 16, 32)), (0.25, (4, 8, 16))]
-)
-def test_a_width_is_a_narrower_network_with_the_first_channels(width, channels, quantized):
-    wide, narrow = slimmable(), Narrow(channels)
-    set_width(wide, width)
-    assert parameters_used(wide, IMAGE) == sum(p.numel() for p in narrow.parameters())
-    macs = noisyq_fast.summary(narrow, IMAGE[:1]).macs
-    assert noisyq_fast.summary(wide, IMAGE[:1]).macs == macs
-    if quantized:
-        for model in (wide, narrow):
-            Quant(4, 4).network(model, IMAGE)
-        set_width(wide, width)
-    for name, layer in narrow.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            weight = wide.get_submodule(name).weight.detach()
-            layer.weight.data = weight[: len(layer.weight), : layer.weight.shape[1]].clone()
-    narrow.classifier.bias.data = wide.classifier.bias.data
+CHANNELS = {1: (16, 32, 64), 0.5: (8, 16, 32), 0.25: (4, 8, 16)}
+PLACES = {1: 0, 0.5: 2, 0.25: 3}
+QUANTIZERS = {
+    "plain": {},
+    "affine": {"weight_grid": "affine", "activation_grid": "unsigned"},
+    "lsq": {"weight": LSQ(4), "activation": LSQ(4)},
+    "lsq of channels": {"weight": LSQ(4, axis=0), "activation": LSQ(4)},
+    "pact": {"weight": SAT(4), "activation": PACT(4)},
+    "qil": {"weight": QIL(2), "activation": QIL(2)},
+    "dsq": {"weight": DSQ(4), "activation": DSQ(4)},
+    "aqd": {"weight": AQD(4), "activation": AQD(4)},
+}
+
+
+def converted(model, quantizers, arithmetic="float"):
+    noisyq_fast.quantize_model_(
+        model, example=IMAGE, arithmetic=arithmetic, **QUANTIZERS[quantizers]
+    )
+    return noisyq_fast.fuse_(model, IMAGE) if arithmetic == "integer" else model
+
+
+def train_(model, widths=(1, 0.75, 0.5, 0.25)):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    noisyq_fast.constrain_(model, optimizer)
     for _ in range(2):
-        torch.testing.assert_close(wide.train()(IMAGE), narrow.train()(IMAGE))
-    torch.testing.assert_close(wide.eval()(IMAGE), narrow.eval()(IMAGE))
+        optimizer.zero_grad()
+        for width in widths:
+            set_width(model.train(), width)
+            model(IMAGE).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize(
+    ("quantizers", "arithmetic"),
+    [
+        (None, "float"),
+        *((kind, "float") for kind in QUANTIZERS),
+        *((kind, "integer") for kind in QUANTIZERS if kind != "dsq"),
+    ],
+)
+def test_a_width_is_to_the_bit_a_narrower_network_with_the_first_channels(
+    private, quantizers, arithmetic
+):
+    torch.manual_seed(0)
+    wide = slimmable(private)
+    if quantizers:
+        converted(wide, quantizers, arithmetic)
+    train_(wide)
+    for width, channels in CHANNELS.items():
+        narrow = Narrow(channels, private)
+        if quantizers:
+            converted(narrow, quantizers, arithmetic)
+        narrow.take_(wide, PLACES[width])
+        set_width(wide, width)
+        alone = narrowed(wide, width, IMAGE)
+        assert sum(p.numel() for p in alone.parameters()) == sum(
+            p.numel() for p in narrow.parameters()
+        )
+        for model in (wide, narrow, alone):
+            model.eval()
+        assert torch.equal(wide(IMAGE), narrow(IMAGE))
+        assert torch.equal(alone(IMAGE), narrow(IMAGE))
+        costs = noisyq_fast.summary(narrow, IMAGE[:1])
+        assert noisyq_fast.summary(wide, IMAGE[:1]).macs == costs.macs
+        assert noisyq_fast.summary(alone, IMAGE[:1]).size_in_bits == costs.size_in_bits
+        kinds = [row.arithmetic for row in costs.layers]
+        assert kinds == [row.arithmetic for row in noisyq_fast.summary(alone, IMAGE[:1]).layers]
+        assert ("integer" in kinds) == (arithmetic == "integer")
+        assert torch.equal(wide.train()(IMAGE), narrow.train()(IMAGE))
+
+
+def test_learned_ranges_are_of_a_width_where_norms_are_and_shared_where_these_are():
+    for private, count in ((True, 4), (False, 1)):
+        model = converted(slimmable(private), "lsq")
+        steps = [n for n, _ in model.named_parameters() if n.startswith("stage1.0.conv1.")]
+        assert len([n for n in steps if "weight_quantizer" in n]) == 1
+        assert len([n for n in steps if n.endswith("step")]) == 1 + count
+    model = converted(slimmable(False), "plain")
+    assert len(model.conv.narrower) == 4  # statistics are of a width in any case
+
+
+def test_quantizers_of_every_width_have_a_name_and_are_counted():
+    model = converted(slimmable(), "lsq")
+    assert model.stage1[0].conv1.narrower[1].name == "stage1.0.conv1.narrower.1"
+    rows = {row.name: row for row in noisyq_fast.summary(model, IMAGE[:1]).layers}
+    assert rows["stage1.0.conv1"].parameters == 16 * 16 * 9 + 1 + 4
+
+
+@pytest.mark.parametrize("quantizers", ["plain", "lsq"])
+def test_a_quantized_network_of_several_widths_goes_back_to_float(quantizers):
+    model = slimmable()
+    set_width(model.eval(), 0.5)
+    expected, state = model(IMAGE), model.state_dict()
+    noisyq_fast.dequantize_model_(converted(model, quantizers))
+    assert torch.equal(model(IMAGE), expected)
+    assert model.state_dict().keys() == state.keys()
+
+
+def test_groups_that_do_not_divide_the_channels_of_a_width_are_refused():
+    with pytest.raises(ValueError, match=r"weight_group_size: got 8, which does not divide the 12"):
+        noisyq_fast.quantize_model_(
+            slimmable(), weight_group_size=8, overrides={"conv": None}, example=IMAGE
+        )
+
+
+def test_a_width_that_was_not_measured_cannot_be_taken_alone():
+    with pytest.raises(RuntimeError, match=r"got 0\.6 in evaluation mode"):
+        narrowed(slimmable(False), 0.6, IMAGE)
 
 
 def test_width_1_of_a_network_without_padded_shortcuts_is_that_network_to_the_bit():
@@ -128,6 +246,19 @@ def test_the_only_width_trains_as_the_network_itself():
     ours = trainer("--model resnet18_cifar --method slimmable --slim-widths 1", **options)
     plain = trainer("--model resnet18_cifar", **options)
     assert numbers(ours) == numbers(plain)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "--method slimmable --aqd-bits 4",
+        "--method us_slimmable --us-least-width 0.5 --us-evaluated 0.5 1 --lsq-bits 4",
+        "--method us_slimmable --us-least-width 0.5 --us-evaluated 0.5 1 --weight-bits 4 "
+        "--activation-bits 4 --arithmetic integer",
+    ],
+)
+def test_resumed_ends_bit_identical(method):
+    ends_bit_identical(method, 2, **SMALL)
 
 
 def test_every_width_is_evaluated_and_the_run_is_judged_at_width_1():

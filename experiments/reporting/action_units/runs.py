@@ -45,6 +45,8 @@ class ActionUnitRun(FinishedRun):
         "parameters": COUNT,
         "size_in_bits": COUNT,
         "macs": COUNT,
+        "additions": COUNT.or_null,
+        "lookups": COUNT.or_null,
     }
     BY_EPOCH: ClassVar[dict[str, Number]] = {"loss": FINITE}
     VARIED: ClassVar[set[str]] = FinishedRun.VARIED | {"fold", "au_norm"}
