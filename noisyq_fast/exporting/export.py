@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from noisyq_fast.exporting import comparison, operators
 from noisyq_fast.exporting.prepare import FORMS, QDQ, Prepared, copied
 from noisyq_fast.layers import QuantLayer
-from noisyq_fast.running import arguments
+from noisyq_fast.running import arguments, tensors_in
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def export_onnx(
     prepared = Prepared(copied(model), args, kwargs, form)
     traced = _traced(prepared, args, kwargs, dynamic_shapes)
     program = _translated(traced, prepared.model)
-    _name_and_pack(program.model, prepared)
+    with _quiet():
+        _name_and_pack(program.model, prepared)
     with_codes = _serialized(program.model)
     inputs = [value.name for value in program.model.graph.inputs]
     _leave_codes_out(program.model, len(prepared.seen))
@@ -186,7 +187,7 @@ def _traced(
         module.register_forward_hook(lambda _, __, ___: _end(running))
 
     def with_codes(_: nn.Module, __: tuple, outputs: Any) -> Any:
-        return outputs, [codes for _, codes, _ in prepared.seen]
+        return tensors_in(outputs), [codes for _, codes, _ in prepared.seen]
 
     model.register_forward_pre_hook(lambda _, __: prepared.seen.clear())
     model.register_forward_hook(with_codes)
