@@ -22,6 +22,7 @@ from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits, check_kind
 from noisyq_fast.integer import products
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
+from noisyq_fast.made import Made, can_be_watched
 from noisyq_fast.quantizers import AbsMax, MovingAbsMax, Quantizer
 from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
@@ -69,7 +70,7 @@ class QuantLayer(nn.Module):
     """Whether `fuse_` can make it return a `Deferred`."""
     integer_axes: tuple[Axis, ...] = (None, TOKEN)
     """Those of the scales of its input with which it computes in integers."""
-    made_of_weights: dict[tuple[str, str], tuple[Any, Any]] | None = None
+    made_of_weights: dict[tuple[str, str], Made] | None = None
     """Codes and values of its weights while `freeze_weights_` keeps them."""
     # `fuse_` sets these.
     defers: bool = False
@@ -244,13 +245,15 @@ class QuantLayer(nn.Module):
         if self.made_of_weights is None or gradients.wanted() or torch.compiler.is_compiling():
             return make(weight)
         name = next((name for name, p in self._parameters.items() if p is weight), None)
-        if name is None or type(weight) is not nn.Parameter or weight.is_inference():
+        quantizer = self.weight_quantizer
+        of = weight, *quantizer.parameters(), *quantizer.buffers()
+        if name is None or type(weight) is not nn.Parameter or not can_be_watched(of):
             return make(weight)
-        state = weight._version, self.weight_quantizer.bits, self.weight_quantizer.enabled
-        found = self.made_of_weights.get((name, what))
-        if found is None or found[0] != state:
-            found = self.made_of_weights[name, what] = state, make(weight)
-        return found[1]
+        options = quantizer.bits, quantizer.enabled
+        made = self.made_of_weights.get((name, what))
+        if made is None or not made.is_of(of, options):
+            made = self.made_of_weights[name, what] = Made(make(weight), of, options)
+        return made.value
 
     def by_channel(self, weight: Tensor) -> Tensor:
         """The weight with the output channels first."""
@@ -264,7 +267,7 @@ class QuantLayer(nn.Module):
 
     def train(self, mode: bool = True) -> QuantLayer:
         if mode:
-            self.made_of_weights = None
+            vars(self).pop("made_of_weights", None)
         return super().train(mode)
 
     def _forget_what_was_made(self) -> None:

@@ -33,6 +33,7 @@ from noisyq_fast.backends.reference_integer import along_channels, channel_axis,
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
 from noisyq_fast.integer.deferred import Deferred, deferrable
+from noisyq_fast.made import Made, can_be_watched
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 
@@ -255,13 +256,15 @@ class ExactBatchNorm:
         made = self.follows[0].made_of_weights if self.follows else None
         if made is None or scale.device.type != "cpu" or not deferrable(scale):
             return self._computed_line(scale, bias, *affine)
-        of = (self.running_mean, self.running_var, bias, *affine)
-        state = self.eps, *(None if x is None or x.is_inference() else x._version for x in of)
-        before, found = made.get(("line", ""), (None, None))
-        if before is None or before[0] != state or not torch.equal(before[1], scale):
-            found = self._computed_line(scale, bias, *affine)
-            made["line", ""] = (state, scale), found
-        return found
+        of = self.running_mean, self.running_var, bias, self.weight, self.bias
+        if not can_be_watched(of):
+            return self._computed_line(scale, bias, *affine)
+        # The scale is made anew at every call.
+        before = made.get(("line", ""))
+        options = self.eps, scale.tolist()
+        if before is None or not before.is_of(of, options):
+            before = made["line", ""] = Made(self._computed_line(scale, bias, *affine), of, options)
+        return before.value
 
     def _computed_line(
         self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
