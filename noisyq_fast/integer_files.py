@@ -378,6 +378,8 @@ def _quantize_(
             parts = {part: tensors.get(f"{about['tensor']}.{part}") for part in _PARTS}
             weight = restore(about, parts)
             weights[f"{name}.{key}".lstrip(".")] = weight, parts["codes"], about
+        if len(described["weights"]) > 1:  # of an attention in version 1: floats, rounded before
+            weight = None
         overrides[name] = {"weight": weight, "activation": _input(name, described, tensors)}
         overrides[name] |= {option: described[option] for option in _OF_LAYERS & described.keys()}
     quantize_model_(

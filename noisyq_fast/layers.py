@@ -238,9 +238,13 @@ class QuantLayer(nn.Module):
         if self.made_of_weights is None or gradients.wanted() or torch.compiler.is_compiling():
             return make(weight)
         name = next((name for name, p in self._parameters.items() if p is weight), None)
+        quantizer = self.weight_quantizer
         if name is None or type(weight) is not nn.Parameter or weight.is_inference():
             return make(weight)
-        state = weight._version, self.weight_quantizer.bits, self.weight_quantizer.enabled
+        if quantizer._modules:  # of several, which change each by itself
+            return make(weight)
+        learned = (p._version for p in quantizer._parameters.values())
+        state = weight._version, quantizer.bits, quantizer.enabled, quantizer.starts, *learned
         found = self.made_of_weights.get((name, what))
         if found is None or found[0] != state:
             found = self.made_of_weights[name, what] = state, make(weight)

@@ -68,10 +68,11 @@ def test_outputs_stay_and_weights_are_quantized_once(arithmetic, options, monkey
         model(X)  # records gradients
 
 
+@pytest.mark.parametrize("options", [{}, {"weight": LSQ(4)}], ids=["absmax", "lsq"])
 @pytest.mark.parametrize("arithmetic", ["float", "fused"])
-def test_what_changes_a_weight_is_seen(arithmetic):
-    model = freeze_weights_(network(arithmetic))
-    other = network(arithmetic)
+def test_what_changes_a_weight_is_seen(arithmetic, options):
+    model = freeze_weights_(network(arithmetic, **options))
+    other = network(arithmetic, **options)
     check_frozen(model)
     with torch.no_grad():
         model.conv.weight.mul_(-2)
@@ -94,8 +95,19 @@ def test_what_changes_a_weight_is_seen(arithmetic):
         check_frozen(model)
     noisyq_fast.calibrate(model, [3 * X])
     check_frozen(model)
+    noisyq_fast.calibrate(model, [3 * X], "absmax")
+    check_frozen(model)
     model.bfloat16()
     check_frozen(model, X.bfloat16())
+
+
+def test_widths_are_switched():
+    model = freeze_weights_(network("integer", weight=noisyq_fast.ManyWidths(LSQ(4), [4, 2])))
+    with torch.no_grad():
+        wide = model(X)
+        with noisyq_fast.set_bits(model, 2):
+            assert not torch.equal(model(X), wide)
+        assert torch.equal(model(X), wide)
 
 
 def test_a_copy_makes_its_own():
