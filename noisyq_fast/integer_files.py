@@ -187,7 +187,7 @@ def _of_several_uses(model: nn.Module, names: Set[str]) -> dict[str, str]:
             continue
         values = [layer.quantized_weight(*layer.weights()).detach() for layer in layers]
         if len(layers) < len(of_weight) or not all(torch.equal(values[0], v) for v in values):
-            found |= dict.fromkeys(names & set(of_weight), _OTHERWISE)
+            found |= {name: _OTHERWISE for name in of_weight if name in names}
     return found
 
 
