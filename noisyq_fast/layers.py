@@ -262,7 +262,7 @@ class QuantLayer(nn.Module):
 
     def train(self, mode: bool = True) -> QuantLayer:
         if mode:
-            self.made_of_weights = None
+            vars(self).pop("made_of_weights", None)
         return super().train(mode)
 
     def _forget_what_was_made(self) -> None:

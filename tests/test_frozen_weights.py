@@ -135,6 +135,14 @@ def test_training_ends_it():
         freeze_weights_(nn.Linear(2, 2))
 
 
+def test_a_float_model_has_none_of_it():
+    model, other = freeze_weights_(network("integer")), Network()
+    with torch.no_grad():
+        model(X)
+    noisyq_fast.dequantize_model_(model)
+    assert vars(model.conv).keys() == vars(other.conv).keys()
+
+
 def test_a_nan_is_not_lost():
     model = freeze_weights_(network())
     bad = X.clone()
