@@ -60,7 +60,7 @@ _GRID_OPTIONS = {
 """With their defaults: what a quantizer given as ``weight`` or ``activation`` has of its own."""
 _OF_LAYERS = ("input_ranges", "arithmetic")
 """Options that concern no quantizer."""
-_NOTES = ("was_given_parameters", "has_stored_weight")
+_NOTES = ("was_given_parameters", "has_stored_weight", "made_of_weights")
 """What a quantized layer remembers of its calls and its weight."""
 _OPTIONS = (
     *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),

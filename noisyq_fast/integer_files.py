@@ -187,7 +187,7 @@ def _of_several_uses(model: nn.Module, names: Set[str]) -> dict[str, str]:
             continue
         values = [layer.quantized_weight(*layer.weights()).detach() for layer in layers]
         if len(layers) < len(of_weight) or not all(torch.equal(values[0], v) for v in values):
-            found |= dict.fromkeys(names & set(of_weight), _OTHERWISE)
+            found |= {name: _OTHERWISE for name in of_weight if name in names}
     return found
 
 
@@ -378,6 +378,8 @@ def _quantize_(
             parts = {part: tensors.get(f"{about['tensor']}.{part}") for part in _PARTS}
             weight = restore(about, parts)
             weights[f"{name}.{key}".lstrip(".")] = weight, parts["codes"], about
+        if len(described["weights"]) > 1:  # of an attention in version 1: floats, rounded before
+            weight = None
         overrides[name] = {"weight": weight, "activation": _input(name, described, tensors)}
         overrides[name] |= {option: described[option] for option in _OF_LAYERS & described.keys()}
     quantize_model_(

@@ -246,10 +246,14 @@ class QuantLayer(nn.Module):
             return make(weight)
         name = next((name for name, p in self._parameters.items() if p is weight), None)
         quantizer = self.weight_quantizer
-        of = weight, *quantizer.parameters(), *quantizer.buffers()
-        if name is None or type(weight) is not nn.Parameter or not can_be_watched(of):
+        if name is None or type(weight) is not nn.Parameter:
             return make(weight)
-        options = quantizer.bits, quantizer.enabled
+        if quantizer._modules:  # of several, which change each by itself
+            return make(weight)
+        of = weight, *quantizer._parameters.values(), *quantizer._buffers.values()
+        if not can_be_watched(of):
+            return make(weight)
+        options = quantizer.bits, quantizer.enabled, quantizer.starts
         made = self.made_of_weights.get((name, what))
         if made is None or not made.is_of(of, options):
             made = self.made_of_weights[name, what] = Made(make(weight), of, options)

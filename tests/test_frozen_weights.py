@@ -68,10 +68,11 @@ def test_outputs_stay_and_weights_are_quantized_once(arithmetic, options, monkey
         model(X)  # records gradients
 
 
+@pytest.mark.parametrize("options", [{}, {"weight": LSQ(4)}], ids=["absmax", "lsq"])
 @pytest.mark.parametrize("arithmetic", ["float", "fused"])
-def test_what_changes_a_weight_is_seen(arithmetic):
-    model = freeze_weights_(network(arithmetic))
-    other = network(arithmetic)
+def test_what_changes_a_weight_is_seen(arithmetic, options):
+    model = freeze_weights_(network(arithmetic, **options))
+    other = network(arithmetic, **options)
     check_frozen(model)
     with torch.no_grad():
         model.conv.weight.mul_(-2)
@@ -94,8 +95,19 @@ def test_what_changes_a_weight_is_seen(arithmetic):
         check_frozen(model)
     noisyq_fast.calibrate(model, [3 * X])
     check_frozen(model)
+    noisyq_fast.calibrate(model, [3 * X], "absmax")
+    check_frozen(model)
     model.bfloat16()
     check_frozen(model, X.bfloat16())
+
+
+def test_widths_are_switched():
+    model = freeze_weights_(network("integer", weight=noisyq_fast.ManyWidths(LSQ(4), [4, 2])))
+    with torch.no_grad():
+        wide = model(X)
+        with noisyq_fast.set_bits(model, 2):
+            assert not torch.equal(model(X), wide)
+        assert torch.equal(model(X), wide)
 
 
 def test_a_copy_makes_its_own():
@@ -121,6 +133,14 @@ def test_training_ends_it():
         freeze_weights_(model)
     with pytest.raises(ValueError, match="Linear without quantized layers"):
         freeze_weights_(nn.Linear(2, 2))
+
+
+def test_a_float_model_has_none_of_it():
+    model, other = freeze_weights_(network("integer")), Network()
+    with torch.no_grad():
+        model(X)
+    noisyq_fast.dequantize_model_(model)
+    assert vars(model.conv).keys() == vars(other.conv).keys()
 
 
 def test_a_nan_is_not_lost():

@@ -254,6 +254,7 @@ class Wrong(nn.Module):
         (lambda m, x: F.pad(m.conv(x), (1, 1), value=2.0), "function 'pad': pads with 2.0"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:layer .conv. is called several")
 def test_what_has_no_form_in_integers(step, message):
     model = quantize_model_(Wrong(step), first_last_bits=None)
     model(X)

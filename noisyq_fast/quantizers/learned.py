@@ -159,6 +159,7 @@ class LearnedQuantizer(Quantizer):
         for parameter, value in zip(self.learned(), values, strict=True):
             parameter.data.copy_(value.reshape(parameter.shape))
         self.constrain()
+        self.starts += 1
         self.initialized = True
 
     @torch.no_grad()
@@ -166,6 +167,7 @@ class LearnedQuantizer(Quantizer):
         for parameter in self.parameters():
             parameter.data.fill_(1)
         self.initialized = False
+        self.starts += 1
 
     @property
     def range(self) -> Tensor:

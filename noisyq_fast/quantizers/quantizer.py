@@ -78,6 +78,8 @@ class Quantizer(nn.Module):
     gives_codes: ClassVar[bool] = False
     """Whether `codes` is defined."""
     frozen: bool = False  # not in the state dict, like the training mode
+    starts: int = 0
+    """How often its parameters were set to where they begin, or forgotten."""
 
     grid_kind: str = SIGNED
     group_size: int | None = None
