@@ -173,3 +173,16 @@ def test_a_loaded_network_is_frozen(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(X), model(X))
     check_frozen(again)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "fused"])
+def test_replaced_tensors_count(arithmetic):
+    model = freeze_weights_(network(arithmetic))
+    check_frozen(model)
+    model.conv.weight = nn.Parameter(model.conv.weight.detach() * -1.5)
+    check_frozen(model)
+    model.norm.running_mean = model.norm.running_mean + 1
+    check_frozen(model)
+    state = {name: value + 0.25 for name, value in model.state_dict().items() if "norm.w" in name}
+    model.load_state_dict(state, strict=False, assign=True)
+    check_frozen(model)
