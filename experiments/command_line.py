@@ -49,16 +49,21 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
 
 def _description() -> str:
     """What a run does, and what the methods do that have no options and so no group."""
-    paragraphs = inspect.getdoc(RunConfig).split("\n\n")
+    paragraphs = _paragraphs(RunConfig)
     for name, method in methods.METHODS.items():
         if not dataclasses.fields(method):
-            first, *others = inspect.getdoc(method).split("\n\n")
+            first, *others = _paragraphs(method)
             paragraphs += [f"--method {name}: {first}", *others]
     width = shutil.get_terminal_size().columns - 1
     # tyro joins lines, but for those that begin with a space.
     return "\n\n".join(
         textwrap.fill(text, width, initial_indent=" ", subsequent_indent=" ") for text in paragraphs
     )
+
+
+def _paragraphs(documented: type) -> list[str]:
+    """Of its docstring, each in one line."""
+    return [" ".join(text.split()) for text in inspect.getdoc(documented).split("\n\n")]
 
 
 @functools.cache
@@ -76,7 +81,7 @@ def _explained(options: type) -> type:
     made = dataclasses.make_dataclass(
         options.__name__, _explained_fields(options, names), frozen=True
     )
-    made.__doc__ = options.__doc__
+    made.__doc__ = "\n\n".join(_paragraphs(options))
     return made
 
 

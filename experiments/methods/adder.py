@@ -36,7 +36,7 @@ class Adder(Method):
     }
 
     adder_rate: float | None = None
-    """adder: how many times as far as others a weight goes in a step of Adam, above 0 (100)."""
+    """How many times as far as others a weight goes in a step of Adam, above 0."""
 
     def __post_init__(self) -> None:
         rate = self.adder_rate

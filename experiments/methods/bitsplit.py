@@ -25,8 +25,7 @@ class BitSplit(PostTraining):
     LEAST_BITS: ClassVar[int] = 3
 
     bitsplit_bits: int | None = None
-    """bitsplit: bits of weights and inputs, 3 to 8 (4); always 8 in the first and the last
-    layer."""
+    """Bits of weights and inputs, 3 to 8; always 8 in the first and the last layer."""
 
     def quantize(self, model: nn.Module, inputs: list[Tensor]) -> nn.Module:
         return noisyq_fast.bitsplit(model, inputs, **self.widths())

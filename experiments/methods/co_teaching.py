@@ -26,11 +26,11 @@ class CoTeaching(Method):
     REPLACES: ClassVar[str] = "procedure"
 
     forget_rate: float | None = None
-    """co_teaching: the share of a batch that is left out in the end, from 0 to below 1. If not
-    given: the share of labels that are wrong, which the method is told."""
+    """The share of a batch that is left out in the end, from 0 to below 1. If not given: the share
+    of labels that are wrong, which the method is told."""
 
     forget_epochs: int = 10
-    """co_teaching: epochs over which that share rises; at most half of all epochs."""
+    """Epochs over which that share rises; at most half of all epochs."""
 
     def __post_init__(self) -> None:
         rate = self.forget_rate

@@ -33,7 +33,7 @@ class Defensive(Method):
     }
 
     defensive: float | None = None
-    """defensive: the factor b of the penalty, from 0 (0.0003)."""
+    """The factor b of the penalty, from 0."""
 
     def __post_init__(self) -> None:
         b = self.defensive

@@ -24,10 +24,10 @@ class DFQ(PostTraining):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"dfq_bits": 4}
 
     dfq_bits: int | None = None
-    """dfq: bits of weights and inputs, 2 to 8 (4); always 8 in the first and the last layer."""
+    """Bits of weights and inputs, 2 to 8; always 8 in the first and the last layer."""
 
     dfq_correction: bool = True
-    """dfq: take the mean error of weights off the biases."""
+    """Take the mean error of weights off the biases."""
 
     @property
     def label(self) -> str:

@@ -32,14 +32,14 @@ class Dropout(Method):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"dropout": 0.1}
 
     dropout: float | None = None
-    """dropout: the probability p, from 0 to below 1 (0.1)."""
+    """The probability p, from 0 to below 1."""
 
     dropout_where: Where = "classifier"
-    """dropout: of the classifier's input, also of what each stage puts out, or of the weights of
-    all convolutions and linear layers instead, as the paper's text says."""
+    """What is dropped: the classifier's input, also what each stage puts out, or instead the
+    weights of all convolutions and linear layers, as the paper's text says."""
 
     dropout_test_factor: TestFactor = "keep"
-    """dropout: multiplies at test by 1 - p (keep), or by p (drop), as the paper's text says."""
+    """Multiplies at test by 1 - p (keep), or by p (drop), as the paper's text says."""
 
     def __post_init__(self) -> None:
         p = self.dropout

@@ -20,8 +20,8 @@ class EarlyStopping(Method):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"patience": 10}
 
     patience: int | None = None
-    """early_stopping: epochs without a better score on held-out samples after which training stops
-    (10). Needs --validation, which is then 0.1 unless given. Always on for faces."""
+    """Epochs without a better score on held-out samples after which training stops.
+    Needs --validation, which is then 0.1 unless given. Always on for faces."""
 
     def __post_init__(self) -> None:
         require_whole("patience", self.patience, 1, MOST_EPOCHS)

@@ -23,8 +23,7 @@ class EasyQuant(PostTraining):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"easyquant_bits": 4}
 
     easyquant_bits: int | None = None
-    """easyquant: bits of weights and inputs, 2 to 8 (4); always 8 in the first and the last
-    layer."""
+    """Bits of weights and inputs, 2 to 8; always 8 in the first and the last layer."""
 
     def quantize(self, model: nn.Module, inputs: list[Tensor]) -> nn.Module:
         return noisyq_fast.easyquant(model, inputs, **self.widths())

@@ -29,10 +29,10 @@ class ELR(Method):
     LABELS: ClassVar[frozenset[str]] = frozenset({"classes"})
 
     elr_lambda: float | None = None
-    """elr: the factor l, from 0 (3, as for CIFAR-10; 7 for CIFAR-100)."""
+    """The factor l, from 0 (3, as for CIFAR-10; 7 for CIFAR-100)."""
 
     elr_beta: float | None = None
-    """elr: how much of a target stays, b, from 0 to below 1 (0.7, as for CIFAR-10; 0.9 for
+    """How much of a target stays, b, from 0 to below 1 (0.7, as for CIFAR-10; 0.9 for
     CIFAR-100)."""
 
     def __post_init__(self) -> None:

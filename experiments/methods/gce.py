@@ -32,11 +32,11 @@ class GCE(Method):
     }
 
     gce_q: float | None = None
-    """gce: the exponent q, above 0 and up to 1 (0.7)."""
+    """The exponent q, above 0 and up to 1."""
 
     gce_threshold: float | None = None
-    """gce: the truncated loss, with this threshold k between 0 and 1 (0.5 in the paper). If not
-    given: not truncated."""
+    """The truncated loss, with this threshold k between 0 and 1 (0.5 in the paper). If not given:
+    not truncated."""
 
     def __post_init__(self) -> None:
         q, k = self.gce_q, self.gce_threshold

@@ -42,25 +42,24 @@ class HashKNN(Method):
     }
 
     hash_bits: int | None = None
-    """hash_knn: bits of a code (48)."""
+    """Bits of a code."""
 
     hash_after: float = 0.1
-    """hash_knn: the share of the epochs before the vote, above 0 and below 1, but one epoch at
-    least. Late, what was memorised votes: images with wrong labels sit among the wrong class."""
+    """The share of the epochs before the vote, above 0 and below 1, but one epoch at least. Late,
+    what was memorised votes: images with wrong labels sit among the wrong class."""
 
     hash_neighbours: int = 20
-    """hash_knn: how many neighbours vote at most."""
+    """How many neighbours vote at most."""
 
     hash_threshold: int | None = None
-    """hash_knn: neighbours differ in fewer bits than this. If not given: a quarter of the bits."""
+    """Neighbours differ in fewer bits than this. If not given: a quarter of the bits."""
 
     hash_agreement: float = 0.5
-    """hash_knn: the share of the voters of one class above which they are heard, from 0 to below
-    1."""
+    """The share of the voters of one class above which they are heard, from 0 to below 1."""
 
     hash_suspects: Use = "relabel"
-    """hash_knn: relabel: suspect labels become those of the neighbours. leave_out: they are not
-    learned any more. tell: they are only counted."""
+    """relabel: suspect labels become those of the neighbours. leave_out: they are not learned any
+    more. tell: they are only counted."""
 
     def __post_init__(self) -> None:
         require_whole("hash_bits", self.hash_bits, 1, 4096)

@@ -28,10 +28,10 @@ class Hashed(Method):
     }
 
     compression: float | None = None
-    """hashed: weights for each value, from 1 (8)."""
+    """Weights for each value, from 1."""
 
     hash_seed: int = 0
-    """hashed: of the hashes, which do not depend on --seed."""
+    """Seed of the hashes, which do not depend on --seed."""
 
     def __post_init__(self) -> None:
         factor = self.compression

@@ -22,7 +22,7 @@ class LabelSmoothing(Method):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"label_smoothing": 0.1}
 
     label_smoothing: float | None = None
-    """label_smoothing: the share a of a label that all classes divide, from 0 to 1 (0.1)."""
+    """The share a of a label that all classes divide, from 0 to 1."""
 
     def __post_init__(self) -> None:
         share = self.label_smoothing

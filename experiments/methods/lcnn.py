@@ -32,13 +32,13 @@ class LCNN(Method):
     }
 
     lcnn_dictionary: float | None = None
-    """lcnn: vectors of a layer's dictionary for each of its input channels, above 0 (0.5)."""
+    """Vectors of a layer's dictionary for each of its input channels, above 0."""
 
     lcnn_sparsity: float = 0.01
-    """lcnn: the share of each P that is below the threshold at the start, from 0 to below 1."""
+    """The share of each P that is below the threshold at the start, from 0 to below 1."""
 
     lcnn_lambda: float = 0.3
-    """lcnn: the factor l of the penalty, from 0."""
+    """The factor l of the penalty, from 0."""
 
     def __post_init__(self) -> None:
         share, sparsity, factor = self.lcnn_dictionary, self.lcnn_sparsity, self.lcnn_lambda

@@ -76,16 +76,16 @@ class LearnedSteps(LearnedQuant):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"lsq_bits": 4}
 
     lsq_bits: int | None = None
-    """lsq: bits of weights and inputs, 2 to 8 (4)."""
+    """Bits of weights and inputs, 2 to 8."""
 
     lsq_rate: float = 0.1
-    """lsq: the learning rate of steps, as a part of that of weights."""
+    """The learning rate of steps, as a part of that of weights."""
 
     lsq_symmetric: bool = False
-    """lsq: as many codes of weights below 0 as above, as in popular implementations."""
+    """As many codes of weights below 0 as above, as in popular implementations."""
 
     lsq_gradient: Literal[GRADIENTS] = "paper"
-    """lsq: the factor of a step's gradient: the paper's; over all elements, the batch included; or
+    """The factor of a step's gradient: the paper's; over all elements, the batch included; or
     none."""
 
     def __post_init__(self) -> None:
@@ -119,24 +119,24 @@ class ClippedActivations(LearnedQuant):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"pact_bits": 4}
 
     pact_bits: int | None = None
-    """pact: bits of weights and inputs, 2 to 8 (4)."""
+    """Bits of weights and inputs, 2 to 8."""
 
     pact_rate: float = 10.0
-    """pact: the learning rate of clipping levels, as a part of that of weights. They are large, and
-    Adam moves all parameters alike."""
+    """The learning rate of clipping levels, as a part of that of weights. They are large, and Adam
+    moves all parameters alike."""
 
     pact_start: float = 8.0
-    """pact: where clipping begins; with few bits and short training a smaller one, such as 3."""
+    """Where clipping begins; with few bits and short training a smaller one, such as 3."""
 
     pact_gradient: Literal[PACT_GRADIENTS] = "sat"
-    """pact: of a clipping level, that of SAT or PACT's own."""
+    """Of a clipping level, that of SAT or PACT's own."""
 
     pact_rounding: Literal[tuple(ROUNDINGS)] = "modified"
-    """pact: of weights: modified (the authors' default, biased, with a 0), centered (unbiased,
-    without one) or original (that of DoReFa-Net)."""
+    """Of weights: modified (the authors' default, biased, with a 0), centered (unbiased, without
+    one) or original (that of DoReFa-Net)."""
 
     pact_rescale: bool = True
-    """pact: whether weights are scaled to an expected size."""
+    """Whether weights are scaled to an expected size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,13 +176,13 @@ class LearnedIntervals(LearnedQuant):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"qil_bits": 4}
 
     qil_bits: int | None = None
-    """qil: bits of weights and inputs, 2 to 8 (4)."""
+    """Bits of weights and inputs, 2 to 8."""
 
     qil_rate: float = 0.1
-    """qil: the learning rate of intervals, as a part of that of weights."""
+    """The learning rate of intervals, as a part of that of weights."""
 
     qil_progressive: bool = False
-    """qil: float first, then 5 bits, and so on down to those asked for, as in the paper."""
+    """Float first, then 5 bits, and so on down to those asked for, as in the paper."""
 
     @property
     def label(self) -> str:
@@ -233,13 +233,13 @@ class SoftQuant(LearnedQuant):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"dsq_bits": 4}
 
     dsq_bits: int | None = None
-    """dsq: bits of weights and inputs, 2 to 8 (4)."""
+    """Bits of weights and inputs, 2 to 8."""
 
     dsq_rate: float = 0.1
-    """dsq: the learning rate of ranges and softness, as a part of that of weights."""
+    """The learning rate of ranges and softness, as a part of that of weights."""
 
     dsq_alpha: float = 0.2
-    """dsq: where the softness begins, 0.001 to 0.5, where it is nearly plain rounding."""
+    """Where the softness begins, 0.001 to 0.5, where it is nearly plain rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,18 +267,18 @@ class ClippedLevels(LearnedQuant):
     NOT_WITH: ClassVar[Mapping[str, str]] = {"prune": "which would take channels away, not levels"}
 
     aqd_bits: int | None = None
-    """aqd: bits of weights and inputs, 2 to 8 (4)."""
+    """Bits of weights and inputs, 2 to 8."""
 
     aqd_rate: float = 0.1
-    """aqd: the learning rate of clipping levels, as a part of that of weights."""
+    """The learning rate of clipping levels, as a part of that of weights."""
 
     aqd_skips: bool = False
-    """aqd: quantize what is added where a shortcut ends, both with one clipping level for each
-    sum, to as many levels below 0 as above; as in the paper."""
+    """Quantize what is added where a shortcut ends, both with one clipping level for each sum, to
+    as many levels below 0 as above; as in the paper."""
 
     aqd_standardize: bool = False
-    """aqd: subtract the mean from weights and divide them by their deviation before they are
-    clipped; not in the first and the last layer."""
+    """Subtract the mean from weights and divide them by their deviation before they are clipped;
+    not in the first and the last layer."""
 
     @property
     def label(self) -> str:

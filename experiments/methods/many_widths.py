@@ -125,21 +125,21 @@ class AdaBits(ManyWidthsMethod):
     LEGACY: ClassVar[Mapping[str, Any]] = {"adabits_rounding": "modified", "adabits_start": 8.0}
 
     adabits_bits: int | None = None
-    """adabits: the smallest width, 2 to 8 bits (3)."""
+    """The smallest width, 2 to 8 bits."""
 
     adabits_most: int = 5
-    """adabits: the largest width."""
+    """The largest width."""
 
     adabits_tested: int | None = None
-    """adabits: the width by which the run is judged; the largest if it is not given. Those of all
-    are in result.json."""
+    """The width by which the run is judged; the largest if it is not given. Those of all are in
+    result.json."""
 
     adabits_rounding: Literal[tuple(ROUNDINGS)] = "modified"
-    """adabits: of weights, as by pact: modified, the default of the authors' code, is biased, so
-    that few bits learn little in a short training; the authors now recommend centered."""
+    """Of weights, as by pact: modified, the default of the authors' code, is biased, so that few
+    bits learn little in a short training; the authors now recommend centered."""
 
     adabits_start: float = 8.0
-    """adabits: where clipping begins; with few bits and short training a smaller one, such as 3."""
+    """Where clipping begins; with few bits and short training a smaller one, such as 3."""
 
     def losses(self, logits: Sequence[Tensor], own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return [own(logits[-1])]
@@ -167,25 +167,25 @@ class Quantizable(ManyWidthsMethod):
     }
 
     quantizable_bits: int | None = None
-    """quantizable: the smallest width, 2 to 8 bits (2)."""
+    """The smallest width, 2 to 8 bits."""
 
     quantizable_most: int = 4
-    """quantizable: the largest width beside float."""
+    """The largest width beside float."""
 
     quantizable_tested: int | None = None
-    """quantizable: the width by which the run is judged, 32 for float; the largest beside that if
-    it is not given. Those of all are in result.json."""
+    """The width by which the run is judged, 32 for float; the largest beside that if it is not
+    given. Those of all are in result.json."""
 
     quantizable_targets: Literal[TARGETS] = TARGETS[0]
-    """quantizable: what widths learn: labels at float only; labels at all of them too; or in a
-    chain, from the next wider one, as in any-precision networks (arXiv 1911.07346)."""
+    """What widths learn: labels at float only; labels at all of them too; or in a chain, from the
+    next wider one, as in any-precision networks (arXiv 1911.07346)."""
 
     quantizable_rounding: Literal[tuple(ROUNDINGS)] = "original"
-    """quantizable: of weights, as by pact. With modified, which is biased, the smaller widths
-    learn next to nothing from float."""
+    """Of weights, as by pact. With modified, which is biased, the smaller widths learn next to
+    nothing from float."""
 
     quantizable_start: float = 3.0
-    """quantizable: where clipping begins."""
+    """Where clipping begins."""
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ class Mixup(Method):
     }
 
     mixup: float | None = None
-    """mixup: the parameter a of the Beta distribution, above 0 (1)."""
+    """The parameter a of the Beta distribution, above 0."""
 
     def __post_init__(self) -> None:
         a = self.mixup

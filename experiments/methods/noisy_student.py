@@ -44,17 +44,17 @@ class NoisyStudent(Method):
     }
 
     students: int | None = None
-    """noisy_student: how many students follow each other (3)."""
+    """How many students follow each other."""
 
     student_confidence: float = 0.3
-    """noisy_student: the teacher's least probability of a class for its label to count, from 0;
-    above 1, none does."""
+    """The teacher's least probability of a class for its label to count, from 0; above 1, none
+    does."""
 
     student_given: float = 0.5
-    """noisy_student: the share of the given label in the student's, from 0 to 1."""
+    """The share of the given label in the student's, from 0 to 1."""
 
     student_labels: Form = "soft"
-    """noisy_student: the teacher's probabilities, or its most probable class (hard)."""
+    """The teacher's probabilities, or its most probable class (hard)."""
 
     def __post_init__(self) -> None:
         require_whole("students", self.students, 1, 1000)

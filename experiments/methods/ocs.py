@@ -26,14 +26,14 @@ class OCS(PostTraining):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"ocs_bits": 4}
 
     ocs_bits: int | None = None
-    """ocs: bits of weights and inputs, 2 to 8 (4); always 8 in the first and the last layer."""
+    """Bits of weights and inputs, 2 to 8; always 8 in the first and the last layer."""
 
     ocs_ratio: float = 0.02
-    """ocs: share of the input channels of each layer that are split by their weights, 0 to 1, at
-    least one channel unless it is 0."""
+    """Share of the input channels of each layer that are split by their weights, 0 to 1, at least
+    one channel unless it is 0."""
 
     ocs_activation_ratio: float = 0.0
-    """ocs: the same by their values."""
+    """The same by their values."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

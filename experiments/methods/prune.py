@@ -38,21 +38,21 @@ class Prune(Method):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"prune": 0.75}
 
     prune: float | None = None
-    """prune: the share of filters that goes, from 0 to below 1 (0.75)."""
+    """The share of filters that goes, from 0 to below 1."""
 
     prune_after: float = 0.2
-    """prune: the share of the epochs before filters go, from 0 to below 1. By default they go while
-    the learning rate is high, so that what is left can learn anew within the same epochs."""
+    """The share of the epochs before filters go, from 0 to below 1. By default they go while the
+    learning rate is high, so that what is left can learn anew within the same epochs."""
 
     prune_steps: int = 1
-    """prune: removes the filters in so many equal steps, up to 100, evenly over the first half of
-    the epochs that are left."""
+    """Removes the filters in so many equal steps, up to 100, evenly over the first half of the
+    epochs that are left."""
 
     prune_scope: Scope = "layer"
-    """prune: the share holds in each layer, or in all of them together (global)."""
+    """The share holds in each layer, or in all of them together (global)."""
 
     prune_order: Order = "lowest"
-    """prune: the filters of lowest L1 norm go, or those of highest, as the paper's text says."""
+    """The filters of lowest L1 norm go, or those of highest, as the paper's text says."""
 
     def __post_init__(self) -> None:
         share, after = self.prune, self.prune_after

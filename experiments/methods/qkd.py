@@ -44,7 +44,7 @@ class QKD(Method):
     }
 
     qkd_temperature: float | None = None
-    """qkd: the temperature T of what is imitated, above 0 (2)."""
+    """The temperature T of what is imitated, above 0."""
 
     def __post_init__(self) -> None:
         t = self.qkd_temperature

@@ -27,26 +27,26 @@ class Quant(Method):
     }
 
     weight_bits: int | None = None
-    """quant: bits of the weights, 2 to 8 (4); always 8 in the first and the last layer."""
+    """Bits of the weights, 2 to 8; always 8 in the first and the last layer."""
 
     activation_bits: int | None = None
-    """quant: bits of each layer's input, 2 to 8 (4); always 8 in the first and the last layer."""
+    """Bits of each layer's input, 2 to 8; always 8 in the first and the last layer."""
 
     averaging_constant: float = 0.01
-    """quant: weight of a batch in the moving average of each input's range."""
+    """Weight of a batch in the moving average of each input's range."""
 
     weight_grid: Literal[KINDS] = SIGNED
-    """quant: which levels weights have. signed: the paper's, as many below 0 as above. full: one
-    more below. unsigned: from 0. affine: from the least to the largest value. odd: as
-    many below 0 as above, without 0, of 2 to 7 bits; the first and the last layer stay signed."""
+    """Which levels weights have. signed: the paper's, as many below 0 as above. full: one more
+    below. unsigned: from 0. affine: from the least to the largest value. odd: as many below 0 as
+    above, without 0, of 2 to 7 bits; the first and the last layer stay signed."""
 
     activation_grid: Literal[KINDS] = SIGNED
-    """quant: the same for inputs. After a ReLU unsigned has twice the levels of signed: its b bits
-    are b + 1 signed ones. The first layer stays signed where the others are unsigned."""
+    """The same for inputs. After a ReLU unsigned has twice the levels of signed: its b bits are b +
+    1 signed ones. The first layer stays signed where the others are unsigned."""
 
     arithmetic: Literal[ARITHMETICS] = FLOAT
-    """quant: how products are computed. float: of fake-quantized floats. integer: of codes,
-    exactly, with exact statistics of batch norms: the same forward on every machine, and faster."""
+    """How products are computed. float: of fake-quantized floats. integer: of codes, exactly, with
+    exact statistics of batch norms: the same forward on every machine, and faster."""
 
     def __post_init__(self) -> None:
         require_choice("arithmetic", self.arithmetic, ARITHMETICS)

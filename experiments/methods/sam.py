@@ -29,10 +29,10 @@ class SAM(Method):
     REPLACES: ClassVar[str] = "procedure"
 
     sam_rho: float | None = None
-    """sam: the length r of the climb, above 0 (0.05)."""
+    """The length r of the climb, above 0."""
 
     sam_adaptive: bool = False
-    """sam: relative to the size of each weight; its r is ten times as large, 0.5 (unverified)."""
+    """Relative to the size of each weight; its r is ten times as large, 0.5 (unverified)."""
 
     def __post_init__(self) -> None:
         r = self.sam_rho

@@ -30,11 +30,10 @@ class SCE(Method):
     LABELS: ClassVar[frozenset[str]] = frozenset({"classes"})
 
     sce_alpha: float | None = None
-    """sce: the factor a of the cross-entropy, from 0 (0.1, as for CIFAR-10; 6 for CIFAR-100)."""
+    """The factor a of the cross-entropy, from 0 (0.1, as for CIFAR-10; 6 for CIFAR-100)."""
 
     sce_beta: float | None = None
-    """sce: the factor b of the reverse cross-entropy, from 0 (1, as for CIFAR-10; 0.1 for
-    CIFAR-100)."""
+    """The factor b of the reverse cross-entropy, from 0 (1, as for CIFAR-10; 0.1 for CIFAR-100)."""
 
     def __post_init__(self) -> None:
         for name in self.DEFAULTS:

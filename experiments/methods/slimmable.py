@@ -44,14 +44,14 @@ class Slimmable(Method):
     }
 
     slim_widths: tuple[float, ...] | None = None
-    """slimmable: the widths, as shares of the channels, 1 among them (0.25 0.5 0.75 1)."""
+    """The widths, as shares of the channels, 1 among them (0.25 0.5 0.75 1)."""
 
     slim_divisor: int = 4
-    """slimmable: channels come in multiples of it. 8, as in the authors' code, makes widths of the
-    16 channels of ResNet-20 coincide."""
+    """Channels come in multiples of it. 8, as in the authors' code, makes widths of the 16 channels
+    of ResNet-20 coincide."""
 
     slim_distillation: bool = False
-    """slimmable: narrower widths learn from the probabilities of the widest, not from labels."""
+    """Narrower widths learn from the probabilities of the widest, not from labels."""
 
     def __post_init__(self) -> None:
         require_widths("slim_widths", self.slim_widths)

@@ -37,10 +37,10 @@ class Snapshot(Method):
     }
 
     snapshots: int | None = None
-    """snapshot: how many cycles, each of which ends with a snapshot (5)."""
+    """How many cycles, each of which ends with a snapshot."""
 
     snapshots_used: int | None = None
-    """snapshot: how many of the last snapshots predict, up to --snapshots. If not given: all."""
+    """How many of the last snapshots predict, up to --snapshots. If not given: all."""
 
     def __post_init__(self) -> None:
         require_whole("snapshots", self.snapshots, 1, 1000)

@@ -30,11 +30,11 @@ class SWA(Method):
     NOT_WITH: ClassVar[Mapping[str, str]] = {"prune": "which leaves weights of several shapes"}
 
     swa_start: float | None = None
-    """swa: the share of the epochs after which averaging begins, above 0 and up to 1 (0.84, as
-    after epoch 126 of 150)."""
+    """The share of the epochs after which averaging begins, above 0 and up to 1 (0.84, as after
+    epoch 126 of 150)."""
 
     swa_lr: float = 0.1
-    """swa: the learning rate while weights are averaged, as a share of --lr, above 0."""
+    """The learning rate while weights are averaged, as a share of --lr, above 0."""
 
     def __post_init__(self) -> None:
         start, lr = self.swa_start, self.swa_lr

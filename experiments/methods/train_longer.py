@@ -32,10 +32,10 @@ class TrainLonger(Method):
     REPLACES: ClassVar[str] = "procedure"
 
     ghost_batch: int | None = None
-    """train_longer: images of a ghost batch, G, from 2 (128)."""
+    """Images of a ghost batch, G, from 2."""
 
     clip_norm: float = 5.0
-    """train_longer: the largest norm of a gradient, above 0."""
+    """The largest norm of a gradient, above 0."""
 
     def __post_init__(self) -> None:
         require_whole("ghost_batch", self.ghost_batch, 2, 2**14)

@@ -39,17 +39,17 @@ class UniversallySlimmable(Method):
     NOT_WITH: ClassVar[Mapping[str, str]] = NOT_WITH
 
     us_least_width: float | None = None
-    """us_slimmable: the least width, above 0 and below 1 (0.25)."""
+    """The least width, above 0 and below 1."""
 
     us_widths: int = 4
-    """us_slimmable: how many widths a step has, the widest and the narrowest among them."""
+    """How many widths a step has, the widest and the narrowest among them."""
 
     us_evaluated: tuple[float, ...] = WIDTHS
-    """us_slimmable: the widths that are evaluated, none below the least and 1 among them."""
+    """The widths that are evaluated, none below the least and 1 among them."""
 
     us_divisor: int = 4
-    """us_slimmable: channels come in multiples of it. 8, as in the authors' code, makes widths of
-    the 16 channels of ResNet-20 coincide."""
+    """Channels come in multiples of it. 8, as in the authors' code, makes widths of the 16 channels
+    of ResNet-20 coincide."""
 
     def __post_init__(self) -> None:
         least = self.us_least_width

@@ -25,11 +25,11 @@ class WeightDecay(Method):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"weight_decay": 0.01}
 
     weight_decay: float | None = None
-    """weight_decay: its factor a, from 0 (0.01)."""
+    """The factor a, from 0."""
 
     weight_decay_form: Form = "decoupled"
-    """weight_decay: beside Adam's step (AdamW), or a * sum of squares in the loss, as the paper's
-    formula says."""
+    """Beside Adam's step (AdamW), or a * sum of squares in the loss, as the paper's formula
+    says."""
 
     def __post_init__(self) -> None:
         factor = self.weight_decay
