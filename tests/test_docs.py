@@ -56,7 +56,14 @@ def examples(name, package=None):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("README.md", 2), ("docs/guide.md", 8), ("docs/integer.md", 2)]
+    ("name", "count"),
+    [
+        ("README.md", 1),
+        ("docs/guide.md", 8),
+        ("docs/options.md", 2),
+        ("docs/integer.md", 2),
+        ("docs/deploy.md", 6),
+    ],
 )
 def test_examples_of_pages(name, count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files

@@ -19,6 +19,7 @@ from noisyq_fast import (
     QIL,
     SAT,
     AbsMax,
+    EvenlySpaced,
     Fixed,
     MovingAbsMax,
     QuantConv1d,
@@ -62,6 +63,7 @@ def of_weights():
     found += [AbsMax(3, None, kind) for kind in KINDS]
     found += [AbsMax(bits, grid=kind, group_size=4) for kind, bits in grids() if bits in (4, 7)]
     found += [fixed(kind, 4, 0, 8) for kind in KINDS]
+    found += [EvenlySpaced(torch.rand(8) + 0.1, torch.randn(8), 4, axis=0)]
     for bits in (4, 7):
         found += [LSQ(bits), LSQ(bits, axis=0), QIL(bits, exponent=True), DSQ(bits), AQD(bits)]
         found += [SAT(bits, rounding=rounding) for rounding in ("modified", "centered", "original")]
@@ -296,13 +298,9 @@ class Choice(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class Rounding(nn.Module):
+class Unknown(nn.Module):
     def forward(self, x):
-        return noisyq_fast.fake_quantize(x, 4)
-
-
-def rounding():
-    return nn.Sequential(QuantLinear(3, 3), Rounding())
+        return torch.linalg.qr(x)[0]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,11 @@ def rounding():
     [
         (lambda: nn.Sequential(QuantLinear(3, 3)), False, "layer '0': its input_quantizer has no"),
         (lambda: nn.Sequential(QuantLinear(3, 3, activation=LSQ(4))), False, "calibrate or train"),
-        (rounding, True, r"layer '1' \(Rounding\): .*noisyq.fake_quantize"),
+        (
+            lambda: nn.Sequential(QuantLinear(3, 3), Unknown()),
+            True,
+            r"layer '1' \(Unknown\): .*linalg_qr",
+        ),
         (Choosing, True, r"layer 'chosen' \(Choice\): torch.export fails: .*data-dependent"),
         (lambda: nn.Linear(3, 3), False, "model: got Linear without quantized layers"),
         (

@@ -18,6 +18,7 @@ from noisyq_fast import (
     calibrate,
     dequantize_model_,
     disabled,
+    export_onnx,
     load_integers,
     quantize_model_,
     save_integers,
@@ -188,6 +189,22 @@ def test_networks_come_back_from_integer_files(make, arithmetic, tmp_path):
     again = load_integers(untrained, tmp_path / "model")
     for a, b in zip(outputs(again, example), outputs(model, example), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit", "gpt2"])
+def test_networks_are_exported(name, tmp_path):
+    for needed in ("onnxscript", "onnxruntime"):
+        package(needed)
+    model, example = NETWORKS[name][0]()
+    quantize_model_(model, example=example)
+    outputs(model, example)
+    layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
+    form = "integer" if layers[0].arithmetic == "integer" else "qdq"
+    made = export_onnx(model.eval(), example, tmp_path / "model.onnx", form)
+    assert made.any_batch
+    assert not made.floats
+    assert made.differing / made.codes < 0.01
+    assert made.difference < 0.01
 
 
 def test_offloaded_weights():

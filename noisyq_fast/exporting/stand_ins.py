@@ -20,6 +20,7 @@ from noisyq_fast.learned import quantize_learned
 from noisyq_fast.quantizers import (
     DSQ,
     AbsMax,
+    EvenlySpaced,
     Fixed,
     LearnedQuantizer,
     MovingAbsMax,
@@ -331,6 +332,8 @@ class FloatWeight(nn.Module):
 def code_ends(quantizer: Quantizer) -> tuple[int, int]:
     """The smallest and the largest code."""
     quantizer = active(quantizer)
+    if isinstance(quantizer, EvenlySpaced):
+        return 0, quantizer.largest
     ends = getattr(quantizer, "code_ends", None)  # of those that are not just a grid
     return ends or (quantizer.grid.code_min, quantizer.grid.code_max)
 
@@ -348,9 +351,10 @@ def _weight_codes(
         codes, scale, zero_point = made.codes, made.scale, made.zero_point
     elif isinstance(quantizer, DSQ):
         codes = learned_codes(quantizer, by_channel).to(torch.uint8)
-        low, high, _ = quantizer.stacked().detach()
-        scale = (high - low) / torch.full_like(low, quantizer.code_ends[1])
-        scale = scale.clamp(min=FLT_MIN)
+        scale, low = quantizer.code_step(), quantizer.low.detach().float()
+    elif isinstance(quantizer, EvenlySpaced) and not quantizer.centered:
+        codes, scale = quantizer.indices(by_channel), quantizer.step
+        low = quantizer.offset.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
     else:
         raise ValueError(f"{quantizer} of its weight has no codes that fit into a byte")
     shape = [*scale.shape, *[1] * (codes.dim() - scale.dim())]
