@@ -104,8 +104,14 @@ PYBIND11_MODULE(_core, m) {
          uintptr_t out, uintptr_t sum, uintptr_t squares, uintptr_t low, uintptr_t high,
          int threads) {
         cpu::convolve(pointer<const void>(codes), are_signed, zero, pointer<const int8_t>(weight),
-                      {images, height, width, channels, outputs,
-                       {kernel[0], kernel[1]}, {stride[0], stride[1]}, {padding[0], padding[1]},
+                      {images,
+                       height,
+                       width,
+                       channels,
+                       outputs,
+                       {kernel[0], kernel[1]},
+                       {stride[0], stride[1]},
+                       {padding[0], padding[1]},
                        {dilation[0], dilation[1]}},
                       narrow, pointer<void>(out),
                       {pointer<int64_t>(sum), pointer<int64_t>(squares), pointer<float>(low),
@@ -120,8 +126,8 @@ PYBIND11_MODULE(_core, m) {
          uintptr_t sum, uintptr_t squares, uintptr_t low, uintptr_t high, int threads) {
         cpu::moments_of_sums(pointer<const float>(v), pointer<int16_t>(narrow), rows, channels,
                              bound,
-                             {pointer<int64_t>(sum), pointer<int64_t>(squares),
-                              pointer<float>(low), pointer<float>(high)},
+                             {pointer<int64_t>(sum), pointer<int64_t>(squares), pointer<float>(low),
+                              pointer<float>(high)},
                              threads);
       },
       release);
@@ -141,9 +147,9 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "map_sums",
-      [](uintptr_t v, bool narrow, int64_t rows, int64_t channels, uintptr_t factor,
-         uintptr_t term, uintptr_t residual, bool relu, uintptr_t y, uintptr_t zeros,
-         uintptr_t range, int threads) {
+      [](uintptr_t v, bool narrow, int64_t rows, int64_t channels, uintptr_t factor, uintptr_t term,
+         uintptr_t residual, bool relu, uintptr_t y, uintptr_t zeros, uintptr_t range,
+         int threads) {
         cpu::map_sums({pointer<const void>(v), narrow}, rows, channels,
                       pointer<const float>(factor), pointer<const float>(term),
                       pointer<const float>(residual), relu, pointer<float>(y),
@@ -153,14 +159,13 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "codes_of_sums",
-      [](uintptr_t v, bool narrow, int64_t rows, int64_t channels, uintptr_t factor,
-         uintptr_t term, bool relu, uintptr_t range, int kind, int qmax, uintptr_t codes,
-         uintptr_t scale, uintptr_t zero, int threads) {
-        cpu::codes_of_sums({pointer<const void>(v), narrow}, rows, channels,
-                           pointer<const float>(factor), pointer<const float>(term), relu,
-                           pointer<const float>(range), {GridKind{kind}, qmax},
-                           pointer<uint8_t>(codes), pointer<float>(scale), pointer<uint8_t>(zero),
-                           threads);
+      [](uintptr_t v, bool narrow, int64_t rows, int64_t channels, uintptr_t factor, uintptr_t term,
+         bool relu, uintptr_t range, int kind, int qmax, uintptr_t codes, uintptr_t scale,
+         uintptr_t zero, int threads) {
+        cpu::codes_of_sums(
+            {pointer<const void>(v), narrow}, rows, channels, pointer<const float>(factor),
+            pointer<const float>(term), relu, pointer<const float>(range), {GridKind{kind}, qmax},
+            pointer<uint8_t>(codes), pointer<float>(scale), pointer<uint8_t>(zero), threads);
       },
       release);
 
@@ -170,13 +175,12 @@ PYBIND11_MODULE(_core, m) {
          uintptr_t factor, uintptr_t term, bool relu, uintptr_t mean, uintptr_t inverse,
          uintptr_t scale, uintptr_t weight, bool uses_batch, uintptr_t slope, uintptr_t shift,
          uintptr_t tilt, uintptr_t of_weight, uintptr_t of_bias, int threads) {
-        cpu::grads_of_norm(DType{dtype}, pointer<const void>(grad),
-                           {pointer<const void>(v), narrow}, rows, channels,
-                           pointer<const float>(factor), pointer<const float>(term), relu,
-                           pointer<const float>(mean), pointer<const float>(inverse),
-                           pointer<const float>(scale), pointer<const float>(weight), uses_batch,
-                           pointer<float>(slope), pointer<float>(shift), pointer<float>(tilt),
-                           pointer<float>(of_weight), pointer<float>(of_bias), threads);
+        cpu::grads_of_norm(
+            DType{dtype}, pointer<const void>(grad), {pointer<const void>(v), narrow}, rows,
+            channels, pointer<const float>(factor), pointer<const float>(term), relu,
+            pointer<const float>(mean), pointer<const float>(inverse), pointer<const float>(scale),
+            pointer<const float>(weight), uses_batch, pointer<float>(slope), pointer<float>(shift),
+            pointer<float>(tilt), pointer<float>(of_weight), pointer<float>(of_bias), threads);
       },
       release);
 
@@ -185,12 +189,11 @@ PYBIND11_MODULE(_core, m) {
       [](int dtype, uintptr_t grad, uintptr_t v, bool narrow, int64_t rows, int64_t channels,
          uintptr_t factor, uintptr_t term, bool relu, uintptr_t mean, uintptr_t slope,
          uintptr_t shift, uintptr_t tilt, uintptr_t out, int threads) {
-        cpu::grads_of_sums(DType{dtype}, pointer<const void>(grad),
-                           {pointer<const void>(v), narrow}, rows, channels,
-                           pointer<const float>(factor), pointer<const float>(term), relu,
-                           pointer<const float>(mean), pointer<const float>(slope),
-                           pointer<const float>(shift), pointer<const float>(tilt),
-                           pointer<void>(out), threads);
+        cpu::grads_of_sums(
+            DType{dtype}, pointer<const void>(grad), {pointer<const void>(v), narrow}, rows,
+            channels, pointer<const float>(factor), pointer<const float>(term), relu,
+            pointer<const float>(mean), pointer<const float>(slope), pointer<const float>(shift),
+            pointer<const float>(tilt), pointer<void>(out), threads);
       },
       release);
 
@@ -228,8 +231,8 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "fake_quantize_learned",
-      [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t y, int64_t outer,
-         int64_t channels, int64_t inner, int kind, int low, int high, int threads) {
+      [](int dtype, uintptr_t x, uintptr_t parameters, uintptr_t y, int64_t outer, int64_t channels,
+         int64_t inner, int kind, int low, int high, int threads) {
         cpu::fake_quantize_learned(DType{dtype}, pointer<const void>(x),
                                    pointer<const float>(parameters), pointer<void>(y),
                                    {outer, channels, inner}, RuleKind{kind}, low, high, threads);
@@ -248,9 +251,9 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "fake_quantize_learned_backward",
-      [](int grad_dtype, uintptr_t grad, int dtype, uintptr_t x, uintptr_t parameters,
-         uintptr_t dx, uintptr_t sums, int64_t outer, int64_t channels, int64_t inner, int kind,
-         int low, int high, int threads) {
+      [](int grad_dtype, uintptr_t grad, int dtype, uintptr_t x, uintptr_t parameters, uintptr_t dx,
+         uintptr_t sums, int64_t outer, int64_t channels, int64_t inner, int kind, int low,
+         int high, int threads) {
         cpu::fake_quantize_learned_backward(
             DType{grad_dtype}, pointer<const void>(grad), DType{dtype}, pointer<const void>(x),
             pointer<const float>(parameters), pointer<void>(dx), pointer<float>(sums),

@@ -51,8 +51,7 @@ NOISYQ_INLINE float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t shifted = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   const uint32_t normal = shifted + 0x38000000u;
-  const uint32_t subnormal =
-      bit_cast<uint32_t>(bit_cast<float>(shifted + 0x38800000u) - 0x1p-14f);
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(shifted + 0x38800000u) - 0x1p-14f);
   const uint32_t finite = shifted < 0x00800000u ? subnormal : normal;
   return bit_cast<float>(sign | (shifted >= 0x0f800000u ? shifted | 0x7f800000u : finite));
 }
@@ -101,8 +100,9 @@ NOISYQ_INLINE float absmax_of(float, uint32_t bits) { return bit_cast<float>(bit
 NOISYQ_INLINE float absmax_of(BFloat16, uint16_t bits) { return to_float(BFloat16{bits}); }
 NOISYQ_INLINE float absmax_of(Float16, uint16_t bits) { return to_float(Float16{bits}); }
 
-// The bits as an integer that orders values above 0 like the values, and has the others below 0; and
-// those of -x. So a maximum with 0 is max(x, 0), or -min(x, 0), and NaN is above inf in one of them.
+// The bits as an integer that orders values above 0 like the values, and has the others below 0;
+// and those of -x. So a maximum with 0 is max(x, 0), or -min(x, 0), and NaN is above inf in one of
+// them.
 NOISYQ_INLINE int32_t rising(float x) { return bit_cast<int32_t>(x); }
 NOISYQ_INLINE int16_t rising(BFloat16 x) { return static_cast<int16_t>(x.bits); }
 NOISYQ_INLINE int16_t rising(Float16 x) { return static_cast<int16_t>(x.bits); }

@@ -22,8 +22,11 @@ NOISYQ_INLINE ExpParts exp_parts(float x) {
   const float shifted = x * 1.44269504f + kRounder;
   const float k = shifted - kRounder;
   const float r = (x - k * kLn2High) - k * kLn2Low;
-  const float series = ((((r * 1.98412698e-4f + 1.38888889e-3f) * r + 8.33333333e-3f) * r +
-                         4.16666667e-2f) * r + 1.66666667e-1f) * r + 0.5f;
+  const float series =
+      ((((r * 1.98412698e-4f + 1.38888889e-3f) * r + 8.33333333e-3f) * r + 4.16666667e-2f) * r +
+       1.66666667e-1f) *
+          r +
+      0.5f;
   const float rest = r * r * series + r;
   return {bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u), rest};
 }
@@ -47,8 +50,8 @@ NOISYQ_INLINE float tanh_of(float x) {
 NOISYQ_INLINE float log_of(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;
-  const float f = bit_cast<float>(bits - static_cast<int32_t>(
-                      static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  const float f =
+      bit_cast<float>(bits - static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   const float s = f / (f + 2.0f);
   const float z = s * s;
   const float series = z * (z * (z * (z * 0.22222222f + 0.28571429f) + 0.4f) + 0.66666667f);

@@ -72,8 +72,8 @@ void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, v
 void zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
                   int64_t elements, int threads);
 
-// The same as codes, with one scale for each channel and, of an affine grid, one zero point. Codes are
-// int8 where some are negative, else uint8.
+// The same as codes, with one scale for each channel and, of an affine grid, one zero point. Codes
+// are int8 where some are negative, else uint8.
 void quantize(DType dtype, const void* x, void* codes, Mask mask, float* scale, uint8_t* zero,
               Layout layout, Grid grid, MovingAverage average, int threads);
 void quantize_fixed_range(DType dtype, const void* x, const float* range, void* codes, Mask mask,
@@ -107,8 +107,8 @@ struct Moments {
 // Whether `convolve` runs on this machine.
 bool has_dot_products();
 
-// v = sum (code - zero) * weight, exact where it stays below 2^31, as floats or `narrow`, int16. With
-// moments, which only narrow sums have, their number must stay below 2^23 for each thread.
+// v = sum (code - zero) * weight, exact where it stays below 2^31, as floats or `narrow`, int16.
+// With moments, which only narrow sums have, their number must stay below 2^23 for each thread.
 void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight,
               const Convolution& how, bool narrow, void* out, Moments moments, int threads);
 
@@ -119,8 +119,8 @@ struct Sums {
 };
 
 // No |v| is above `bound`. `narrow`, where it is not null, receives v.
-void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t channels,
-                     int64_t bound, Moments moments, int threads);
+void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t channels, int64_t bound,
+                     Moments moments, int threads);
 
 // Batch norm of v * scale, from its moments, as v * factor + term: see
 // `noisyq_fast/integer/batch_norm.py`. `weight` and `bias` may be null.
@@ -136,15 +136,15 @@ void map_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const
               const float* residual, bool relu, float* y, uint8_t* zeros, float* range,
               int threads);
 
-// The codes of relu(v * factor + term), or without the ReLU, in a range that is given: one value, of
-// an affine grid two. One scale and, of an affine grid, one zero point.
+// The codes of relu(v * factor + term), or without the ReLU, in a range that is given: one value,
+// of an affine grid two. One scale and, of an affine grid, one zero point.
 void codes_of_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const float* term,
                    bool relu, const float* range, Grid grid, uint8_t* codes, float* scale,
                    uint8_t* zero, int threads);
 
 // The backward of y = relu(v * factor + term), where these are a batch norm of v * scale. Of each
-// channel, for g the gradient behind the ReLU, the gradients of the norm's weight and bias, and of v
-// as slope * g - shift - (v - mean) * tilt. Not of a batch, shift and tilt are 0. The order of
+// channel, for g the gradient behind the ReLU, the gradients of the norm's weight and bias, and of
+// v as slope * g - shift - (v - mean) * tilt. Not of a batch, shift and tilt are 0. The order of
 // summation does not depend on the threads.
 void grads_of_norm(DType dtype, const void* grad, Sums v, int64_t rows, int64_t channels,
                    const float* factor, const float* term, bool relu, const float* mean,
@@ -169,8 +169,8 @@ struct AdderBorder {
   int64_t top, bottom, left, right;
 };
 
-// y = -sum |w - x| of x [images, rows, columns, inputs], padded, and w [outputs / 16, kernel, inputs,
-// 16], [images, out_rows, out_columns, outputs].
+// y = -sum |w - x| of x [images, rows, columns, inputs], padded, and w [outputs / 16, kernel,
+// inputs, 16], [images, out_rows, out_columns, outputs].
 void adder_forward(const float* x, const float* w, float* y, AdderShape shape, int threads);
 
 // dx = sum clip(w - x, -1, 1) g, like x: [inputs / 16, images, rows, columns, 16], not padded. w is
@@ -190,9 +190,9 @@ void quantize_learned(DType dtype, const void* x, const float* parameters, int16
                       Layout layout, RuleKind kind, int low, int high, int threads);
 
 // The gradient by x, and its sums by each parameter.
-void fake_quantize_learned_backward(DType grad_dtype, const void* grad, DType dtype,
-                                    const void* x, const float* parameters, void* dx, float* sums,
-                                    Layout layout, RuleKind kind, int low, int high, int threads);
+void fake_quantize_learned_backward(DType grad_dtype, const void* grad, DType dtype, const void* x,
+                                    const float* parameters, void* dx, float* sums, Layout layout,
+                                    RuleKind kind, int low, int high, int threads);
 
 }  // namespace cpu
 
@@ -252,9 +252,9 @@ Status fake_quantize_fixed_range_clipped(DType dtype, const void* x, const float
 Status zero_clipped(DType dtype, const void* grad, void* out, const uint8_t* clipped,
                     int64_t elements, int blocks, Stream stream);
 
-// Any grid, with a range of its own for each channel, in two launches. `range` is scratch for all ends
-// and `progress` for 3 values a channel, 0 before and after. `splits.of_reduction` blocks share a
-// channel; of the fake-quantized, `splits.of_map` blocks the whole tensor.
+// Any grid, with a range of its own for each channel, in two launches. `range` is scratch for all
+// ends and `progress` for 3 values a channel, 0 before and after. `splits.of_reduction` blocks
+// share a channel; of the fake-quantized, `splits.of_map` blocks the whole tensor.
 Status fake_quantize_on_grid(DType dtype, const void* x, void* y, Mask mask, Layout layout,
                              Splits splits, float* range, uint32_t* progress, Grid grid,
                              MovingAverage average, Stream stream);
@@ -281,15 +281,14 @@ Status dequantize(const void* codes, bool are_signed, const float* scale, const 
                   float* y, Layout layout, int splits, Stream stream);
 
 // Quantizers that learn, as on the CPU. The backward takes contiguous channels that are not empty,
-// and a gradient of the type of `x`. `partial` is scratch for the sums of all chunks (csrc/chunks.h)
-// of a channel, of the chunks of those, and so on until one is left, for each channel and parameter;
-// one alone needs none.
+// and a gradient of the type of `x`. `partial` is scratch for the sums of all chunks
+// (csrc/chunks.h) of a channel, of the chunks of those, and so on until one is left, for each
+// channel and parameter; one alone needs none.
 Status fake_quantize_learned(DType dtype, const void* x, const float* parameters, void* y,
                              Layout layout, int splits, RuleKind kind, int low, int high,
                              Stream stream);
 Status quantize_learned(DType dtype, const void* x, const float* parameters, int16_t* codes,
-                        Layout layout, int splits, RuleKind kind, int low, int high,
-                        Stream stream);
+                        Layout layout, int splits, RuleKind kind, int low, int high, Stream stream);
 Status fake_quantize_learned_backward(DType dtype, const void* grad, const void* x,
                                       const float* parameters, void* dx, float* sums,
                                       float* partial, int64_t channels, int64_t inner,

@@ -15,8 +15,8 @@
 
 namespace noisyq {
 
-// How the values of a group are rounded: y = clamp(rint(x / scale), low, high) * scale, and the code
-// is clamp(...) + zero. `noisyq_fast/grid.py` has a table of the grids.
+// How the values of a group are rounded: y = clamp(rint(x / scale), low, high) * scale, and the
+// code is clamp(...) + zero. `noisyq_fast/grid.py` has a table of the grids.
 struct Levels {
   float scale;
   float low;
@@ -41,8 +41,8 @@ struct Codes {
 NOISYQ_INLINE Levels symmetric(float scale, float qmax) { return {scale, -qmax, qmax, 0}; }
 
 // s = range / divisor, never below the smallest normal number, so that x / s cannot overflow
-// for a subnormal range. A NaN stays NaN: it compares false. The range is an absmax, and the divisor
-// qmax, unless the grid is another.
+// for a subnormal range. A NaN stays NaN: it compares false. The range is an absmax, and the
+// divisor qmax, unless the grid is another.
 NOISYQ_INLINE float scale_of(float range, float divisor) {
   const float scale = range / divisor;
   return scale < FLT_MIN ? FLT_MIN : scale;
@@ -64,9 +64,9 @@ NOISYQ_INLINE float rounded_of(float x, float scale) {
 #ifdef __CUDA_ARCH__
   // A division is most of what a GPU computes here. For |x / s| <= 256, x times a 1 / s that may be
   // an ulp off is less than 2^-12 away from it, also where 1 / s is subnormal. So both round alike,
-  // unless that is close to a tie. What is larger rounds to 256 or more either way, which every grid
-  // clamps: its ends, less the zero point, lie within -255 .. 255, as zero_point() lies in 0 .. 255.
-  // NaN, and inf - inf, compare false.
+  // unless that is close to a tie. What is larger rounds to 256 or more either way, which every
+  // grid clamps: its ends, less the zero point, lie within -255 .. 255, as zero_point() lies in 0
+  // .. 255. NaN, and inf - inf, compare false.
   float reciprocal;
   asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
   const float nearly = x * reciprocal;

@@ -1,5 +1,5 @@
-// The rules of quantizers that learn, one value at a time: noisyq_fast/rules.py has their equations,
-// noisyq_fast/backends/reference_learned.py says the same in PyTorch.
+// The rules of quantizers that learn, one value at a time: noisyq_fast/rules.py has their
+// equations, noisyq_fast/backends/reference_learned.py says the same in PyTorch.
 //
 // Each is a struct that is made from the parameters of a group, `stride` apart, and has
 //   code(x)              the code, a whole number,
@@ -152,7 +152,7 @@ struct DSQ {
     const float bump = 1.0f - t * t;
     const float slope = z * k * 0.5f * bump;
     const float share = at / n, code = rounded(at) / n;
-    const bool below = x < low, above = x > high;
+    const bool below = x<low, above = x> high;
     const float by_low = (1.0f - code) + slope * (share - 1.0f);
     const float by_high = code - slope * share;
     const float by_alpha = scale * 0.5f * (z * z * t - z * bump * (place * turn));
@@ -197,19 +197,28 @@ struct DoReFa {
 template <class Body>
 auto with_rule(RuleKind kind, const Body& body) {
   switch (kind) {
-    case RuleKind::lsq: return body(static_cast<LSQ*>(nullptr));
-    case RuleKind::pact: return body(static_cast<Clip<ClipKind::pact>*>(nullptr));
-    case RuleKind::sat: return body(static_cast<Clip<ClipKind::sat>*>(nullptr));
-    case RuleKind::aqd: return body(static_cast<Clip<ClipKind::aqd>*>(nullptr));
-    case RuleKind::aqd_odd: return body(static_cast<Clip<ClipKind::aqd_odd>*>(nullptr));
-    case RuleKind::qil: return body(static_cast<QIL<false>*>(nullptr));
-    case RuleKind::qil_odd: return body(static_cast<QIL<true>*>(nullptr));
-    case RuleKind::dsq: return body(static_cast<DSQ*>(nullptr));
+    case RuleKind::lsq:
+      return body(static_cast<LSQ*>(nullptr));
+    case RuleKind::pact:
+      return body(static_cast<Clip<ClipKind::pact>*>(nullptr));
+    case RuleKind::sat:
+      return body(static_cast<Clip<ClipKind::sat>*>(nullptr));
+    case RuleKind::aqd:
+      return body(static_cast<Clip<ClipKind::aqd>*>(nullptr));
+    case RuleKind::aqd_odd:
+      return body(static_cast<Clip<ClipKind::aqd_odd>*>(nullptr));
+    case RuleKind::qil:
+      return body(static_cast<QIL<false>*>(nullptr));
+    case RuleKind::qil_odd:
+      return body(static_cast<QIL<true>*>(nullptr));
+    case RuleKind::dsq:
+      return body(static_cast<DSQ*>(nullptr));
     case RuleKind::dorefa_original:
       return body(static_cast<DoReFa<Rounding::original>*>(nullptr));
     case RuleKind::dorefa_modified:
       return body(static_cast<DoReFa<Rounding::modified>*>(nullptr));
-    default: return body(static_cast<DoReFa<Rounding::centered>*>(nullptr));
+    default:
+      return body(static_cast<DoReFa<Rounding::centered>*>(nullptr));
   }
 }
 

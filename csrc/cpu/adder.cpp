@@ -1,4 +1,5 @@
-// Convolutions of AdderNet (arXiv 1912.13200), which sum absolute differences; forward and backward.
+// Convolutions of AdderNet (arXiv 1912.13200), which sum absolute differences; forward and
+// backward.
 //
 // Every sum has the reference's order, whatever the vectors and threads: the lanes of a vector are
 // channels, never terms of a sum. noisyq_fast/backends/native_cpu_adder.py lays the tensors out:
@@ -57,8 +58,10 @@ struct Loops {
 
 // Those for the widest vectors of this processor.
 const Loops& loops() {
-#define NOISYQ_LOOPS(width) \
-  {width::kLanes, width::forward_tile, width::input_gradient_tile, width::weight_gradient_tile}
+#define NOISYQ_LOOPS(width)                                                                     \
+  {                                                                                             \
+    width::kLanes, width::forward_tile, width::input_gradient_tile, width::weight_gradient_tile \
+  }
   static const Loops chosen = [] {
 #ifdef NOISYQ_WIDER_VECTORS
     if (__builtin_cpu_supports("x86-64-v4")) return Loops NOISYQ_LOOPS(v4);
@@ -89,8 +92,8 @@ struct Position {
 // Calls `body(position of each t, tile)` for the member's tiles of kTile positions. Beyond the last
 // position it stands again.
 template <class Place, class Body>
-void for_each_tile(Member member, int64_t images, int64_t rows, int64_t columns,
-                   const Place& place, const Body& body) {
+void for_each_tile(Member member, int64_t images, int64_t rows, int64_t columns, const Place& place,
+                   const Body& body) {
   const int64_t count = images * rows * columns;
   const int64_t tiles = (count + kTile - 1) / kTile;
   const int64_t begin = member.begin(tiles), end = member.end(tiles);
@@ -165,18 +168,17 @@ void adder_input_gradient(const float* x, const float* w, const float* g, float*
         const int64_t q = (left + s.column_padding - j) / s.column_stride + at.column + border.left;
         g_of[t] = ((at.image * g_rows + p) * g_columns + q) * s.outputs;
       };
-      for_each_tile(
-          member, s.images, every(top, s.rows, s.row_stride),
-          every(left, s.columns, s.column_stride), place, [&] {
-            for (int64_t c = 0; c < s.inputs; c += kBlock) {
-              const float* weights =
-                  w + (c * kernel + (i * s.kernel_columns + j) * kBlock) * s.outputs;
-              for (int64_t l = 0; l < kBlock; l += with.lanes) {
-                with.input_gradient(x + c * pixels + l, x_of, g, g_of, taps, s.outputs,
-                                    weights + l, dx + c * pixels + l);
-              }
-            }
-          });
+      for_each_tile(member, s.images, every(top, s.rows, s.row_stride),
+                    every(left, s.columns, s.column_stride), place, [&] {
+                      for (int64_t c = 0; c < s.inputs; c += kBlock) {
+                        const float* weights =
+                            w + (c * kernel + (i * s.kernel_columns + j) * kBlock) * s.outputs;
+                        for (int64_t l = 0; l < kBlock; l += with.lanes) {
+                          with.input_gradient(x + c * pixels + l, x_of, g, g_of, taps, s.outputs,
+                                              weights + l, dx + c * pixels + l);
+                        }
+                      }
+                    });
     }
   });
 }

@@ -49,8 +49,8 @@ inline void forward_tile(const float* x, const int64_t* x_of, int64_t kernel_row
   for (int t = 0; t < kTile; ++t) at(y + y_of[t]) = sum[t];
 }
 
-// dx[t, l] = sum_{i, j, o} clip(w[i, j, o, l] - x[t, l], -1, 1) g[t - (i, j), o] of kTile inputs and
-// kLanes channels, over the elements of the kernel that meet them.
+// dx[t, l] = sum_{i, j, o} clip(w[i, j, o, l] - x[t, l], -1, 1) g[t - (i, j), o] of kTile inputs
+// and kLanes channels, over the elements of the kernel that meet them.
 inline void input_gradient_tile(const float* x, const int64_t* x_of, const float* g,
                                 const int64_t* g_of, const Taps& taps, int64_t outputs,
                                 const float* w, float* dx) {
@@ -78,9 +78,9 @@ inline void input_gradient_tile(const float* x, const int64_t* x_of, const float
 // dw[t, l] += sum_{p, q} (x[p, q, l] - w[t, l]) g[p, q, t] of one image, for kLanes channels of an
 // element of the kernel and kTile outputs, of which `count` are written.
 inline void weight_gradient_tile(const float* x, int64_t next_row, int64_t next_column,
-                                 const float* g, const int64_t* g_of, int64_t rows,
-                                 int64_t columns, int64_t outputs, const float* w,
-                                 const int64_t* w_of, float* dw, int count) {
+                                 const float* g, const int64_t* g_of, int64_t rows, int64_t columns,
+                                 int64_t outputs, const float* w, const int64_t* w_of, float* dw,
+                                 int count) {
   Lanes sum[kTile], weight[kTile];
   clear(sum);
 #pragma GCC unroll 8

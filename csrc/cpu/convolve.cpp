@@ -1,5 +1,5 @@
-// Convolutions of 8-bit codes in exact 32-bit sums, with the dot products of AVX512-VNNI. Images and
-// outputs have their channels last.
+// Convolutions of 8-bit codes in exact 32-bit sums, with the dot products of AVX512-VNNI. Images
+// and outputs have their channels last.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -22,8 +22,9 @@ constexpr int kLanes = 16;  // of 32 bits
 constexpr int kGroup = 4;   // codes in each
 constexpr int kQuad = 4;    // lanes of 128 bits
 
-// Where the input channels are so many, a pixel's 16 codes are loaded at once, for products with four
-// registers of weights, of which each sums its four groups of codes apart. Else 4 codes, for one.
+// Where the input channels are so many, a pixel's 16 codes are loaded at once, for products with
+// four registers of weights, of which each sums its four groups of codes apart. Else 4 codes, for
+// one.
 constexpr int kWide = kQuad * kGroup;
 
 // The moments of 16 output channels, exact: whole numbers below 2^31, and below 2^53.
@@ -60,8 +61,8 @@ std::vector<int8_t> packed(const int8_t* weight, const Task& task) {
       for (int64_t k = 0; k < kernel; ++k) {
         int64_t at = (o / kLanes * kernel + k) * task.width * kLanes;
         if (task.is_wide) {
-          at += c / kWide * kWide * kLanes + lane % kQuad * kLanes * kGroup +
-                lane / kQuad * kWide + c % kWide;
+          at += c / kWide * kWide * kLanes + lane % kQuad * kLanes * kGroup + lane / kQuad * kWide +
+                c % kWide;
         } else {
           at += (c / kGroup * kLanes + lane) * kGroup + c % kGroup;
         }
@@ -143,8 +144,7 @@ NOISYQ_VNNI inline void finish(const Task& task, const __m512i* sums, int64_t bl
   __m512i v[kPixels];
   for (int p = 0; p < kPixels; ++p) {
     v[p] = _mm512_sub_epi32(sums[p], shift);
-    store(v[p], out + p * task.how.outputs + block * kLanes,
-          task.how.outputs - block * kLanes);
+    store(v[p], out + p * task.how.outputs + block * kLanes, task.how.outputs - block * kLanes);
   }
   if (kObserves) observe<kPixels>(v, lanes + block);
 }
@@ -207,12 +207,11 @@ NOISYQ_VNNI inline void wide_tile(const Task& task, const uint8_t* image, int64_
   __m512i whole[kPixels];
   for (int p = 0; p < kPixels; ++p) {
     const __m512i* s = sums[p];
-    const __m512i one = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]),
-                                         _mm512_unpackhi_epi32(s[0], s[1]));
-    const __m512i two = _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]),
-                                         _mm512_unpackhi_epi32(s[2], s[3]));
-    whole[p] =
-        _mm512_add_epi32(_mm512_unpacklo_epi64(one, two), _mm512_unpackhi_epi64(one, two));
+    const __m512i one =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]), _mm512_unpackhi_epi32(s[0], s[1]));
+    const __m512i two =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]), _mm512_unpackhi_epi32(s[2], s[3]));
+    whole[p] = _mm512_add_epi32(_mm512_unpacklo_epi64(one, two), _mm512_unpackhi_epi64(one, two));
   }
   finish<kPixels, kObserves>(task, whole, block, out, lanes);
 }

@@ -17,13 +17,12 @@ void map(const In* x, Out* y, Layout layout, Channels levels, int threads) {
     if (layout.outer == 1) {
       const int64_t c = member.begin(layout.channels);
       const int64_t end = member.end(layout.channels);
-      map_rows<Op>(x + c * layout.inner, y + c * layout.inner, 1, end - c, layout.inner, levels,
-                   c);
+      map_rows<Op>(x + c * layout.inner, y + c * layout.inner, 1, end - c, layout.inner, levels, c);
     } else {
       const int64_t row = member.begin(layout.outer);
       const int64_t end = member.end(layout.outer);
-      map_rows<Op>(x + row * row_size, y + row * row_size, end - row, layout.channels,
-                   layout.inner, levels, 0);
+      map_rows<Op>(x + row * row_size, y + row * row_size, end - row, layout.channels, layout.inner,
+                   levels, 0);
     }
   });
 }
@@ -118,8 +117,8 @@ void map_spread_channels(const In* x, Out* y, Layout layout, Channels levels,
 // y = Op(x) with the levels of each channel's range, which `observe(channel, range)` sees once.
 // `levels` receives them.
 template <class Op, class In, class Out, class Channels, class Observe>
-void map_with_own_range(const In* x, Out* y, Layout layout, Channels levels,
-                     const Observe& observe, int threads) {
+void map_with_own_range(const In* x, Out* y, Layout layout, Channels levels, const Observe& observe,
+                        int threads) {
   threads = useful_threads(layout.outer * layout.channels * layout.inner, threads);
   if (layout.outer == 1) {
     map_contiguous_channels<Op>(x, y, layout, levels, observe, threads);

@@ -186,9 +186,9 @@ void quantize_learned(DType dtype, const void* x, const float* parameters, int16
   });
 }
 
-void fake_quantize_learned_backward(DType grad_dtype, const void* grad, DType dtype,
-                                    const void* x, const float* parameters, void* dx, float* sums,
-                                    Layout layout, RuleKind kind, int low, int high, int threads) {
+void fake_quantize_learned_backward(DType grad_dtype, const void* grad, DType dtype, const void* x,
+                                    const float* parameters, void* dx, float* sums, Layout layout,
+                                    RuleKind kind, int low, int high, int threads) {
   const Chunks chunks{layout};
   const CodeEnds ends{static_cast<float>(low), static_cast<float>(high)};
   with_type(dtype, [&](auto type) {

@@ -19,8 +19,8 @@ namespace noisyq::cpu {
 
 // absmax[c] = max(absmax[c], magnitude of channel c).
 template <class T>
-NOISYQ_EACH_VECTOR_WIDTH void absmax_rows(const T* x, int64_t rows, int64_t channels,
-                                          int64_t inner, Magnitude<T>* absmax) {
+NOISYQ_EACH_VECTOR_WIDTH void absmax_rows(const T* x, int64_t rows, int64_t channels, int64_t inner,
+                                          Magnitude<T>* absmax) {
   if (channels == 1) {
     inner *= rows;
     rows = 1;

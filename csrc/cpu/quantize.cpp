@@ -7,8 +7,7 @@ namespace noisyq::cpu {
 namespace {
 
 template <class T, class Channels>
-void write_mask(const T* x, Mask mask, Layout layout, GridKind kind, Channels levels,
-                int threads) {
+void write_mask(const T* x, Mask mask, Layout layout, GridKind kind, Channels levels, int threads) {
   if (mask.masked == Masked::negative) {
     map_to_bits<Negative<T>>(x, mask.bits, layout, levels, threads);
   } else if (kind == GridKind::is_unsigned) {

@@ -1,5 +1,5 @@
-// What follows an exact product of codes: passes over its sums, v, which are whole numbers, laid out
-// as [rows, channels]. `noisyq_fast/backends/reference_integer.py` says the same in PyTorch.
+// What follows an exact product of codes: passes over its sums, v, which are whole numbers, laid
+// out as [rows, channels]. `noisyq_fast/backends/reference_integer.py` says the same in PyTorch.
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -70,8 +70,7 @@ void with_sums(Sums v, const Body& body) {
 
 template <bool kNarrows>
 NOISYQ_EACH_VECTOR_WIDTH void add_moments(const float* v, int16_t* narrow, int64_t count,
-                                          int64_t* sum, int64_t* square, float* low,
-                                          float* high) {
+                                          int64_t* sum, int64_t* square, float* low, float* high) {
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     const auto whole = static_cast<int32_t>(v[k]);
@@ -90,7 +89,10 @@ struct PartialMoments {
   std::vector<float> low, high;
 
   explicit PartialMoments(int64_t period)
-      : sum(period), square(period), squares(period), low(period, INFINITY),
+      : sum(period),
+        square(period),
+        squares(period),
+        low(period, INFINITY),
         high(period, -INFINITY) {}
 
   void carry() {
@@ -139,8 +141,8 @@ NOISYQ_INLINE float passed(float grad, V v, float factor, float term) {
   return kRelu && !(mapped<false, false>(v, factor, term, 0.0f) > 0.0f) ? 0.0f : grad;
 }
 
-// Of a few periods, of which the last may end early. A number of lanes at a time, whose sums stay in
-// registers; each lane adds its elements in order.
+// Of a few periods, of which the last may end early. A number of lanes at a time, whose sums stay
+// in registers; each lane adds its elements in order.
 template <bool kRelu, class G, class V>
 NOISYQ_EACH_VECTOR_WIDTH void add_grads(const G* grad, const V* v, const float* factor,
                                         const float* term, const float* mean, float* sum,
@@ -187,8 +189,8 @@ NOISYQ_EACH_VECTOR_WIDTH void grads_of_period(const G* grad, const V* v, const f
 
 }  // namespace
 
-void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t channels,
-                     int64_t bound, Moments moments, int threads) {
+void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t channels, int64_t bound,
+                     Moments moments, int threads) {
   const auto [sum, squares, low, high] = moments;
   const Periods periods(rows, channels);
   threads = periods.useful(threads);
@@ -240,8 +242,8 @@ void normalization(const int64_t* sum, const int64_t* squares, int64_t rows, int
     const auto p = static_cast<int64_t>(nearest);
     const int64_t left = sum[c] - rows * p;
     const Wide square = static_cast<Wide>(squares[2 * c]) * (INT64_C(1) << 32) + squares[2 * c + 1];
-    const Wide centred = square - static_cast<Wide>(p) * (static_cast<Wide>(2) * sum[c] -
-                                                          static_cast<Wide>(rows) * p);
+    const Wide centred = square - static_cast<Wide>(p) *
+                                      (static_cast<Wide>(2) * sum[c] - static_cast<Wide>(rows) * p);
     const auto d = static_cast<double>(left);
     const double s = scale[c];
     batch_mean[c] = (nearest + d / n) * s;

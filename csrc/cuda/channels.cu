@@ -1,6 +1,6 @@
-// Contiguous channels (weights, groups, tokens), on the signed grid of one tensor or of many, in one
-// launch: a block for each channel. The channel stays in shared memory between its range and its
-// codes, so that it is read once.
+// Contiguous channels (weights, groups, tokens), on the signed grid of one tensor or of many, in
+// one launch: a block for each channel. The channel stays in shared memory between its range and
+// its codes, so that it is read once.
 #include "grids.cuh"
 
 namespace noisyq::cuda {
@@ -206,8 +206,7 @@ Status quantize_on_grid(const void* x, void* y, int64_t channels, int64_t inner,
 
 }  // namespace
 
-Status fake_quantize_channels(DType dtype, const ChannelTensor* tensors, int count,
-                              Stream stream) {
+Status fake_quantize_channels(DType dtype, const ChannelTensor* tensors, int count, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     return quantize_all<FakeQuantize<T>, T, T>(tensors, count, stream);

@@ -14,13 +14,14 @@ constexpr int kWidestAccess = 16;
 struct LaunchGrid {
   int64_t blocks;
   int64_t threads;
-  size_t shared_bytes = 0;  // what `shared_memory` is to hold
+  size_t shared_bytes = 0;   // what `shared_memory` is to hold
   bool cooperative = false;  // all blocks run at once, and may wait for each other
 };
 
 // Plain C++ rather than <<<>>>: a compiler for the host alone can read it (tests/cuda_emulator).
 template <class... Parameters, class... Arguments>
-Status launch(void (*kernel)(Parameters...), LaunchGrid grid, Stream stream, Arguments... arguments) {
+Status launch(void (*kernel)(Parameters...), LaunchGrid grid, Stream stream,
+              Arguments... arguments) {
   if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;

@@ -43,8 +43,8 @@ Status fake_quantize_fixed_range(DType dtype, const void* x, const float* absmax
 Status dequantize(const void* codes, bool are_signed, const float* scale, const uint8_t* zero,
                   float* y, Layout layout, int splits, Stream stream) {
   if (are_signed) {
-    return map_known<Value>(static_cast<const int8_t*>(codes), y, layout, splits,
-                            FromScale{scale}, stream);
+    return map_known<Value>(static_cast<const int8_t*>(codes), y, layout, splits, FromScale{scale},
+                            stream);
   }
   return map_known<Value>(static_cast<const uint8_t*>(codes), y, layout, splits,
                           FromScaleAndZero{scale, zero}, stream);

@@ -49,9 +49,8 @@ __global__ void __launch_bounds__(kThreads)
     range_kernel(const T* x, Layout layout, int splits, Found found) {
   const Share<N> share(layout, splits);
   Extremes<T> extremes;
-  share.forwards(reinterpret_cast<const Pack<T, N>*>(x), [&] {
-    return [&](int64_t, const Pack<T, N>& pack) { extremes.take(pack); };
-  });
+  share.forwards(reinterpret_cast<const Pack<T, N>*>(x),
+                 [&] { return [&](int64_t, const Pack<T, N>& pack) { extremes.take(pack); }; });
   extremes = extremes.over_block();
   if (threadIdx.x == 0) found.take(share.channel, extremes, splits);
 }
@@ -84,8 +83,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-Status map(const T* x, T* y, Layout layout, int blocks, Ranges ranges, Marks marks,
-           Stream stream) {
+Status map(const T* x, T* y, Layout layout, int blocks, Ranges ranges, Marks marks, Stream stream) {
   return with_width(x, y, layout, [&](auto wide) {
     const auto kernel = layout.channels == 1 ? map_kernel<T, wide, Channels::one>
                                              : map_kernel<T, wide, Channels::any>;
@@ -123,8 +121,8 @@ Status fake_quantize_fixed_range_on_grid(DType dtype, const void* x, const float
 }
 
 Status quantize_on_grid(DType dtype, const void* x, void* codes, float* scale, uint8_t* zero,
-                        Layout layout, Splits splits, float* range, uint32_t* progress,
-                        Grid grid, Stream stream) {
+                        Layout layout, Splits splits, float* range, uint32_t* progress, Grid grid,
+                        Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const T* in = static_cast<const T*>(x);

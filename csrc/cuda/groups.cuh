@@ -99,9 +99,8 @@ struct ChannelWalk {
 
 // Quantizes a group in place, with levels_of(channel); the bits are marked(x, rounded, levels).
 template <class T, bool kWide, Channels kChannels, class LevelsOf, class Marked>
-__device__ __forceinline__ uint8_t quantize_group(Group<T, kWide>& group,
-                                                  ChannelWalk<kChannels> at, Layout layout,
-                                                  const LevelsOf& levels_of,
+__device__ __forceinline__ uint8_t quantize_group(Group<T, kWide>& group, ChannelWalk<kChannels> at,
+                                                  Layout layout, const LevelsOf& levels_of,
                                                   const Marked& marked) {
   Levels levels = levels_of(at.channel);
   uint32_t bits = 0;
@@ -123,8 +122,8 @@ struct MarkClipped {
 };
 
 inline bool whole_groups(const void* x, const void* y, Layout layout) {
-  return layout.outer * layout.channels * layout.inner % kGroup == 0 &&
-         aligned(x, kWidestAccess) && aligned(y, kWidestAccess);
+  return layout.outer * layout.channels * layout.inner % kGroup == 0 && aligned(x, kWidestAccess) &&
+         aligned(y, kWidestAccess);
 }
 
 template <auto kValue>
@@ -149,8 +148,7 @@ Status with_mixed_groups(const void* x, const void* y, Layout layout, const Body
 template <class Body>
 Status with_groups(const void* x, const void* y, Layout layout, const Body& body) {
   if (layout.channels > 1) return with_mixed_groups(x, y, layout, body);
-  return with_width(x, y, layout,
-                    [&](auto wide) { return body(wide, Constant<Channels::one>{}); });
+  return with_width(x, y, layout, [&](auto wide) { return body(wide, Constant<Channels::one>{}); });
 }
 
 }  // namespace noisyq::cuda

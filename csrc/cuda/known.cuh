@@ -20,8 +20,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Op, class T, class Out, class LevelsOf>
-Status map_known(const T* x, Out* y, Layout layout, int splits, LevelsOf levels_of,
-                 Stream stream) {
+Status map_known(const T* x, Out* y, Layout layout, int splits, LevelsOf levels_of, Stream stream) {
   layout = as_run(layout);
   const auto kernel = fits_packs<T, Out>(layout, x, y)
                           ? known_kernel<Op, T, Out, kPerAccess<T, Out>, LevelsOf>

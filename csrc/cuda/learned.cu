@@ -36,8 +36,8 @@ struct LearnedCode {
 // What a thread loads before it uses the first: so many rows of a chunk.
 constexpr int kRows = 2;
 
-// The chunk of a warp, of which each thread has the lanes `first` and `first + kWarp`, in memory that
-// goes on to `end`.
+// The chunk of a warp, of which each thread has the lanes `first` and `first + kWarp`, in memory
+// that goes on to `end`.
 struct ChunkOfWarp {
   int64_t chunk;
   int64_t channel;
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Op, class T, class Out>
-Status map(const void* x, const float* parameters, Out* y, Layout layout, int splits,
-           RuleKind kind, CodeEnds ends, Stream stream) {
+Status map(const void* x, const float* parameters, Out* y, Layout layout, int splits, RuleKind kind,
+           CodeEnds ends, Stream stream) {
   return with_rule(kind, [&](auto* of) {
     using Rule = std::remove_pointer_t<decltype(of)>;
     return map_known<Op>(static_cast<const T*>(x), y, layout, splits,
@@ -129,9 +129,7 @@ Status map(const void* x, const float* parameters, Out* y, Layout layout, int sp
   });
 }
 
-CodeEnds ends_of(int low, int high) {
-  return {static_cast<float>(low), static_cast<float>(high)};
-}
+CodeEnds ends_of(int low, int high) { return {static_cast<float>(low), static_cast<float>(high)}; }
 
 }  // namespace
 

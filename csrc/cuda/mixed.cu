@@ -32,8 +32,7 @@ struct Maxima {
   }
 
   template <class T, bool kWide, Channels kChannels>
-  __device__ __forceinline__ void observe(const Group<T, kWide>& group,
-                                          ChannelWalk<kChannels> at) {
+  __device__ __forceinline__ void observe(const Group<T, kWide>& group, ChannelWalk<kChannels> at) {
     uint32_t value = 0;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -103,9 +102,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kWide, Channels kChannels>
-__global__ void __launch_bounds__(kThreads)
-    map_kernel(const T* x, T* y, Layout layout, float qmax, MovingAverage average,
-               uint32_t* progress) {
+__global__ void __launch_bounds__(kThreads) map_kernel(const T* x, T* y, Layout layout, float qmax,
+                                                       MovingAverage average, uint32_t* progress) {
   const GroupShare share(layout);
   // Backwards: what was reduced last is still in the cache.
   for (int64_t g = share.end - 1 - threadIdx.x; g >= share.begin; g -= kThreads) {
@@ -131,8 +129,8 @@ Status fake_quantize_mixed(DType dtype, const void* x, void* y, Layout layout, S
     const T* in = static_cast<const T*>(x);
     return with_mixed_groups(x, y, layout, [&](auto wide, auto channels) -> Status {
       const LaunchGrid reduction{blocks.of_reduction, kThreads, shared_bytes_of_maxima(layout)};
-      if (const Status status = launch(absmax_kernel<T, wide, channels>, reduction, stream, in,
-                                       layout, progress)) {
+      if (const Status status =
+              launch(absmax_kernel<T, wide, channels>, reduction, stream, in, layout, progress)) {
         return status;
       }
       return launch(map_kernel<T, wide, channels>, {blocks.of_map, kThreads}, stream, in,

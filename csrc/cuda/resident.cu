@@ -23,13 +23,12 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 
   uint32_t largest = 0;
   const auto at = [&](int i) { return begin + i; };
-  for_each_pack(packs, kResidentThreads, 0, size, kResidentThreads * kInFlight, at,
-                [&] {
-                  return [&](int i, const Pack<T, N>& pack) {
-                    store(kept + i, pack);
-                    largest = absmax_of_pack(pack, largest);
-                  };
-                });
+  for_each_pack(packs, kResidentThreads, 0, size, kResidentThreads * kInFlight, at, [&] {
+    return [&](int i, const Pack<T, N>& pack) {
+      store(kept + i, pack);
+      largest = absmax_of_pack(pack, largest);
+    };
+  });
   largest = block_max(largest);
   if (threadIdx.x == 0) partial[blockIdx.x] = largest;
   cooperative_groups::this_grid().sync();
@@ -54,9 +53,9 @@ Status quantize_packs(const T* x, T* y, int64_t elements, int blocks, uint32_t* 
   const auto kernel = resident_kernel<T, N>;
   const int64_t packs = (elements / N + blocks - 1) / blocks;
   const auto bytes = static_cast<size_t>(packs) * sizeof(Pack<T, N>);
-  if (const Status status = cudaFuncSetAttribute(
-          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-          static_cast<int>(bytes))) {
+  if (const Status status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(bytes))) {
     return status;
   }
   return launch(kernel, {blocks, kResidentThreads, bytes, true}, stream, x, y, elements, partial,

@@ -47,8 +47,8 @@ template <class Op, class T, class Out, int N>
 Status quantize_packs(const T* x, Out* y, Layout layout, Splits splits, uint32_t* partial, int qmax,
                       MovingAverage average, float* scale, Stream stream) {
   const LaunchGrid reduction{layout.channels * splits.of_reduction, kThreads};
-  if (const Status status = launch(absmax_kernel<T, N>, reduction, stream, x, layout,
-                                   splits.of_reduction, partial)) {
+  if (const Status status =
+          launch(absmax_kernel<T, N>, reduction, stream, x, layout, splits.of_reduction, partial)) {
     return status;
   }
   const LaunchGrid map{layout.channels * splits.of_map, kThreads};
@@ -73,8 +73,8 @@ Status fake_quantize_spread(DType dtype, const void* x, void* y, Layout layout, 
                             uint32_t* partial, int qmax, MovingAverage average, Stream stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return quantize_spread_as<FakeQuantize<T>, T, T>(x, y, layout, splits, partial, qmax,
-                                                     average, nullptr, stream);
+    return quantize_spread_as<FakeQuantize<T>, T, T>(x, y, layout, splits, partial, qmax, average,
+                                                     nullptr, stream);
   });
 }
 

@@ -25,8 +25,8 @@ struct Share {
         inner(layout.inner / N),
         packs(layout.outer * inner) {}
 
-  // What make_take() returns is called with (at, pack) for each pack, which lies `at` in memory. All
-  // blocks together go through the channel from its start to its end.
+  // What make_take() returns is called with (at, pack) for each pack, which lies `at` in memory.
+  // All blocks together go through the channel from its start to its end.
   template <class P, class MakeTake>
   __device__ __forceinline__ void forwards(const P* memory, const MakeTake& make_take) const {
     constexpr int64_t kTile = kThreads * kInFlight;
