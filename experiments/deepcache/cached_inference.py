@@ -133,8 +133,8 @@ class CachedInference:
         if self.age >= self.expires or min(size) < self.block:
             return None
         before, now = (picture.permute(2, 0, 1).float() for picture in (self.previous, frame))
-        grey = (picture.mean(0, keepdim=True) for picture in (before, now))
-        offsets, errors = matching.search(*grey, self.block, self.radius)
+        grey_before, grey = (picture.mean(0, keepdim=True) for picture in (before, now))
+        offsets, errors = matching.search(grey_before, grey, self.block, self.radius)
         offset = matching.global_offset(offsets, matching.psnr(errors), self.threshold)
         if offset is None:
             return None

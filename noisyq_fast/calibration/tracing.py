@@ -142,7 +142,8 @@ class _Recorder(TorchFunctionMode):
         outputs = tuple(self._new(tensor) for tensor in tensors_in(output))
         if not outputs:
             return
-        step = Step(layer, function, *named, outputs)
+        args, kwargs = named
+        step = Step(layer, function, args, kwargs, outputs)
         self.trace.steps.append(step)
         for value in set(step.inputs):
             self.trace.readers[value].append(step)

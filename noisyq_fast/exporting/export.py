@@ -204,7 +204,8 @@ def _traced(
         return traced(args, kwargs, dynamic_shapes)
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(_any_batch, dict(bound))
-    several = traced(*pytree.tree_map(_with_two_samples, (args, kwargs)), shapes)
+    two_args, two_kwargs = pytree.tree_map(_with_two_samples, (args, kwargs))
+    several = traced(two_args, two_kwargs, shapes)
     # Where the model reads the size of its batch, that of the example is the one.
     return several if _has_any_batch(several) else traced(args, kwargs, None)
 

@@ -202,7 +202,8 @@ class ExactBatchNorm:
         count = sums.values.numel() // sums.scale.numel()
         ranks = self._ranks()
         if ranks is not None:
-            moments, count = ranks.added(*x.measured().moments[:2], count)
+            sum_, squares, *_ = x.measured().moments
+            moments, count = ranks.added(sum_, squares, count)
 
         def statistics(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
             found = x.measured().moments[:2] if ranks is None else moments

@@ -32,8 +32,8 @@ class Canvas:
         """
         met = ((self.y >= top - 0.1) & (self.y <= bottom + 0.1)).any(2).any(0).nonzero()
         start, end = (int(met[0]), int(met[-1]) + 1) if len(met) else (0, 0)
-        window = [part[:, start:end] for part in (self.u, self.x, self.y)]
-        return Canvas(self.rgb[:, :, start:end], *window, self.pixel)
+        u, x, y = (part[:, start:end] for part in (self.u, self.x, self.y))
+        return Canvas(self.rgb[:, :, start:end], u, x, y, self.pixel)
 
     def paint(self, coverage: Tensor, color: Tensor) -> None:
         """Mixes `color` `[N, 3]` in, by `coverage` `[N, H, W]` in 0..1."""
