@@ -210,6 +210,19 @@ def test_every_product_of_integers(products, seed, rows, scale):
         assert torch.equal(own, other)
 
 
+def test_default_settings_of_onnxruntime(tmp_path):
+    """With which it merges some nodes that are beside each other, not all of them rightly."""
+    torch.manual_seed(0)
+    first = QuantLinear(12, 12, activation=AbsMax(4, "token"))
+    heads = QuantGroupedLinear(3, 4, 5, input_ranges="shared")
+    model = nn.Sequential(first, nn.GELU(), nn.Unflatten(2, (3, 4)), heads)
+    x = torch.randn(2, 3, 12)
+    model(x)
+    noisyq_fast.export_onnx(model.eval(), x, tmp_path / "model.onnx")
+    (y,) = outputs(session(tmp_path / "model.onnx"), x)
+    torch.testing.assert_close(y, model(x).detach(), atol=1e-5, rtol=0)
+
+
 class Small(nn.Module):
     """A chain of convolutions with a shortcut, the mean, and a linear layer."""
 

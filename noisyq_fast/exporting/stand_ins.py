@@ -258,6 +258,11 @@ class _RuleInput(nn.Module):
         return True
 
 
+def is_elementwise(made: Any) -> bool:
+    """Whether a stand-in of an input ends in other nodes than `DequantizeLinear`."""
+    return isinstance(made, _GridInput | _RuleInput) and made.is_elementwise()
+
+
 # Weights.
 
 
