@@ -214,7 +214,7 @@ def test_default_settings_of_onnxruntime(tmp_path):
     """With which it merges some nodes that are beside each other, not all of them rightly."""
     torch.manual_seed(0)
     weight = AbsMax(8, grid="affine")
-    first = QuantLinear(12, 12, weight=weight, activation=AbsMax(8, "token"))
+    first = QuantLinear(12, 12, weight=weight, activation=AbsMax(8, "token", "affine"))
     heads = QuantGroupedLinear(3, 4, 5, input_ranges="shared")
     model = Beside([first, nn.Sequential(nn.Unflatten(2, (3, 4)), heads)])
     x = torch.randn(2, 3, 12)
