@@ -328,6 +328,8 @@ def _name_and_pack(model: Any, prepared: Prepared) -> None:
 
 
 _BYTES = ".bytes"
+_LARGEST_FILE = 2**31 - 2**20
+"""Of a protobuf file, less what is in it beside the weights."""
 
 
 def _pack(graph: Any, value: Any) -> None:
@@ -361,6 +363,9 @@ def _leave_codes_out(model: Any, count: int) -> None:
 def _serialized(model: Any) -> bytes:
     import onnx_ir as ir
 
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size > _LARGEST_FILE:
+        raise ValueError(f"model: got {size:,} bytes of weights, takes up to {_LARGEST_FILE:,}")
     return ir.to_proto(model).SerializeToString()
 
 

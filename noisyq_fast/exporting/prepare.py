@@ -158,10 +158,8 @@ class Prepared:
         if not weights:
             return
         layer.exported_weights = nn.ModuleList(weights)
-        stand_ins_ = [made for made in inputs.values() if isinstance(made, nn.Module)]
-        if any(not isinstance(m, Quantizer) and m.is_elementwise() for m in stand_ins_):
-            for weight in weights:
-                weight.guarded = True
+        for weight in weights:
+            weight.guarded = any(map(stand_ins.is_elementwise, inputs.values()))
         layer.weight_quantizer = None
         of_calls = itertools.cycle(weights)
         vars(layer)["quantized_weight"] = _values(layer, of_calls)

@@ -18,6 +18,7 @@ from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid, most_bits
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.learned import quantize_learned
 from noisyq_fast.quantizers import (
+    AQD,
     DSQ,
     AbsMax,
     EvenlySpaced,
@@ -61,7 +62,8 @@ def of_input(quantizer: Quantizer, see: See, unsigned: bool) -> nn.Module | None
         ValueError: a quantizer that has seen nothing.
     """
     not_seen = "has no range yet; calibrate or train first, or load a checkpoint that has it"
-    if isinstance(quantizer, LearnedQuantizer):
+    own = type(quantizer).fake_quantize
+    if own in (LearnedQuantizer.fake_quantize, AQD.fake_quantize):
         if not quantizer.initialized:
             raise ValueError(not_seen)
         grid = _grid_of_learned(quantizer)
@@ -70,7 +72,6 @@ def of_input(quantizer: Quantizer, see: See, unsigned: bool) -> nn.Module | None
         scale = quantizer.code_scale()
         levels = Levels(scale, torch.zeros_like(scale), grid)
         return _GridInput(levels, quantizer.axis, see, unsigned)
-    own = type(quantizer).fake_quantize
     is_dynamic = own is AbsMax.fake_quantize and quantizer.group_size is None
     is_fixed = own is Fixed.fake_quantize and not by_group(quantizer.axis, quantizer.group_size)
     if is_dynamic:
@@ -233,9 +234,6 @@ class _DynamicInput(_GridInput):
 class _RuleInput(nn.Module):
     """Of a quantizer that learns, without a grid: by its equations."""
 
-    def is_elementwise(self) -> bool:
-        return True
-
     def __init__(self, quantizer: LearnedQuantizer, see: See) -> None:
         super().__init__()
         self.rule = Rule(quantizer.rule, *quantizer.code_ends)
@@ -255,6 +253,14 @@ class _RuleInput(nn.Module):
         self.see(codes, 0)
         zero_point = torch.zeros_like(self.scale, dtype=torch.uint8)
         return Codes(codes, self.scale, zero_point, self.rule.high, x)
+
+    def is_elementwise(self) -> bool:
+        return True
+
+
+def is_elementwise(made: Any) -> bool:
+    """Whether a stand-in of an input ends in other nodes than `DequantizeLinear`."""
+    return isinstance(made, _GridInput | _RuleInput) and made.is_elementwise()
 
 
 # Weights.
