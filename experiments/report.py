@@ -14,11 +14,11 @@ import polars as pl
 import tyro
 
 from experiments import tasks
-from experiments.files import atomic
 from experiments.reporting import comparison, escaping, packed
 from experiments.reporting.report import Report
 from experiments.reporting.runs import find, studies, titles
 from experiments.reporting.tables import bullets_section
+from experiments.storage.files import atomic
 
 Runs = tyro.conf.Positional[Path]
 _NAMED = 10  # of the runs that are left out, in one line

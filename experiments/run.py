@@ -21,15 +21,15 @@ import noisyq_fast
 from experiments import command_line, tasks
 from experiments.checks import require_once
 from experiments.config import RunConfig
-from experiments.identity import RunIdentity
 from experiments.methods import BASELINE
-from experiments.output import Busy, RunFolder
+from experiments.storage.identity import RunIdentity
+from experiments.storage.run_folder import Busy, RunFolder
+from experiments.storage.weights import Weights
 from experiments.training import data_parallel
 from experiments.training.allocator import keep_freed_memory
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.event_log import open_log
 from experiments.training.loop import EpochMetrics, NonFiniteLoss, Trainer
-from experiments.weights import Weights
 from noisyq_fast.backends import AUTO
 
 BUSY = os.EX_TEMPFAIL

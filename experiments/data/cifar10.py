@@ -15,7 +15,7 @@ import torch
 
 from experiments.data import unpickle
 from experiments.data.dataset import Dataset
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"

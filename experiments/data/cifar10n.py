@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.data import unpickle
 from experiments.data.dataset import Dataset
 from experiments.data.noise import NoisyLabels
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 
 FILE = "CIFAR-10_human.pt"
 URL = f"https://github.com/UCSC-REAL/cifar-10-100n/raw/main/data/{FILE}"

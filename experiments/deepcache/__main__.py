@@ -17,11 +17,11 @@ from experiments import run, tasks
 from experiments.checks import flag
 from experiments.data.au.alignment import cut
 from experiments.deepcache.comparison import compare
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
+from experiments.storage.weights import Weights
 from experiments.tasks.action_units import ActionUnits
 from experiments.tasks.f1 import f1
 from experiments.training.loop import Trainer
-from experiments.weights import Weights
 
 _NOT_TAKEN = {"out", "restart", "weights", "tensorboard", "device", "epochs"}
 _SUFFIXES = (".jpg", ".jpeg", ".png")

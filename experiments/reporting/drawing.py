@@ -8,9 +8,9 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.files import atomic
 from experiments.methods import BASELINE, METHODS
 from experiments.reporting.runs import method_of
+from experiments.storage.files import atomic
 
 PERCENT = 100
 _UNKNOWN = "black"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.files import atomic
+from experiments.storage.files import atomic
 
 NAME = "runs.zip"
 FILES = ("config.json", "metrics.jsonl", "result.json")

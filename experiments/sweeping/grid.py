@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import methods, tasks
 from experiments.config import RunConfig
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 
 Options = dict[str, Any]
 """Options of a run, named as on the command line, without the dashes in front."""

@@ -2,7 +2,7 @@
 
 from tqdm import tqdm
 
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 from experiments.sweeping.engines import Task
 
 _LARGEST = 2**26  # bytes of metrics

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from experiments.files import atomic, read_bytes, refuse_link
+from experiments.storage.files import atomic, read_bytes, refuse_link
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 _FORMAT = 4

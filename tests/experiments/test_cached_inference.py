@@ -21,7 +21,7 @@ from experiments.models import (
     SharedHead,
     SmallEncoder,
 )
-from experiments.output import RunFolder
+from experiments.storage.run_folder import RunFolder
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import methods, run
 from experiments.config import RunConfig
-from experiments.output import run_name
+from experiments.storage.run_folder import run_name
 from experiments.tasks.classification_options import ClassificationOptions
 
 

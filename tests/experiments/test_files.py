@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from experiments.files import atomic, open_lock, remove_temporaries
+from experiments.storage.files import atomic, open_lock, remove_temporaries
 
 
 def test_the_new_file_and_its_name_are_on_the_disk(tmp_path, monkeypatch):

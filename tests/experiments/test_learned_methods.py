@@ -10,7 +10,7 @@ from experiments import run
 from experiments.methods.learned import ClippedLevels
 from experiments.models import ResNet18Cifar, ResNet20
 from experiments.models.residual import Residual
-from experiments.weights import Weights
+from experiments.storage.weights import Weights
 from noisyq_fast import LearnedQuantizer
 from noisyq_fast.optimizing import learned_parameters
 

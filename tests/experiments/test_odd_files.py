@@ -17,12 +17,12 @@ from au_trees import BP4D, DISFA, SIZE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from experiments import files
+from experiments.storage import files
 from experiments.data import cifar10, cifar10n
 from experiments.data.au import bp4d, decoding, disfa, table
+from experiments.storage.weights import Weights
 from experiments.sweep import SweepConfig
 from experiments.sweeping.grid import Grid
-from experiments.weights import Weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:not all of BP4D", "ignore:.*not the official")
 FIRST = ("F001", "T1")

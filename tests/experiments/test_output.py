@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from experiments import run
 from experiments.config import RunConfig
 from experiments.models import ResNet20
-from experiments.output import RunFolder, run_name
+from experiments.storage.run_folder import RunFolder, run_name
 from experiments.training.history import EpochMetrics
 
 

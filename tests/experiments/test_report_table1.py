@@ -12,12 +12,12 @@ from run_folders import write_action_units as write_run
 from experiments import report, sweep
 from experiments.config import RunConfig
 from experiments.data.faces import AUS
-from experiments.identity import RunIdentity
 from experiments.reporting.action_units import comparison, figure, tables
 from experiments.reporting.action_units.published import PAPER, Published
 from experiments.reporting.action_units.runs import SCORES, ActionUnitRun, ActionUnitStudy
 from experiments.reporting.drawing import COLORS
 from experiments.reporting.runs import defaults, find, studies, titles
+from experiments.storage.identity import RunIdentity
 from experiments.sweeping.engines import Task
 
 

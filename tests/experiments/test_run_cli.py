@@ -19,7 +19,7 @@ from experiments import data, run
 from experiments.config import GROUPS
 from experiments.data import cifar10
 from experiments.methods import METHODS
-from experiments.output import RunFolder
+from experiments.storage.run_folder import RunFolder
 from experiments.tasks import TASKS
 
 SCRIPT = Path(run.__file__)

@@ -19,7 +19,7 @@ from experiments.config import RunConfig
 from experiments.data import digits
 from experiments.methods import BASELINE, METHODS
 from experiments.methods.post_training import PostTraining
-from experiments.output import RunFolder
+from experiments.storage.run_folder import RunFolder
 from experiments.sweeping.engines import Task
 from experiments.sweeping.grid import Grid
 from experiments.sweeping.planning import tasks

@@ -6,8 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from experiments import run, tasks
+from experiments.storage.weights import Weights
 from experiments.training.loop import Trainer
-from experiments.weights import Weights
 
 CPU = torch.device("cpu")
 DIGITS = "--threads 1"

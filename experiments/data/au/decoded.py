@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from experiments.data.au.alignment import Crop
 from experiments.data.au.decoding import Job, decode
-from experiments.files import atomic, read_bytes
+from experiments.storage.files import atomic, read_bytes
 
 _TO_DO, _DONE = 0, 1
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from experiments.data.au.alignment import Crop, cut
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 
 _CHUNK = 32
 _LARGEST = 64 << 20  # bytes of a picture's file

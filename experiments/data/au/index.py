@@ -14,7 +14,7 @@ from experiments.data.au.alignment import Crop
 from experiments.data.au.faults import Faults
 from experiments.data.au.labels import au_column
 from experiments.data.au.release import Release, Sequence
-from experiments.files import kind
+from experiments.storage.files import kind
 
 _VERSION = 2
 """To be raised when another index or other pixels come of the same files."""

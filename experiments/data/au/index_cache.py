@@ -13,7 +13,7 @@ import polars as pl
 from experiments.data.au import index
 from experiments.data.au.faults import Fault, Faults
 from experiments.data.au.release import Release
-from experiments.files import atomic, read_bytes
+from experiments.storage.files import atomic, read_bytes
 
 _LARGEST = 256 << 20
 """Of a file in the cache. The index of BP4D has a few MB."""

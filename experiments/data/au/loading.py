@@ -20,7 +20,7 @@ from experiments.data.au.frames import Frames
 from experiments.data.au.labels import au_column
 from experiments.data.au.release import Release
 from experiments.data.au.summary import summary
-from experiments.files import atomic, open_lock
+from experiments.storage.files import atomic, open_lock
 
 _FOLDER = "noisyq_fast"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from experiments.data.au.faults import Faults
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 
 _LARGEST = 64 << 20
 _MOST_LINES = 20_000

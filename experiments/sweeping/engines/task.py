@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from experiments.identity import RunIdentity
+    from experiments.storage.identity import RunIdentity
 
 _PR_SET_PDEATHSIG = 1
 _PATIENCE = 10  # seconds to stop in order

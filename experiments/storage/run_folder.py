@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from experiments.config import RunConfig
-from experiments.files import atomic, open_lock, remove_temporaries
+from experiments.storage.files import atomic, open_lock, remove_temporaries
 from experiments.training import checkpoints
 from experiments.training.history import EpochMetrics
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import LEGACY, TOLD_BY_METHODS, WITHOUT_EFFECT, RunConfig
-from experiments.files import refuse_link
-from experiments.output import run_name
 from experiments.reporting import agreement
 from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields
+from experiments.storage.files import refuse_link
+from experiments.storage.run_folder import run_name
 
 # The device of a CPU has had two names.
 _NOT_COMPARED = WITHOUT_EFFECT | TOLD_BY_METHODS | {"device"}

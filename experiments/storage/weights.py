@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.checks import flag
 from experiments.config import RunConfig
-from experiments.files import read_bytes
+from experiments.storage.files import read_bytes
 
 if TYPE_CHECKING:
     from experiments.training.loop import Trainer

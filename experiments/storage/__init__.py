@@ -1,0 +1,1 @@
+"""What runs keep on disk: files, folders of runs, their names, and trained weights."""
