@@ -17,9 +17,9 @@ from au_trees import BP4D, DISFA, SIZE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from experiments.storage import files
 from experiments.data import cifar10, cifar10n
 from experiments.data.au import bp4d, decoding, disfa, table
+from experiments.storage import files
 from experiments.storage.weights import Weights
 from experiments.sweep import SweepConfig
 from experiments.sweeping.grid import Grid
