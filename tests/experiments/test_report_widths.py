@@ -34,7 +34,9 @@ def tree(tmp_path):
         slim = {"1": 0.52 + more, "0.5": 0.60 + more}
         write_widths(tmp_path, "slimmable", slim, seed=seed)
     write_widths(tmp_path, "us-slimmable", {"1": 0.4, "0.25": 0.3}, seed=0)
-    write_widths(tmp_path, "quantizable4-2", {"32": 0.61, "4": 0.62, "2": 0.63}, seed=0)
+    write_widths(
+        tmp_path, "quantizable4-2-original-start3", {"32": 0.61, "4": 0.62, "2": 0.63}, seed=0
+    )
     return tmp_path
 
 
@@ -50,8 +52,8 @@ def test_every_width_is_a_column_and_every_method_a_row(tree):
     assert "| slimmable | 0.4 | - | +11.0 ± 12.7 (n 2) | +3.0 ± 12.7 (n 2) |" in channels
     assert "| slimmable | kB | - | 1.0 | 1.0 |" in channels
     assert "| wrong training labels fitted, % | noise | 2 bits | 4 bits | float |" in bits
-    assert "| quantizable4-2 | 0.4 | 63.00 | 62.00 | 61.00 |" in bits
-    assert "| quantizable4-2 | 0.4 | 25.00 | 25.00 | 25.00 |" in bits
+    assert "| quantizable4-2-original-start3 | 0.4 | 63.00 | 62.00 | 61.00 |" in bits
+    assert "| quantizable4-2-original-start3 | 0.4 | 25.00 | 25.00 | 25.00 |" in bits
     assert "slimmable" not in bits
     table = pl.read_csv(tree / "out" / "widths.csv")
     assert len(table) == 2 + 2 + 3
