@@ -149,7 +149,9 @@ def test_what_a_forward_leaves_in_a_model_does_no_harm(method):
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(method, dtype):
-    model, x = network().to(dtype), [batch.to(dtype) for batch in batches()]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)).to(dtype)
+    x = [torch.randn(64, 6, dtype=dtype)]
     quantized = method(model, x, weight_bits=6, activation_bits=8)
     assert quantized(x[0]).dtype == dtype
     error = (quantized(x[0]) - model(x[0])).norm() / model(x[0]).norm()
@@ -413,7 +415,6 @@ def conv(ins=3, outs=8):
     [
         (lambda a, b, x: b(a(x).mean(1)), (conv(), nn.Conv1d(8, 4, 1)), (2, 3, 8, 8), False),
         (lambda a, b, x: b(a(x).mean(0)), (conv(), nn.Conv1d(8, 4, 1)), (8, 3, 8, 8), False),
-        (lambda a, b, x: b(a(x).mean(())), (nn.Linear(3, 1), nn.Linear(1, 4)), (1, 3), False),
         (lambda a, b, x: b(a(x).relu()), (conv(), nn.Linear(8, 4)), (2, 3, 8, 8), False),
         (lambda a, b, x: b(a(x)), (nn.Linear(5, 8), nn.Conv1d(8, 4, 1)), (2, 8, 5), False),
         (

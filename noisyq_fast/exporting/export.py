@@ -155,7 +155,7 @@ def export_onnx(
     with torch.autocast("cpu", enabled=False):
         prepared = Prepared(copied(model), args, kwargs, form)
         traced = _traced(prepared, args, kwargs, dynamic_shapes)
-    program = _translated(traced, prepared.model)
+        program = _translated(traced, prepared.model)
     with _quiet():
         _name_and_pack(program.model, prepared)
     with_codes = _serialized(program.model)
@@ -205,7 +205,7 @@ def _traced(
 
     if dynamic_shapes is not None:
         return traced(args, kwargs, dynamic_shapes)
-    bound = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(_any_batch, dict(bound))
     # Where the model reads the size of its batch, or has none, that of the example is the one.
     with contextlib.suppress(ValueError):
