@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import stat
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from noisyq_fast import writing
 from noisyq_fast.calibration.folding import LINEAR, replace_module_, with_bias_
 from noisyq_fast.calibration.ocs import SplitChannels, split_inputs_
 from noisyq_fast.convert import float_class, quantize_model_
@@ -24,6 +24,7 @@ from noisyq_fast.integer.fusing import fuse_as_, how_fused
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import LearnedQuantizer, Quantizer
 from noisyq_fast.ranges import freeze_weights_
+from noisyq_fast.running import check_has_values, copy_of
 from noisyq_fast.stored_quantizers import describe, make, restore, store, stored_values
 
 FORMAT = "noisyq_fast integers"
@@ -91,6 +92,8 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
             f"model: got {type(model).__name__} without quantized layers, takes what "
             "quantize_model_ returns"
         )
+    path = writing.checked(path)
+    check_has_values(model)
     kept = {name: why for name, layer in layers.items() if (why := _why_kept(layer))}
     kept |= _of_several_uses(model, layers.keys() - kept.keys())
     tensors, names, described = {}, {}, {}
@@ -104,14 +107,9 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
     tensors |= _others(model, set(names), stored)
     content = {"layers": described, "modules": _classes(model), "fused": how_fused(model)}
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path.stat().st_size
+    blob = save({name: t.contiguous().cpu() for name, t in tensors.items()}, metadata)
+    writing.write(path, blob)
+    return len(blob)
 
 
 def _describe(
@@ -257,7 +255,7 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
     path = Path(path)
     tensors, content = _read(path)
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     try:
         _change_as_saved_(model, content["modules"], tensors)
         _check_modules(model, content["modules"])

@@ -242,7 +242,10 @@ class QuantLayer(nn.Module):
 
     def _made_once(self, what: str, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
         """What is made of a weight; of one that is frozen, what was made of it before."""
-        if self.made_of_weights is None or gradients.wanted() or torch.compiler.is_compiling():
+        if self.made_of_weights is None or torch.compiler.is_compiling():
+            return make(weight)
+        if gradients.wanted():
+            self._forget_what_was_made()  # fused optimizers leave no trace of what they change
             return make(weight)
         name = next((name for name, p in self._parameters.items() if p is weight), None)
         quantizer = self.weight_quantizer
@@ -253,7 +256,7 @@ class QuantLayer(nn.Module):
         of = weight, *quantizer._parameters.values(), *quantizer._buffers.values()
         if not can_be_watched(of):
             return make(weight)
-        options = quantizer.bits, quantizer.enabled, quantizer.starts
+        options = quantizer, quantizer.grid, quantizer.enabled, quantizer.starts
         made = self.made_of_weights.get((name, what))
         if made is None or not made.is_of(of, options):
             made = self.made_of_weights[name, what] = Made(make(weight), of, options)

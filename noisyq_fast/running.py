@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Also of a model on which a forward has left tensors with a history, as pruning and weight
+    norm do, which cannot be copied otherwise. A ValueError where there are no values to copy."""
+    check_has_values(model)
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo)
+
+
+def check_has_values(model: nn.Module) -> None:
+    if any(x.is_meta for x in [*model.parameters(), *model.buffers()]):
+        raise ValueError(
+            "model: got parameters on the device 'meta', which have no values; takes a model that "
+            "was built or loaded on another device"
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import noisyq_fast
-from noisyq_fast import LSQ, GroupedLinear, freeze_weights_, fuse_, quantize_model_
+from noisyq_fast import LSQ, AbsMax, GroupedLinear, freeze_weights_, fuse_, quantize_model_
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -185,4 +185,25 @@ def test_replaced_tensors_count(arithmetic):
     check_frozen(model)
     state = {name: value + 0.25 for name, value in model.state_dict().items() if "norm.w" in name}
     model.load_state_dict(state, strict=False, assign=True)
+    check_frozen(model)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+def test_replaced_quantizers_count(arithmetic):
+    model = freeze_weights_(network(arithmetic))
+    check_frozen(model)
+    for quantizer in (AbsMax(8, 0, "full"), AbsMax(8), AbsMax(8, group_size=4)):
+        model.conv.weight_quantizer = quantizer
+        check_frozen(model)
+    model.conv.weight_quantizer.grid_kind = "full"
+    check_frozen(model)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "fused"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_steps_of_fused_optimizers_count(optimizer, arithmetic):
+    model = freeze_weights_(network(arithmetic))
+    check_frozen(model)
+    model(X).sum().backward()
+    optimizer(model.parameters(), lr=0.1, fused=True).step()
     check_frozen(model)

@@ -439,6 +439,22 @@ def test_what_is_not_saved(path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_places_without_a_file_and_models_without_values(path):
+    model = trained()
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        save_integers(model, path / "model")
+    with pytest.raises(IsADirectoryError, match="is a folder, takes the path of a file"):
+        save_integers(model, path.parent)
+    save_integers(model, path)
+    with pytest.raises(ValueError, match="model: got parameters on the device 'meta'"):
+        load_integers(network().to("meta"), path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="model: got parameters on the device 'meta'"):
+        save_integers(model.to("meta"), path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
 # Files of all sorts.
 
 

@@ -366,6 +366,48 @@ def test_a_batch_that_the_model_fixes_is_told(tmp_path):
     assert "batches of the size of the example only" in str(made)
 
 
+class Added(nn.Module):
+    """A sample for each row of the first input, and one that is for all; returns a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = QuantLinear(3, 3)
+
+    def forward(self, x, shift):
+        return self.layer(x) + shift, self.layer.bias
+
+
+def test_an_input_for_all_samples(tmp_path):
+    model, example = Added(), (torch.rand(4, 3), torch.rand(1, 3))
+    model(*example)
+    made = noisyq_fast.export_onnx(model, example, tmp_path / "model.onnx")
+    assert made.differing == 0
+    assert "size of the example only" in str(made)
+
+
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+def test_autocast_changes_nothing(form, tmp_path):
+    x = torch.rand(4, 3, 8, 8)
+    model = converted(Small(), x)
+    expected = noisyq_fast.export_onnx(model, x, tmp_path / "a.onnx", form)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = noisyq_fast.export_onnx(model, x, tmp_path / "b.onnx", form)
+    assert (made.size, made.differing) == (expected.size, expected.differing)
+
+
+def test_places_without_a_file_and_models_without_values(tmp_path):
+    model = nn.Sequential(QuantLinear(3, 3))
+    x = torch.rand(2, 3)
+    model(x)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        noisyq_fast.export_onnx(model, x, tmp_path / "none" / "model.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder, takes the path of a file"):
+        noisyq_fast.export_onnx(model, x, tmp_path)
+    with pytest.raises(ValueError, match="model: got parameters on the device 'meta'"):
+        noisyq_fast.export_onnx(model.to("meta"), x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_torch_export():
     x = torch.randn(2, 3, 9, 7)
     for model in (converted(Small(), x), converted(Small(), x, arithmetic="integer")):

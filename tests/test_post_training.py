@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import noisyq_fast
 from experiments.models.resnet20 import ResNet20
@@ -115,6 +116,8 @@ def test_state_dict_goes_into_a_copy_and_no_other_bits(method):
     [
         (network(), batches()[0], {}, "inputs: got Tensor, takes an iterable"),
         (network(), [], {}, "inputs: got none, takes one or more"),
+        (network(), batches(size=0), {}, "inputs: got a batch without samples"),
+        (network().to("meta"), batches(), {}, "model: got parameters on the device 'meta'"),
         (network(), [torch.randn(2, 4)], {}, "inputs: the model does not run on them"),
         ("net", batches(), {}, "model: got str, takes a torch.nn.Module"),
         (noisyq_fast.QuantLinear(3, 2), [torch.ones(1, 3)], {}, "model: got quantized layers"),
@@ -132,6 +135,36 @@ def test_state_dict_goes_into_a_copy_and_no_other_bits(method):
 def test_refused(method, model, inputs, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         method(model, inputs, **options)
+
+
+@every_method
+def test_what_a_forward_leaves_in_a_model_does_no_harm(method):
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    prune.random_unstructured(model[2], "weight", 0.5)
+    x = torch.randn(8, 6)
+    model(x)
+    assert method(model, [x])(x).shape == (8, 2)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(method, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)).to(dtype)
+    x = [torch.randn(64, 6, dtype=dtype)]
+    quantized = method(model, x, weight_bits=6, activation_bits=8)
+    assert quantized(x[0]).dtype == dtype
+    error = (quantized(x[0]) - model(x[0])).norm() / model(x[0]).norm()
+    assert error < 0.5
+
+
+@every_method
+def test_autocast_changes_nothing(method):
+    expected = method(network(), batches(), weight_bits=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = method(network(), batches(), weight_bits=5)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(quantized.state_dict()[name], value)
 
 
 @every_method
@@ -362,6 +395,60 @@ def test_pairs_are_layers_whose_output_one_other_reads():
     ]
 
 
+class Of(nn.Module):
+    """A function of two layers and an input."""
+
+    def __init__(self, function, *layers):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, x):
+        return self.function(*self.layers, x)
+
+
+def conv(ins=3, outs=8):
+    return nn.Conv2d(ins, outs, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "shape", "is_pair"),
+    [
+        (lambda a, b, x: b(a(x).mean(1)), (conv(), nn.Conv1d(8, 4, 1)), (2, 3, 8, 8), False),
+        (lambda a, b, x: b(a(x).mean(0)), (conv(), nn.Conv1d(8, 4, 1)), (8, 3, 8, 8), False),
+        (lambda a, b, x: b(a(x).relu()), (conv(), nn.Linear(8, 4)), (2, 3, 8, 8), False),
+        (lambda a, b, x: b(a(x)), (nn.Linear(5, 8), nn.Conv1d(8, 4, 1)), (2, 8, 5), False),
+        (
+            lambda a, b, x: b(F.avg_pool1d(a(x), 3, 1, 1)),
+            (nn.Linear(5, 8), nn.Linear(8, 4)),
+            (2, 6, 5),
+            False,
+        ),
+        (
+            lambda a, b, x: b(a(x).view(8, 8)),
+            (nn.Conv1d(3, 8, 1), nn.Linear(8, 4)),
+            (1, 3, 8),
+            False,
+        ),
+        (lambda a, b, x: b(a(x)) + a.weight.sum(), (conv(), conv(8, 4)), (2, 3, 8, 8), False),
+        (lambda a, b, x: b(a(x)) + a.bias.sum(), (conv(), conv(8, 4)), (2, 3, 8, 8), False),
+        (lambda a, b, x: b(a(x).relu()), (conv(), conv(8, 4)), (3, 8, 8), True),
+        (lambda a, b, x: b(a(x).mean((2, 3))), (conv(), nn.Linear(8, 4)), (2, 3, 8, 8), True),
+        (lambda a, b, x: b(a(x).relu()), (nn.Linear(5, 8), nn.Linear(8, 4)), (2, 7, 5), True),
+    ],
+)
+def test_pairs_are_of_the_same_channels(function, layers, shape, is_pair):
+    torch.manual_seed(0)
+    model, x = Of(function, *copy.deepcopy(layers)), torch.randn(shape)
+
+    def change_(both):
+        assert bool(pairs(both)) == is_pair
+        found = changeable(both.float, both.trace)
+        equalize_([(found[a], found[b], None) for a, b in pairs(both)])
+
+    both = PostTraining(model, [x], {}, change_=change_)
+    torch.testing.assert_close(both.float(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_equalisation_keeps_what_the_network_computes():
     model, x = network(), batches()
     model[3].first[2] = nn.ReLU()
@@ -369,7 +456,7 @@ def test_equalisation_keeps_what_the_network_computes():
         model[3].first[3].weight[1] = 0  # a dead channel
 
     def change_(both):
-        found = changeable(both.float)
+        found = changeable(both.float, both.trace)
         equalize_([(found[a], found[b], both.normal.get(a)) for a, b in pairs(both)])
 
     both = PostTraining(model, x, {}, change_=change_)

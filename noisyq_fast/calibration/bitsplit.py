@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, shown
+from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
 from noisyq_fast.grid import AFFINE, ODD
 
 _BLOCK = 64
@@ -19,7 +19,7 @@ _MOST_BITS = 7
 """With more, the codes that are closest to the weights are good enough."""
 
 
-@torch.no_grad()
+@in_float32
 def bitsplit(
     model: nn.Module,
     inputs: Iterable[Any],

@@ -11,24 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noisyq_fast.calibration.folding import Normal, changeable, replace_module_, with_bias_
-from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, shown
-from noisyq_fast.calibration.tracing import Step
+from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
+from noisyq_fast.calibration.tracing import Step, Value
 from noisyq_fast.calibration.typical import RELU, Typical, typical_inputs
 from noisyq_fast.layers import DEFAULT_BITS
 from noisyq_fast.quantizers import AbsMax
 
 _SWEEPS = 1000
-_CHANNELWISE = (
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
-    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
-    *(F.dropout, F.dropout2d, torch.mean, Tensor.mean, torch.flatten, Tensor.flatten),
-    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous),
-)
-"""What lets a positive factor of a channel pass, if the channels stay where they are."""
+# What lets a positive factor of a channel pass, if the channels stay where they are.
+_ELEMENTWISE = (*RELU, F.dropout, F.dropout2d, Tensor.contiguous)
+_POOLS = {
+    **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d), 1),
+    **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), 2),
+    **dict.fromkeys((F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d), 3),
+}
+"""Of how many axes, which are the last ones."""
+_MEANS = (torch.mean, Tensor.mean)
+_RESHAPES = (torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape)
 
 
-@torch.no_grad()
+@in_float32
 def dfq(
     model: nn.Module,
     inputs: Iterable[Any],
@@ -93,7 +95,7 @@ def _equalize_and_absorb_(both: PostTraining) -> None:
     for module in list(both.float.modules()):
         if isinstance(module, nn.ReLU6):
             replace_module_(both.float, module, nn.ReLU())
-    layers, found = changeable(both.float), pairs(both)
+    layers, found = changeable(both.float, both.trace), pairs(both)
     equalize_([(layers[a], layers[b], both.normal.get(a)) for a, b in found])
     for first, second in found:
         if first in both.normal:
@@ -105,7 +107,7 @@ def _equalize_and_absorb_(both: PostTraining) -> None:
 
 def pairs(both: PostTraining) -> list[tuple[str, str]]:
     """Names of layers, the second of which alone reads what the first makes, also behind a ReLU."""
-    layers = changeable(both.float)
+    layers = changeable(both.float, both.trace)
     found = []
     for step in both.trace.of_layers():
         second = _after(both, step) if step.layer in layers else None
@@ -117,19 +119,39 @@ def pairs(both: PostTraining) -> list[tuple[str, str]]:
 
 
 def _after(both: PostTraining, step: Step) -> str | None:
-    """The layer that alone reads the output of a step, behind what lets positive factors pass."""
-    channels = step.outputs[0].shape[1:2]
+    """The layer that alone reads the channels that a layer makes, behind what lets positive factors
+    pass."""
+    layers = both.trace.layers
+    axis = _channel_axis(layers[step.layer], step.outputs[0])
     folded = step.layer in both.normal
     while (following := both.trace.only_reader(step.outputs[0])) is not None:
-        passes = following.function in (*RELU, *_CHANNELWISE)
-        if following.layer is not None:
-            passes = folded or isinstance(both.trace.layers[following.layer], nn.ReLU6)
-            if not passes:
-                return following.layer
-        if not passes or following.outputs[0].shape[1:2] != channels:
+        layer = None if following.layer is None else layers[following.layer]
+        if layer is None and not _keeps_channels(following, axis):
             return None
+        if layer is not None and not (folded or isinstance(layer, nn.ReLU6)):
+            reads = _channel_axis(layer, step.outputs[0])
+            return following.layer if reads == axis else None
         step, folded = following, False
     return None
+
+
+def _channel_axis(layer: nn.Module, value: Value) -> int:
+    """That of the input or the output of a layer."""
+    return len(value.shape) - 1 - len(getattr(layer, "kernel_size", ()))
+
+
+def _keeps_channels(step: Step, axis: int) -> bool:
+    """Whether a function leaves the channels where they are, each by itself."""
+    x, y = step.inputs[0], step.outputs[0]
+    if step.function in _POOLS:
+        return axis == len(x.shape) - 1 - _POOLS[step.function]
+    if step.function in _MEANS:
+        over = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else None)
+        over = [over] if isinstance(over, int) else over
+        return bool(over) and all(d % len(x.shape) > axis for d in over)
+    if step.function in _RESHAPES:
+        return x.shape[: axis + 1] == y.shape[: axis + 1]
+    return step.function in _ELEMENTWISE
 
 
 def _inputs_of(layer: nn.Module) -> int:

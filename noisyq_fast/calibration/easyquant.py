@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, shown
+from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
 
 RATIOS = torch.linspace(0.5, 2, 100, dtype=torch.float64).tolist()
 """What the factor before rounding, 1 / scale, is multiplied by: the scale is divided by it."""
 _ROUNDS = 3
 
 
-@torch.no_grad()
+@in_float32
 def easyquant(
     model: nn.Module,
     inputs: Iterable[Any],

@@ -23,8 +23,9 @@ class Normal:
     std: Tensor
 
 
-def changeable(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers and convolutions by name whose weight is a parameter of theirs alone."""
+def changeable(model: nn.Module, trace: Trace) -> dict[str, nn.Module]:
+    """Linear layers and convolutions by name whose weight is a parameter of theirs, and which alone
+    read their weight and bias."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -34,6 +35,7 @@ def changeable(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, LINEAR)
         and not is_parametrized(module)
+        and name not in trace.read_by_others
         and owners.get(id(module._parameters.get("weight")), 0) == 1
     }
 
@@ -46,7 +48,7 @@ def fold_batch_norms_(model: nn.Module, trace: Trace) -> dict[str, Normal]:
     Returns:
         for each such layer by name, what its output is like.
     """
-    layers, modules = changeable(model), dict(model.named_modules())
+    layers, modules = changeable(model, trace), dict(model.named_modules())
     found = {}
     for step in trace.of_layers():
         layer = layers.get(step.layer)

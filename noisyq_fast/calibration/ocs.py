@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from noisyq_fast.calibration.folding import replace_module_
 from noisyq_fast.calibration.input_ranges import calibrate
-from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, shown
+from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
 from noisyq_fast.first_last import by_execution
 from noisyq_fast.grid import FULL, SIGNED
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments
 
 
-@torch.no_grad()
+@in_float32
 def ocs(
     model: nn.Module,
     inputs: Iterable[Any],

@@ -3,7 +3,8 @@ and of a layer the linear problem that it solves on some inputs."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from noisyq_fast.calibration.tracing import Trace
 from noisyq_fast.convert import quantize_model_, why_not_quantized
 from noisyq_fast.layers import QuantLayer
 from noisyq_fast.quantizers import Fixed, Quantizer
-from noisyq_fast.running import arguments
+from noisyq_fast.running import arguments, copy_of, tensors_in
 
 _OWN = ("weight", "weight_grid", "weight_group_size", "activation", "activation_granularity")
 _TAKES = [
@@ -30,6 +31,20 @@ _TAKES = [
     for name in inspect.signature(quantize_model_).parameters
     if name not in (*_OWN, "model", "example")
 ]
+
+
+def in_float32(method: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A method that runs without gradients and without autocast, which would round what it fits."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> nn.Module:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return method(*args, **kwargs)
+
+    return run
 
 
 class PostTraining:
@@ -71,13 +86,15 @@ class PostTraining:
         self.batches = list(inputs)
         if not self.batches:
             raise ValueError("inputs: got none, takes one or more")
-        self.float = copy.deepcopy(model).eval()
+        if any(x.numel() == 0 for batch in self.batches for x in tensors_in(batch)):
+            raise ValueError("inputs: got a batch without samples, takes one or more in each")
+        self.float = copy_of(model).eval()
         layers = {name: m for name, m in self.float.named_modules() if _is_step(m)}
         self.trace = Trace.of(self.float, layers, self.batches[0])
         self.normal = fold_batch_norms_(self.float, self.trace)
         if change_ is not None:
             change_(self)
-        self.quantized = copy.deepcopy(self.float)
+        self.quantized = copy_of(self.float)
         given = {} if weight is None else {"weight": weight}
         quantize_model_(self.quantized, **options | given, example=self.batches[0])
         if any(m.keeps_range for m in self.quantized.modules() if isinstance(m, Quantizer)):
@@ -91,7 +108,7 @@ class PostTraining:
 
     def layers(self) -> list[LinearLayer]:
         """The linear layers and convolutions with a quantized weight, in the order of execution."""
-        found = changeable(self.float).keys() & self.converted().keys()
+        found = changeable(self.float, self.trace).keys() & self.converted().keys()
         names = dict.fromkeys(step.layer for step in self.trace.of_layers())
         layers = [LinearLayer(self, name) for name in names if name in found]
         return [layer for layer in layers if layer.quantized.weight_quantizer is not None]
@@ -117,7 +134,7 @@ class LinearLayer:
         self.float = both.float.get_submodule(name)
         self.quantized: QuantLayer = both.quantized.get_submodule(name)
         self.groups = getattr(self.float, "groups", 1)
-        self.weight = self.float.weight.detach().flatten(1).unflatten(0, (self.groups, -1))
+        self.weight = self.float.weight.detach().float().flatten(1).unflatten(0, (self.groups, -1))
 
     def inputs(self, positions: int) -> tuple[Tensor, Tensor]:
         """What the layer sees in the float network and in the quantized one, before its own
@@ -134,7 +151,7 @@ class LinearLayer:
 
         def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            found.append(samples(self.float, x, each, generator))
+            found.append(samples(self.float, x, each, generator).float())
             if len(found) % calls == 0:
                 raise _Seen
 

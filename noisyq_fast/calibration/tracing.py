@@ -58,6 +58,8 @@ class Trace:
     maker: dict[Value, Step] = field(default_factory=dict)
     readers: dict[Value, list[Step | None]] = field(default_factory=lambda: defaultdict(list))
     calls: Counter[str] = field(default_factory=Counter)
+    read_by_others: set[str] = field(default_factory=set)
+    """Names of layers of which a function reads a parameter directly."""
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Trace:
@@ -84,6 +86,10 @@ class Trace:
                 hook.remove()
         for tensor in tensors_in(output):
             recorder.trace.readers[recorder.value(tensor)].append(None)
+        for name, layer in layers.items():
+            values = [recorder.value(p) for p in layer.parameters(recurse=False)]
+            if any(recorder.trace.readers.get(value) for value in values):
+                recorder.trace.read_by_others.add(name)
         return recorder.trace
 
     def only_reader(self, value: Value) -> Step | None:

@@ -34,7 +34,9 @@ def compare(
     for (_, own), (_, _, offset), other in zip(prepared.codes, prepared.seen, codes, strict=True):
         count += own.numel()
         differing += int((other.astype(np.int32) - offset != own.numpy().astype(np.int32)).sum())
-    ours = [x.double().numpy() for x in tensors_in(prepared.outputs) if x.is_floating_point()]
+    ours = [
+        x.detach().double().numpy() for x in tensors_in(prepared.outputs) if x.is_floating_point()
+    ]
     theirs = [x for x in outputs if x.dtype.kind == "f"]
     largest = max(
         (float(np.abs(x - y).max()) for x, y in zip(ours, theirs, strict=True) if x.size),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
+from noisyq_fast import writing
 from noisyq_fast.exporting import comparison, operators
 from noisyq_fast.exporting.prepare import FORMS, QDQ, Prepared, copied
 from noisyq_fast.layers import QuantLayer
@@ -148,11 +149,13 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"export_onnx needs {package}: pip install 'noisyq_fast[onnx]'")
+    path = writing.checked(path)
     args, kwargs = arguments(example)
     args, kwargs = pytree.tree_map(_on_cpu, (args, kwargs))
-    prepared = Prepared(copied(model), args, kwargs, form)
-    traced = _traced(prepared, args, kwargs, dynamic_shapes)
-    program = _translated(traced, prepared.model)
+    with torch.autocast("cpu", enabled=False):
+        prepared = Prepared(copied(model), args, kwargs, form)
+        traced = _traced(prepared, args, kwargs, dynamic_shapes)
+        program = _translated(traced, prepared.model)
     with _quiet():
         _name_and_pack(program.model, prepared)
     with_codes = _serialized(program.model)
@@ -160,9 +163,9 @@ def export_onnx(
     _leave_codes_out(program.model, len(prepared.seen))
     blob = _serialized(program.model)
     compared = comparison.compare(prepared, blob, with_codes, inputs, (args, kwargs))
-    _write(Path(path), blob)
+    writing.write(path, blob)
     return Export(
-        path=Path(path),
+        path=path,
         form=form,
         size=len(blob),
         weights={name: weight.bits for name, weight in prepared.weights.items()},
@@ -189,7 +192,7 @@ def _traced(
     def with_codes(_: nn.Module, __: tuple, outputs: Any) -> Any:
         return tensors_in(outputs), [codes for _, codes, _ in prepared.seen]
 
-    model.register_forward_pre_hook(lambda _, __: prepared.seen.clear())
+    model.register_forward_pre_hook(lambda _, __: prepared.start())
     model.register_forward_hook(with_codes)
 
     def traced(args: tuple, kwargs: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
@@ -204,10 +207,13 @@ def _traced(
         return traced(args, kwargs, dynamic_shapes)
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(_any_batch, dict(bound))
-    two_args, two_kwargs = pytree.tree_map(_with_two_samples, (args, kwargs))
-    several = traced(two_args, two_kwargs, shapes)
-    # Where the model reads the size of its batch, that of the example is the one.
-    return several if _has_any_batch(several) else traced(args, kwargs, None)
+    # Where the model reads the size of its batch, or has none, that of the example is the one.
+    with contextlib.suppress(ValueError):
+        two_args, two_kwargs = pytree.tree_map(_with_two_samples, (args, kwargs))
+        several = traced(two_args, two_kwargs, shapes)
+        if _has_any_batch(several):
+            return several
+    return traced(args, kwargs, None)
 
 
 def _has_any_batch(program: torch.export.ExportedProgram) -> bool:
@@ -367,12 +373,3 @@ def _serialized(model: Any) -> bytes:
     if size > _LARGEST_FILE:
         raise ValueError(f"model: got {size:,} bytes of weights, takes up to {_LARGEST_FILE:,}")
     return ir.to_proto(model).SerializeToString()
-
-
-def _write(path: Path, blob: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(blob)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

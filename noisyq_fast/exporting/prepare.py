@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import unfuse_
 from noisyq_fast.layers import FLOAT, INTEGER, QuantEmbedding, QuantLayer
 from noisyq_fast.quantizers import Quantizer
-from noisyq_fast.running import in_evaluation
+from noisyq_fast.running import copy_of, in_evaluation
 
 QDQ = "qdq"
 FORMS = QDQ, INTEGER
@@ -28,14 +29,7 @@ _LARGEST_SUM = 2**31 - 1
 
 def copied(model: nn.Module) -> nn.Module:
     """On the CPU, in evaluation."""
-    # Pruning and weight norm leave tensors with a history, which cannot be copied.
-    memo = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(model, memo).cpu().eval()
+    return copy_of(model).cpu().eval()
 
 
 class Prepared:
@@ -66,6 +60,7 @@ class Prepared:
         self.floats: dict[str, str] = {}
         self.seen: list[tuple[str, Tensor, int]] = []
         self._of_parameters: dict[int, Weight] = {}
+        self._calls: Counter[str] = Counter()
         if form == INTEGER:
             for layer in self.layers.values():
                 layer.arithmetic = INTEGER
@@ -161,7 +156,7 @@ class Prepared:
         for weight in weights:
             weight.guarded = any(map(stand_ins.is_elementwise, inputs.values()))
         layer.weight_quantizer = None
-        of_calls = itertools.cycle(weights)
+        of_calls = functools.partial(self._of_call, name, weights)
         vars(layer)["quantized_weight"] = _values(layer, of_calls)
         if why is None:
             self.integers.append(name)
@@ -169,6 +164,16 @@ class Prepared:
             vars(layer)["weight_codes"] = _codes(layer, of_calls)
             if layer.norm:
                 layer.norm = (_norm(layer, weights[0]),)
+
+    def _of_call(self, name: str, weights: list[nn.Module]) -> nn.Module:
+        """The weight of the next call of a layer."""
+        self._calls[name] += 1
+        return weights[(self._calls[name] - 1) % len(weights)]
+
+    def start(self) -> None:
+        """What is done before each call of the model."""
+        self.seen.clear()
+        self._calls.clear()
 
     def _why_no_product(self, layer: QuantLayer, inputs: dict[str, nn.Module | None]) -> str | None:
         """Why a layer does not multiply codes; None where it does."""
@@ -240,21 +245,21 @@ def _recording(layer: QuantLayer, method: Callable, used: list[Tensor]) -> Calla
     return record
 
 
-def _values(layer: QuantLayer, weights: Iterator[nn.Module]) -> Callable:
+def _values(layer: QuantLayer, of_call: Callable[[], nn.Module]) -> Callable:
     """Stands for the method `quantized_weight`."""
 
     def values(weight: Tensor | None = None) -> Tensor:
         weight = layer.weight if weight is None else weight
-        return layer.from_channels(next(weights)(), weight)
+        return layer.from_channels(of_call()(), weight)
 
     return values
 
 
-def _codes(layer: QuantLayer, weights: Iterator[Weight]) -> Callable:
+def _codes(layer: QuantLayer, of_call: Callable[[], Weight]) -> Callable:
     """Stands for the method `weight_codes`."""
 
     def codes(weight: Tensor | None = None) -> Codes:
-        weight, made = layer.weight if weight is None else weight, next(weights)
+        weight, made = layer.weight if weight is None else weight, of_call()
         return made.in_product(layer.from_channels(made.codes, weight))
 
     return codes

@@ -18,7 +18,6 @@ others behind them, and `IntegerOnly.compare` counts them all. With 16 guard bit
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from noisyq_fast.integer.fixed_point import LARGEST, FixedPoint, saturated
 from noisyq_fast.integer.fusing import unfuse_
 from noisyq_fast.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from noisyq_fast.quantizers import AQD, LSQ, PACT, QIL, Fixed, MovingAbsMax, Quantizer
+from noisyq_fast.running import copy_of
 
 _QUANTIZERS = (MovingAbsMax, LSQ, PACT, QIL, AQD, Fixed)
 _LAYERS = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
@@ -80,7 +80,7 @@ class IntegerOnly(nn.Module):
         if not isinstance(guard_bits, int) or not 0 <= guard_bits <= 20:
             raise ValueError(f"guard_bits: got {guard_bits!r}, takes 0..20")
         # In a tuple: the float-scale network is no module of this one.
-        model = copy.deepcopy(model).eval()
+        model = copy_of(model).eval()
         unfuse_(model)
         self._model = (model,)
         program = _Program(model, example, guard_bits)
