@@ -103,6 +103,7 @@ class LearnedQuantizer(Quantizer):
 
     def for_weight(self, weight: Tensor) -> LearnedQuantizer:
         self._take_role(WEIGHT)
+        self.axis = checks.front_axis(self.axis, weight)
         self._allocate([] if self.axis is None else [weight.shape[self.axis]])
         return self
 
@@ -148,6 +149,11 @@ class LearnedQuantizer(Quantizer):
         """Puts the parameters where ``x`` says that they begin."""
         if next(self.parameters()).is_meta and not x.is_meta:
             self.to_empty(device=x.device)
+        if self.axis is not None and next(self.parameters()).dim() == 0:
+            raise ValueError(
+                f"axis: got {self.axis} before it is known how many indices it has; call "
+                "for_weight(weight) first, as layers do"
+            )
         values = self.initial(x.detach())
         if not x.is_meta and not all(bool(value.isfinite().all()) for value in values):
             raise ValueError("x: got a NaN or an infinity in the first tensor, takes finite values")
@@ -328,6 +334,7 @@ class LearnedQuantizer(Quantizer):
         check_bits(changes.get("bits", self.bits))
         quantizer = super().like(**changes)
         quantizer._set_grid()
+        quantizer._allocate([*quantizer.learned()[0].shape])  # with the gradients that it has now
         return quantizer
 
 
