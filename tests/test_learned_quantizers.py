@@ -404,6 +404,21 @@ def test_codes_are_what_the_values_are_made_of(weight):
         assert_same(codes * scale, quantizer(values).detach())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pair", [p for p in PAIRS if p not in ("dsq", "pact centered")])
+def test_a_value_without_a_code_is_loud_in_integers(pair, training):
+    weight, activation = PAIRS[pair]
+    layer = QuantLinear(8, 3, weight=weight, activation=activation, arithmetic="integer")
+    x = torch.rand(4, 8)
+    assert layer(x).isfinite().all()
+    layer.train(training)
+    with torch.no_grad():
+        assert layer(x.clone().index_fill_(1, torch.tensor(2), torch.nan)).isnan().all()
+        assert layer(x).isfinite().all()
+        layer.weight[1, 0] = torch.nan
+        assert layer(x)[:, 1].isnan().all()
+
+
 def test_codes_that_are_no_bytes_are_refused():
     layer = QuantLinear(3, 2, weight=AQD(8), activation=None)
     with pytest.raises(ValueError, match=r"codes -255\.\.255 do not fit into a byte"):

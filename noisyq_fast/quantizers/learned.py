@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks, gradients
+from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.backends.reference_learned import sum_of_groups
 from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import FULL, UNSIGNED, check_bits
@@ -305,7 +306,7 @@ class LearnedQuantizer(Quantizer):
                 codes = quantize_learned(
                     x, self.stacked(), self.rule, *self._byte_ends(), self.axis
                 )
-                scale = self.code_scale()
+                scale = scale_of_codes(x, self.code_scale(), self.axis)
             return self._learned_codes(x, codes, scale)
 
     def _byte_ends(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import checks, gradients, rules
+from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.grid import FULL, ODD
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.learned import fake_quantize_learned, quantize_learned
@@ -91,7 +92,7 @@ class SAT(Quantizer):
         with torch.no_grad():
             parameters = self._parameters_of(x)
             codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], low, high)
-            scale = self._scale_of_codes(parameters)
+            scale = scale_of_codes(x, self._scale_of_codes(parameters), None)
         source = self.fake_quantize(x) if gradients.wanted() else x
         return Codes(codes.to(torch.int8), scale, None, max(-low, high), source)
 

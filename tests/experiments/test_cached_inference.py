@@ -199,9 +199,11 @@ def test_what_did_not_change_is_not_computed_and_all_comes_out_right(model):
         assert 0.2 < 1 - cached.last.done / cached.last.total < 0.95
 
 
-@pytest.mark.parametrize(("kernel", "padding"), [(1, 2), (1, 3), ((3, 1), (1, 2)), (3, 4)])
-def test_outputs_that_see_padding_alone(kernel, padding):
-    model = nn.Sequential(nn.Conv2d(3, 4, kernel, padding=padding)).eval()
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(1, 1, 3), (1, 2, 2), ((3, 1), (1, 2), (1, 2)), (3, 1, 4)]
+)
+def test_outputs_that_see_padding_alone(kernel, stride, padding):
+    model = nn.Sequential(nn.Conv2d(3, 4, kernel, stride, padding)).eval()
     cached = CachedInference(model, scaled, block=4, threshold=100.0)
     frame = pixels(32, 32, 3)
     cached(frame)
