@@ -404,6 +404,22 @@ def test_codes_are_what_the_values_are_made_of(weight):
         assert_same(codes * scale, quantizer(values).detach())
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_gradients_in_integers_are_those_of_float(pair):
+    weight, activation = PAIRS[pair]
+    x, grad = torch.rand(5, 16), torch.randn(5, 12)
+    layers = [
+        QuantLinear(16, 12, weight=weight, activation=activation, arithmetic=arithmetic)
+        for arithmetic in ("float", "integer")
+    ]
+    layers[1].load_state_dict(layers[0].state_dict(), strict=False)
+    for layer in layers:
+        layer(x).backward(grad)
+    for own, other in zip(*(layer.parameters() for layer in layers), strict=True):
+        if own.requires_grad:
+            torch.testing.assert_close(own.grad, other.grad)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("pair", [p for p in PAIRS if p not in ("dsq", "pact centered")])
 def test_a_value_without_a_code_is_loud_in_integers(pair, training):

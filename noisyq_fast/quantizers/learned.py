@@ -321,7 +321,8 @@ class LearnedQuantizer(Quantizer):
     def _learned_codes(self, x: Tensor, codes: Tensor, scale: Tensor) -> Codes:
         low, high = self.code_ends
         # Through the float values gradients reach the parameters too.
-        source = self.fake_quantize(x) if gradients.wanted() else x
+        # Not those of a subclass, which has changed x already.
+        source = LearnedQuantizer.fake_quantize(self, x) if gradients.wanted() else x
         codes = codes.to(torch.int8 if low else torch.uint8)
         return Codes(codes, scale, None, max(-low, high), source)
 
