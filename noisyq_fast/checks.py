@@ -57,6 +57,11 @@ def boolean(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes a bool")
 
 
+def number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes a number")
+
+
 def axis_type(axis: object) -> None:
     if axis is not None:
         integer("axis", axis)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from noisyq_fast import checks
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.quantizers.quantizer import Quantizer
 
@@ -48,6 +49,10 @@ class ManyWidths(Quantizer):
             quantizers = {
                 w: None if w == FLOAT else quantizers.like(bits=w) for w in _checked(widths or [])
             }
+        elif widths is not None:
+            raise ValueError(
+                f"widths: got {list(widths)}, takes none with a mapping, which has them"
+            )
         _checked(list(quantizers))
         super().__init__()
         self.each = nn.ModuleDict({str(width): q for width, q in quantizers.items()})
@@ -185,8 +190,8 @@ class BatchNormOfWidths(NormOfWidths):
         for name in [*first.state_dict()]:
             if prefix + name in state_dict:
                 value = state_dict.pop(prefix + name)
-                for width in self.each:
-                    state_dict.setdefault(f"{prefix}each.{width}.{name}", value)
+                for width in self.each:  # a copy for each: with assign=True they are kept
+                    state_dict.setdefault(f"{prefix}each.{width}.{name}", value.clone())
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
@@ -203,13 +208,15 @@ def split_norms_(model: nn.Module, widths: Sequence[int]) -> nn.Module:
         2
     """
     widths = _checked(widths)
-    for parent in list(model.modules()):
-        if isinstance(parent, BatchNormOfWidths):
-            raise ValueError("model: got batch norms that were split already")
-        for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(parent, name, BatchNormOfWidths(child, widths))
-    return model
+    holder = nn.ModuleList([model])
+    modules = list(holder.modules())
+    if any(isinstance(module, BatchNormOfWidths) for module in modules):
+        raise ValueError("model: got batch norms that were split already")
+    split = {m: BatchNormOfWidths(m, widths) for m in modules if isinstance(m, _BatchNorm)}
+    for parent in modules:
+        for name, child in parent._modules.items():
+            parent._modules[name] = split.get(child, child)
+    return holder[0]
 
 
 @contextmanager
@@ -223,7 +230,7 @@ def set_bits(model: nn.Module, bits: int) -> Iterator[None]:
         bits: one of its widths; 32 is float, where there is that one.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``bits`` no int.
         ValueError: a model of one width, or without this one.
 
     Example:
@@ -236,6 +243,7 @@ def set_bits(model: nn.Module, bits: int) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    checks.integer("bits", bits)
     parts = [m for m in model.modules() if isinstance(m, ManyWidths | BatchNormOfWidths)]
     if not parts:
         raise ValueError(
@@ -289,7 +297,7 @@ def _checked(widths: Sequence[int]) -> Sequence[int]:
     if not widths:
         raise ValueError("widths: got none, takes one or more, such as [4, 3, 2]")
     for width in widths:
-        if width != FLOAT and not (isinstance(width, int) and 2 <= width <= 8):
+        if not isinstance(width, int) or (width != FLOAT and not 2 <= width <= 8):
             raise ValueError(f"widths: got {width!r}, takes 2..8, and 32 for float")
     if len(set(widths)) != len(widths):
         raise ValueError(f"widths: got {list(widths)}, takes each once")

@@ -115,11 +115,54 @@ def test_quantizers_that_are_for_the_other_place_are_refused():
         (lambda: PACT(start=0), "start: got 0, takes"),
         (lambda: SAT(rounding="up"), "rounding: got 'up', takes one of modified"),
         (lambda: DSQ(alpha=0.6), "alpha: got 0.6, takes 0.001 to 0.5"),
+        (lambda: PACT(start=math.inf), "start: got inf, takes"),
+        (lambda: PACT(start="8"), "start: got '8' .str., takes a number"),
+        (lambda: DSQ(alpha=None), "alpha: got None .NoneType., takes a number"),
+        (lambda: DSQ(learn_alpha="no"), "learn_alpha: got 'no' .str., takes a bool"),
+        (lambda: LSQ(symmetric="no"), "symmetric: got 'no' .str., takes a bool"),
+        (lambda: SAT(rescale=0), "rescale: got 0 .int., takes a bool"),
+        (lambda: QIL(exponent="no"), "exponent: got 'no' .str., takes a bool"),
+        (lambda: QIL(4).set_bits(9), "bits: got 9"),
+        (lambda: QuantLinear(5, 3, weight=LSQ(4, axis=2)), "axis: got 2 for a tensor of shape"),
+        (lambda: LSQ(4, axis=0)(X), r"axis: got 0 .* call for_weight\(weight\) first"),
     ],
 )
 def test_bad_arguments(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, -2, -3])
+def test_every_axis_of_a_weight_has_the_gradient_of_its_channels(axis):
+    w, grad = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    quantizer = LSQ(4, axis=axis).for_weight(w)
+    quantizer(w).backward(grad)
+    for i, (part, g) in enumerate(zip(w.unbind(axis), grad.unbind(axis), strict=True)):
+        alone = LSQ(4).for_weight(part)
+        alone.begin([quantizer.step.data[i]])
+        alone(part).backward(g)
+        assert_same(quantizer.step.grad[i], alone.step.grad)
+
+
+@pytest.mark.parametrize("rounding", ["modified", "centered", "original"])
+@pytest.mark.parametrize("value", [0.0, 0.3, -0.3])
+@pytest.mark.parametrize("shape", [(4, 3), (1, 1), (0, 3)])
+def test_sat_of_one_level_is_not_rescaled(rounding, value, shape):
+    w = torch.full(shape, value, requires_grad=True)
+    y = SAT(4, rounding=rounding)(w)
+    y.sum().backward()
+    assert_same(y, SAT(4, rounding=rounding, rescale=False)(w))
+    assert (y.abs() <= 1).all()
+    assert (w.grad.abs() < 2).all()
+
+
+def test_another_one_like_it_learns_what_it_says():
+    four = QIL(4).for_weight(torch.randn(3, 3))
+    assert not four.exponent.requires_grad
+    assert four.like(bits=2).exponent.requires_grad
+    assert not DSQ(4).like(learn_alpha=False).alpha.requires_grad
+    per_channel = LSQ(4, axis=0).for_weight(torch.randn(3, 3)).like(bits=2)
+    assert per_channel.step.shape == (3,)
 
 
 def test_negatives_of_an_unsigned_input_are_told():
@@ -359,6 +402,37 @@ def test_codes_are_what_the_values_are_made_of(weight):
         if scale.dim():
             scale = scale.reshape(-1, *[1] * (values.dim() - 1))
         assert_same(codes * scale, quantizer(values).detach())
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_gradients_in_integers_are_those_of_float(pair):
+    weight, activation = PAIRS[pair]
+    x, grad = torch.rand(5, 16), torch.randn(5, 12)
+    layers = [
+        QuantLinear(16, 12, weight=weight, activation=activation, arithmetic=arithmetic)
+        for arithmetic in ("float", "integer")
+    ]
+    layers[1].load_state_dict(layers[0].state_dict(), strict=False)
+    for layer in layers:
+        layer(x).backward(grad)
+    for own, other in zip(*(layer.parameters() for layer in layers), strict=True):
+        if own.requires_grad:
+            torch.testing.assert_close(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pair", [p for p in PAIRS if p not in ("dsq", "pact centered")])
+def test_a_value_without_a_code_is_loud_in_integers(pair, training):
+    weight, activation = PAIRS[pair]
+    layer = QuantLinear(8, 3, weight=weight, activation=activation, arithmetic="integer")
+    x = torch.rand(4, 8)
+    assert layer(x).isfinite().all()
+    layer.train(training)
+    with torch.no_grad():
+        assert layer(x.clone().index_fill_(1, torch.tensor(2), torch.nan)).isnan().all()
+        assert layer(x).isfinite().all()
+        layer.weight[1, 0] = torch.nan
+        assert layer(x)[:, 1].isnan().all()
 
 
 def test_codes_that_are_no_bytes_are_refused():

@@ -7,6 +7,7 @@ from torch import nn
 import noisyq_fast
 from noisyq_fast import LSQ, PACT, SAT, AbsMax, ManyWidths, MovingAbsMax, set_bits, single_width
 from noisyq_fast.integer.fusing import unfuse_
+from noisyq_fast.widths import BatchNormOfWidths
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WIDTHS = [5, 4, 2]
@@ -92,6 +93,39 @@ def test_float_is_a_width():
     assert alone[3].weight_quantizer is None
     with set_bits(model, 32):
         assert torch.equal(alone(X), model(X))
+
+
+def test_batch_norms_in_several_places_stay_one():
+    norm = nn.BatchNorm1d(3)
+    model = nn.Sequential(nn.Linear(3, 3), norm, nn.Sequential(norm), norm)
+    noisyq_fast.split_norms_(model, [4, 2])
+    assert isinstance(model[1], BatchNormOfWidths)
+    assert model[1] is model[2][0] is model[3]
+    assert isinstance(noisyq_fast.split_norms_(norm, [4, 2]), BatchNormOfWidths)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_statistics_that_are_loaded_for_all_widths_are_their_own(assign):
+    norm = nn.BatchNorm1d(3)
+    split = noisyq_fast.split_norms_(nn.BatchNorm1d(3), [4, 2])
+    split.load_state_dict(norm.state_dict(), assign=assign)
+    with set_bits(split, 2):
+        split(torch.rand(5, 3))
+    assert torch.equal(split.each["4"].running_mean, torch.zeros(3))
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ManyWidths(PACT(4), [5, 32.0]), "widths: got 32.0, takes"),
+        (lambda: ManyWidths({4: PACT(4)}, [4, 2]), "widths: got .4, 2., takes none"),
+        (lambda: set_bits(network(), 4.0).__enter__(), "bits: got 4.0 .float., takes an int"),
+    ],
+)
+def test_widths_that_are_no_whole_numbers_are_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 def test_what_has_one_width_is_refused():

@@ -330,7 +330,10 @@ def _convolved_in_part(
             there.top - seen.top,
             seen.bottom - there.bottom,
         )
-        part = F.pad(x[(..., *there.slices)], around)
+        if there.area:
+            part = F.pad(x[(..., *there.slices)], around)
+        else:  # padding alone
+            part = x.new_zeros(*x.shape[:2], seen.bottom + 1 - seen.top, seen.right + 1 - seen.left)
         out[(..., *rectangle.slices)] = F.conv2d(
             part, weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups
         )

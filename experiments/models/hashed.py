@@ -79,8 +79,10 @@ def hash_weight_(layer: nn.Module, compression: float, seed: int) -> nn.Module:
     They start as the first of the weight's, and so distributed like it; the bias stays.
 
     Raises:
-        ValueError: a weight that is smaller than ``compression``.
+        ValueError: a weight that is smaller than ``compression``, or one below 1.
     """
+    if not compression >= 1:
+        raise ValueError(f"compression: got {compression:g}, takes a number from 1")
     weight = layer.weight
     buckets = round(weight.numel() / compression)
     if buckets < 1:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import rules
+from noisyq_fast import checks, rules
 from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer, quotient
 
 # At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.
@@ -40,6 +40,8 @@ class DSQ(LearnedQuantizer):
     KIND: ClassVar[int] = 8
 
     def __init__(self, bits: int = 4, *, alpha: float = 0.2, learn_alpha: bool = True) -> None:
+        checks.number("alpha", alpha)
+        checks.boolean("learn_alpha", learn_alpha)
         least, most = _ALPHA_ENDS
         if not least <= alpha <= most:
             raise ValueError(f"alpha: got {alpha}, takes {least} to {most}")

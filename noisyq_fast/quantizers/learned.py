@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import checks, gradients
+from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.backends.reference_learned import sum_of_groups
 from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import FULL, UNSIGNED, check_bits
@@ -103,6 +104,7 @@ class LearnedQuantizer(Quantizer):
 
     def for_weight(self, weight: Tensor) -> LearnedQuantizer:
         self._take_role(WEIGHT)
+        self.axis = checks.front_axis(self.axis, weight)
         self._allocate([] if self.axis is None else [weight.shape[self.axis]])
         return self
 
@@ -148,6 +150,11 @@ class LearnedQuantizer(Quantizer):
         """Puts the parameters where ``x`` says that they begin."""
         if next(self.parameters()).is_meta and not x.is_meta:
             self.to_empty(device=x.device)
+        if self.axis is not None and next(self.parameters()).dim() == 0:
+            raise ValueError(
+                f"axis: got {self.axis} before it is known how many indices it has; call "
+                "for_weight(weight) first, as layers do"
+            )
         values = self.initial(x.detach())
         if not x.is_meta and not all(bool(value.isfinite().all()) for value in values):
             raise ValueError("x: got a NaN or an infinity in the first tensor, takes finite values")
@@ -299,7 +306,7 @@ class LearnedQuantizer(Quantizer):
                 codes = quantize_learned(
                     x, self.stacked(), self.rule, *self._byte_ends(), self.axis
                 )
-                scale = self.code_scale()
+                scale = scale_of_codes(x, self.code_scale(), self.axis)
             return self._learned_codes(x, codes, scale)
 
     def _byte_ends(self) -> tuple[int, int]:
@@ -314,7 +321,8 @@ class LearnedQuantizer(Quantizer):
     def _learned_codes(self, x: Tensor, codes: Tensor, scale: Tensor) -> Codes:
         low, high = self.code_ends
         # Through the float values gradients reach the parameters too.
-        source = self.fake_quantize(x) if gradients.wanted() else x
+        # Not those of a subclass, which has changed x already.
+        source = LearnedQuantizer.fake_quantize(self, x) if gradients.wanted() else x
         codes = codes.to(torch.int8 if low else torch.uint8)
         return Codes(codes, scale, None, max(-low, high), source)
 
@@ -328,6 +336,7 @@ class LearnedQuantizer(Quantizer):
         check_bits(changes.get("bits", self.bits))
         quantizer = super().like(**changes)
         quantizer._set_grid()
+        quantizer._allocate([*quantizer.learned()[0].shape])  # with the gradients that it has now
         return quantizer
 
 

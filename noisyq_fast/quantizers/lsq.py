@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from noisyq_fast import checks
 from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.rules import LSQ as RULE
 
@@ -55,6 +56,7 @@ class LSQ(LearnedQuantizer):
     ) -> None:
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: got {gradient!r}, takes one of {', '.join(GRADIENTS)}")
+        checks.boolean("symmetric", symmetric)
         self.symmetric = symmetric
         self.gradient = gradient
         super().__init__(bits, axis, signed=signed)
@@ -79,9 +81,10 @@ class LSQ(LearnedQuantizer):
             return 1.0
         n = x.numel()
         if self.gradient == "paper":
-            n = math.prod(x.shape[1:])  # of a sample, or of a channel of a weight
-            if self.role == WEIGHT and self.axis is None and x.dim():
-                n *= x.shape[0]
+            if self.role != WEIGHT:
+                n = math.prod(x.shape[1:])  # of a sample
+            elif self.axis is not None:
+                n //= max(x.shape[self.axis], 1)
         return 1 / math.sqrt(max(n, 1) * self.code_ends[1])
 
     def within(self, low: Tensor, high: Tensor) -> tuple[Tensor]:

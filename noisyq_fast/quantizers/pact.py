@@ -1,10 +1,12 @@
 """Parameterized clipping activation (Choi et al. 2018, arXiv 1805.06085)."""
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from noisyq_fast import checks
 from noisyq_fast.quantizers.learned import INPUT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.moving_absmax import MovingAbsMax
 from noisyq_fast.quantizers.quantizer import Quantizer
@@ -47,7 +49,8 @@ class PACT(LearnedQuantizer):
     def __init__(self, bits: int = 4, *, start: float = 8.0, gradient: str = "sat") -> None:
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: got {gradient!r}, takes one of {', '.join(GRADIENTS)}")
-        if not start > 0:
+        checks.number("start", start)
+        if not 0 < start < math.inf:
             raise ValueError(f"start: got {start}, takes a number above 0")
         self.start = start
         self.gradient = gradient

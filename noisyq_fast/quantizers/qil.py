@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import rules
+from noisyq_fast import checks, rules
+from noisyq_fast.grid import check_bits
 from noisyq_fast.quantizers.absmax import AbsMax
 from noisyq_fast.quantizers.learned import LEAST, WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.moving_absmax import MovingAbsMax
@@ -43,6 +44,8 @@ class QIL(LearnedQuantizer):
     KIND: ClassVar[int] = 7
 
     def __init__(self, bits: int = 4, *, exponent: bool | None = None) -> None:
+        if exponent is not None:
+            checks.boolean("exponent", exponent)
         self.learns_exponent = exponent
         super().__init__(bits)
 
@@ -82,10 +85,11 @@ class QIL(LearnedQuantizer):
 
     def set_bits(self, bits: int | None) -> None:
         """Goes on with other bits and the same interval; ``None`` is float."""
-        self.enabled = bits is not None
         if bits is not None:
+            check_bits(bits)
             self.bits = bits
             self._set_learning()
+        self.enabled = bits is not None
 
     def _set_learning(self) -> None:
         if self.role == WEIGHT:

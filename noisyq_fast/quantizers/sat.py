@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import gradients, rules
+from noisyq_fast import checks, gradients, rules
+from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.grid import FULL, ODD
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.learned import fake_quantize_learned, quantize_learned
@@ -54,6 +55,7 @@ class SAT(Quantizer):
     def __init__(self, bits: int = 4, *, rounding: str = "modified", rescale: bool = True) -> None:
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding: got {rounding!r}, takes one of {', '.join(ROUNDINGS)}")
+        checks.boolean("rescale", rescale)
         super().__init__(bits, None, FULL)
         self.rounding = rounding
         self.rescale = rescale
@@ -90,7 +92,7 @@ class SAT(Quantizer):
         with torch.no_grad():
             parameters = self._parameters_of(x)
             codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], low, high)
-            scale = self._scale_of_codes(parameters)
+            scale = scale_of_codes(x, self._scale_of_codes(parameters), None)
         source = self.fake_quantize(x) if gradients.wanted() else x
         return Codes(codes.to(torch.int8), scale, None, max(-low, high), source)
 
@@ -107,7 +109,10 @@ class SAT(Quantizer):
 
     def _parameters_of(self, x: Tensor) -> Tensor:
         """max|x|, with its gradient, and the scale."""
+        if x.numel() == 0:
+            return x.new_ones(2, dtype=torch.float32)
         absmax = torch.maximum(x.amax(), -x.amin()).float()
+        absmax = torch.where(absmax == 0, 1.0, absmax)  # only zeros, of which none is the largest
         factor = torch.ones_like(absmax)
         if self.rescale:
             factor = self._scale(x.detach(), torch.stack([absmax.detach(), factor]))
@@ -122,7 +127,8 @@ class SAT(Quantizer):
         variance = (squares.double() * n - total.double().square()) / max(n * (n - 1), 1)
         outputs = n // max(x.shape[1] if x.dim() > 1 else 1, 1)
         deviation = variance.sqrt() * (math.sqrt(max(outputs, 1)) / self.denominator)
-        return (1.0 / deviation.clamp(min=1e-30)).float()
+        deviation = torch.where(deviation == 0, 1.0, deviation)  # all have one level
+        return (1.0 / deviation).float()
 
     def _state(self) -> list[int]:
         variant = list(ROUNDINGS).index(self.rounding)

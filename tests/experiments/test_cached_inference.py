@@ -199,6 +199,19 @@ def test_what_did_not_change_is_not_computed_and_all_comes_out_right(model):
         assert 0.2 < 1 - cached.last.done / cached.last.total < 0.95
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(1, 1, 3), (1, 2, 2), ((3, 1), (1, 2), (1, 2)), (3, 1, 4)]
+)
+def test_outputs_that_see_padding_alone(kernel, stride, padding):
+    model = nn.Sequential(nn.Conv2d(3, 4, kernel, stride, padding)).eval()
+    cached = CachedInference(model, scaled, block=4, threshold=100.0)
+    frame = pixels(32, 32, 3)
+    cached(frame)
+    moved = torch.cat([frame[4:], pixels(4, 32, 3)])
+    torch.testing.assert_close(cached(moved), plain(model, moved), rtol=1e-4, atol=1e-4)
+    assert cached.last.saved > 0
+
+
 def test_at_an_infinite_threshold_every_bit_is_right(model):
     cached = CachedInference(model, scaled, threshold=float("inf"))
     frame = pixels(32, 32, 3)

@@ -360,3 +360,9 @@ def test_lookups_are_reported():
 def test_without_a_penalty_the_loss_is_the_tasks():
     task_loss = nn.Identity()
     assert LCNN(lcnn_lambda=0.0).loss(task_loss, ResNet20(), None) is task_loss
+
+
+@pytest.mark.parametrize("compression", [0.5, 0, -1, float("nan")])
+def test_fewer_weights_than_values_are_refused(compression):
+    with pytest.raises(ValueError, match=f"compression: got {compression}, takes a number from 1"):
+        HashedLinear(4, 4, compression=compression)
