@@ -21,9 +21,9 @@ from noisyq_fast.widths import NormOfWidths
 
 
 def divisible(count: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to a number of channels, but not 0; or the next one where
-    that is below 0.9 of it."""
-    nearest = max(divisor, int(count + divisor / 2) // divisor * divisor)
+    """The multiple of `divisor` nearest to a number of channels, or the next one where that is
+    below 0.9 of it. As in the authors' code, 1 stands for the multiple 0."""
+    nearest = max(1, int(count + divisor / 2) // divisor * divisor)
     return nearest + divisor if nearest < 0.9 * count else nearest
 
 

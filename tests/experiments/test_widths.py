@@ -12,7 +12,7 @@ from experiments.methods.quant import Quant
 from experiments.models import ResNet18Cifar, ResNet20
 from experiments.models.narrowing import narrowed
 from experiments.models.resnet20 import BasicBlock
-from experiments.models.slimmable import divisible, make_slimmable_, set_width
+from experiments.models.slimmable import make_slimmable_, set_width
 from noisyq_fast import AQD, DSQ, LSQ, PACT, QIL, SAT
 
 SMALL = {"epochs": 4, "train_size": 64, "batch_size": 32}
@@ -225,15 +225,6 @@ def test_widths_that_a_network_does_not_have_are_refused():
         set_width(slimmable(private=False), 0.1)
     with pytest.raises(ValueError, match="model: got ResNet20, which has one width"):
         set_width(ResNet20(), 0.5)
-
-
-@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
-def test_channels_are_multiples_of_the_divisor_however_narrow_a_width_is(divisor):
-    for count in torch.linspace(0.01, 70, 5000).tolist():
-        channels = divisible(count, divisor)
-        assert channels >= divisor
-        assert channels % divisor == 0
-        assert channels >= 0.9 * count
 
 
 def test_networks_that_cannot_be_slimmed_are_refused():
