@@ -1,10 +1,13 @@
-"""Evaluation by onnxruntime, in float32 and in its own 8 bits, where it is installed."""
+"""Evaluation by onnxruntime, where it is installed: of a float network, in float32 and in its own 8
+bits, and of ours, exported in both forms."""
 
 from pathlib import Path
 
 import torch
 from comparison import Call
 from torch import Tensor, nn
+
+import noisyq_fast
 
 try:
     import onnxruntime
@@ -22,7 +25,7 @@ def evaluations(model: nn.Module, seen: Tensor, images: Tensor, folder: Path) ->
         folder / name for name in ("model.onnx", "float.onnx", "int8.onnx")
     )
     torch.onnx.export(
-        *(model, images.contiguous(), exported),
+        *(model, seen[:2].contiguous(), exported),
         input_names=["images"],
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         dynamo=True,
@@ -42,6 +45,18 @@ def evaluations(model: nn.Module, seen: Tensor, images: Tensor, folder: Path) ->
     }
 
 
+def exported(name: str, model: nn.Module, seen: Tensor, images: Tensor, folder: Path) -> dict:
+    """A quantized ``model`` on ``images``, as `noisyq_fast.export_onnx` writes it."""
+    if onnxruntime is None:
+        return {}
+    made = {}
+    for form in ("qdq", "integer"):
+        path = folder / f"{form}.onnx"
+        noisyq_fast.export_onnx(model, seen[:2].contiguous(), path, form=form)
+        made[f"{name}, in onnxruntime ({form})"] = _evaluation(path, images)
+    return made
+
+
 def _batches(images: Tensor):
     left = list(images.contiguous().split(32))
 
@@ -56,5 +71,5 @@ def _evaluation(path: Path, images: Tensor) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    given = {"images": images.contiguous().numpy()}
+    given = {session.get_inputs()[0].name: images.contiguous().numpy()}
     return lambda: session.run(None, given)

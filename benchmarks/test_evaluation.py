@@ -32,10 +32,12 @@ def test_evaluation(benchmark, work, size, compiled_afresh, tmp_path):
 
         return run
 
+    networks = {name: of(name) for name in ("float", OURS, INTEGER, FUSED)}
     candidates = {
-        **{name: evaluation(of(name)) for name in ("float", OURS, INTEGER, FUSED)},
+        **{name: evaluation(network) for name, network in networks.items()},
         "torch.compile, float": evaluation(torch.compile(of("float"))),
-        **onnxruntime_peer.evaluations(of("float"), seen, images, tmp_path),
+        **onnxruntime_peer.evaluations(networks["float"], seen, images, tmp_path),
+        **onnxruntime_peer.exported(FUSED, networks[FUSED], seen, images, tmp_path),
     }
     title = f"{work.subject}, evaluation, batch {size}"
     compare(benchmark, title, candidates, rounds=30, ours="float")
