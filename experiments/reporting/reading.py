@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.reporting import packed
+from experiments.storage.files import without_waiting
 
 _LARGEST = {"metrics.jsonl": 2**26}
 _LARGEST_OTHER = 2**20
@@ -133,7 +134,7 @@ def _bytes(path: packed.Folder) -> bytes:
         if isinstance(path, zipfile.Path):
             content = packed.read(path, limit + 1)
         else:
-            with open(path, "rb", opener=_without_waiting) as file:
+            with open(path, "rb", opener=without_waiting) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise ValueError(f"{path}: is not a regular file")
                 content = file.read(limit + 1)
@@ -144,11 +145,6 @@ def _bytes(path: packed.Folder) -> bytes:
     if len(content) > limit:
         raise ValueError(f"{path}: got more than {limit:,} bytes")
     return content
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe without waiting for its other end."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
