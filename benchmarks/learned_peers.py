@@ -1,5 +1,5 @@
 """How others compute quantizers that learn: 4 bits, inputs without values below 0, in eager PyTorch
-as popular implementations write it. Each is a module on the CPU, made by name from `LEARNED`."""
+as popular implementations write it. Each is a module, made by name from `LEARNED`."""
 
 from collections.abc import Callable
 
@@ -64,7 +64,7 @@ class LSQOfTorch(Parameter):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = 1 / (x.numel() * N) ** 0.5
-        zero = torch.zeros(1)
+        zero = torch.zeros_like(self.p).reshape(1)
         return torch._fake_quantize_learnable_per_tensor_affine(
             x, self.p.reshape(1), zero, 0, N, factor
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from comparison import Call
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def forward(call: Callable, x: object) -> Call:
@@ -16,12 +16,14 @@ def forward(call: Callable, x: object) -> Call:
 
 
 def forward_backward(call: Callable, x: Tensor) -> Call:
+    """Differentiates by ``x``, and by the parameters of a module."""
     x = x.clone().requires_grad_()
     grad = torch.randn_like(x)
+    inputs = [x, *(call.parameters() if isinstance(call, nn.Module) else [])]
 
     # Not backward(): accumulating into x.grad would add the same copy to every candidate.
     def run():
-        return torch.autograd.grad(call(x), x, grad)
+        return torch.autograd.grad(call(x), inputs, grad)
 
     return run
 

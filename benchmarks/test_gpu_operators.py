@@ -8,10 +8,12 @@ import pytest
 import torch
 from comparison import Comparison
 from device import MARKS, by_backend, compare_on_device, one_after_another, our_name, rotated
+from learned_peers import LEARNED
 from passes import forward, forward_backward, name_of
 
 from experiments.models import ResNet20
 from noisyq_fast import fake_quantize, fake_quantize_ema, fake_quantize_many
+from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 
 pytestmark = MARKS
 
@@ -59,6 +61,34 @@ def test_evaluation(benchmark, shape, dtype):
         lambda x: fake_quantize_ema(x, running, BITS, training=False),
         peers.EVALUATION,
         activations(shape, dtype),
+    )
+
+
+@pytest.mark.parametrize("quantizer", LEARNED)
+def test_learned(benchmark, quantizer):
+    ours, others = LEARNED[quantizer]
+    compare_operator(
+        benchmark,
+        f"{quantizer}, activation {describe(RESNET20[0], torch.float32)}, channels_last, "
+        "forward + backward",
+        ours().to("cuda"),
+        others,
+        [x.relu() for x in activations(RESNET20[0], torch.float32)],
+        forward_backward,
+    )
+
+
+@pytest.mark.parametrize("grid", [SIGNED, FULL, UNSIGNED, AFFINE])
+def test_grids(benchmark, grid):
+    ranges = torch.tensor([-0.5, 1.0]) if grid == AFFINE else torch.tensor(1.0)
+    running = ranges.to("cuda")
+    compare_operator(
+        benchmark,
+        f"activation {describe(RESNET20[0], torch.float32)}, channels_last, grid {grid}, "
+        "moving average, forward",
+        lambda x: fake_quantize_ema(x, running, BITS, grid=grid),
+        {},
+        activations(RESNET20[0], torch.float32),
     )
 
 

@@ -5,10 +5,18 @@ import copy
 import pytest
 import torch
 from comparison import Comparison
-from device import MARKS, by_backend, compare_on_device, our_name
-from training_step import CLASSIFICATION, quantized_by_torch_ao, quantized_eagerly, step_of
-
-from noisyq_fast import quantize_model_
+from device import MARKS, by_backend, compare_on_device
+from training_step import (
+    CLASSIFICATION,
+    FORMS,
+    FUSED,
+    INTEGER,
+    LSQ_STEPS,
+    OURS,
+    RECOMPUTE,
+    RESNET18,
+    step_of,
+)
 
 DTYPES = {
     torch.float32: "float32 (convolutions in TF32)",
@@ -25,29 +33,30 @@ def fastest_convolutions(monkeypatch):
 
 
 def test_captured_step(benchmark, dtype):
-    compare_steps(benchmark, dtype, capture=True)
+    compare_steps(benchmark, dtype, CLASSIFICATION, capture=True)
+
+
+def test_larger_captured_step(benchmark, dtype):
+    compare_steps(benchmark, dtype, RESNET18, capture=True)
 
 
 def test_eager_step(benchmark, dtype):
-    compare_steps(benchmark, dtype, capture=False)
+    compare_steps(benchmark, dtype, CLASSIFICATION, capture=False)
 
 
-def compare_steps(benchmark, dtype, capture):
-    model = CLASSIFICATION.network()
+def compare_steps(benchmark, dtype, work, capture):
+    model, example = work.network(), work.example()
 
-    def step(change):
-        return lambda: step_of(CLASSIFICATION, change(copy.deepcopy(model)), "cuda", dtype)
+    def step(name):
+        return lambda: step_of(work, FORMS[name](copy.deepcopy(model), example), "cuda", dtype)
 
-    candidates = {
-        "float": step(lambda model: model),
-        **by_backend(step(quantize_model_)),
-        "eager, detach": step(quantized_eagerly),
-    }
+    names = ["float", LSQ_STEPS, INTEGER, FUSED, RECOMPUTE, "eager, detach"]
     if not capture:  # It waits for the device, so it cannot be captured.
-        candidates["torch.ao fused"] = step(quantized_by_torch_ao)
+        names.append("torch.ao fused")
+    candidates = by_backend(step(OURS)) | {name: step(name) for name in names}
     how = "captured" if capture else "eager"
     comparison = Comparison(
-        f"{CLASSIFICATION.title}, channels_last, {DTYPES[dtype]}, {how}",
-        ours=our_name(),
+        f"{work.title}, channels_last, {DTYPES[dtype]}, {how}",
+        ours="float",
     )
     compare_on_device(benchmark, comparison, candidates, rounds=30, capture=capture)

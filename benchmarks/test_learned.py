@@ -5,20 +5,9 @@ import pytest
 import torch
 from comparison import OURS, compare
 from learned_peers import LEARNED
-from passes import forward, name_of
+from passes import forward, forward_backward, name_of
 
 from noisyq_fast import LSQ, fake_quantize, fake_quantize_ema
-
-
-def forward_backward(call, x):
-    x = x.clone().requires_grad_()
-    grad = torch.randn_like(x)
-    inputs = [x, *(call.parameters() if isinstance(call, torch.nn.Module) else [])]
-
-    def run():
-        return torch.autograd.grad(call(x), inputs, grad)
-
-    return run
 
 
 @pytest.mark.usefixtures("compiled_afresh")

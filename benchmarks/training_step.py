@@ -13,12 +13,13 @@ from torch.nn.utils import parametrize
 
 from experiments.models import ActionUnitNetwork, PerAUHead, ResNet18Cifar, ResNet20, SmallEncoder
 from experiments.tasks.au_loss import au_loss
-from noisyq_fast import GroupedLinear, fuse_, quantize_model_
+from noisyq_fast import LSQ, GroupedLinear, fuse_, quantize_model_
 
 AUS = 12
 INTEGER = f"{OURS}, integer"
 FUSED = f"{OURS}, integer, fused"
 RECOMPUTE = f"{OURS}, integer, fused, recompute"
+LSQ_STEPS = f"{OURS}, LSQ"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ def quantized(model: nn.Module, example: Tensor, arithmetic: str = "float") -> n
     return quantize_model_(model, example=example, arithmetic=arithmetic)
 
 
+def learned(model: nn.Module, example: Tensor) -> nn.Module:
+    return quantize_model_(model, example=example, weight=LSQ(4), activation=LSQ(4))
+
+
 def fused(model: nn.Module, example: Tensor, recompute: bool = False) -> nn.Module:
     return fuse_(quantized(model, example, "integer"), example, recompute=recompute)
 
@@ -174,6 +179,7 @@ class ByGroup(nn.Module):
 FORMS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "float": lambda model, _: model,
     OURS: quantized,
+    LSQ_STEPS: learned,
     INTEGER: lambda model, example: quantized(model, example, "integer"),
     FUSED: fused,
     RECOMPUTE: lambda model, example: fused(model, example, recompute=True),

@@ -27,7 +27,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.* encountered in:RuntimeWarning:triton")
 
 
-# The backends that take the tensors of most tests; tests/test_gpu.py is about the others.
+# The backends that take the tensors of most tests; tests/test_gpu*.py are about the others.
 ON_CPU = [name for name, backend in BACKENDS.items() if backend.takes("cpu")]
 
 
@@ -39,6 +39,26 @@ def backend(request):
         pytest.skip(f"backend {request.param}: {reason}")
     with noisyq_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request):
+    """Runs a test once on each backend of a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no CUDA device")
+    reason = BACKENDS[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with noisyq_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def no_waiting():
+    """PyTorch raises where it would make the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
 
 
 LEARNED = [name for name in ON_CPU if "fake_quantize_learned" in BACKENDS[name].functions]

@@ -160,6 +160,18 @@ def every_pass_over_sums(backend, device):
         total, squares, count, scale, weight, bias, 1e-5
     )
     results = [kept, total, squares, *ends, factor, term, *of_batch]
+    for of_layer in (None, bias):
+        running = mean.clone(), scale.clone(), torch.tensor(3, device=device)
+        backend.track_statistics(*running, *of_batch[2:], of_layer, count, 0.1)
+        results += running
+    for factors in (factor, -factor, factor * float("nan")):
+        results += [backend.ends_of_line(*ends, factors, term, relu) for relu in (False, True)]
+    for kind in ("signed", "full", "unsigned", "affine"):
+        grid, observed = Grid(4, kind), torch.full_like(range_[0], 0.25)
+        running = torch.full_like(range_ if grid.is_affine else observed, 2.0)
+        for batch in (range_, range_ * float("nan"), range_ * float("inf")):
+            results += [backend.observe(batch, running, observed, 0.3, grid)]
+            results += [running.clone(), observed.clone()]
     results += backend.map_sums(kept, factor, term, residual, True, True, True)
     results += backend.codes_of_sums(kept, factor, term, True, range_, Grid(4, "affine"))
     line, of_weight, of_bias = backend.grads_of_norm(

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import noisyq_fast
+from experiments.models import ResNet20
 from noisyq_fast import (
     QuantConv2d,
     QuantLayer,
@@ -26,6 +27,8 @@ from noisyq_fast import (
     fuse_,
     quantize_model_,
 )
+from noisyq_fast.backends import select
+from noisyq_fast.integer import chain as chains
 from noisyq_fast.integer.batch_norm import ExactBatchNorm
 from noisyq_fast.integer.chain import mean_of_pixels
 from noisyq_fast.integer.deferred import Deferred
@@ -697,6 +700,23 @@ def assert_same_kind(actual, expected):
         assert_same([*actual], [*expected])
     else:
         assert actual == expected
+
+
+def test_values_are_written_where_they_are_read_only(monkeypatch):
+    """Of ResNet-20: the first block's input, and behind the addition of each block."""
+    written = []
+
+    def selected(name, device_type):
+        written.append(name)
+        return select(name, device_type)
+
+    images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    model = quantize_model_(ResNet20(), arithmetic="integer").to(memory_format=torch.channels_last)
+    fuse_(model, images)
+    monkeypatch.setattr(chains, "select", selected)
+    model(images)
+    assert written.count("map_sums") == 10
+    assert written.count("codes_of_sums") == 10
 
 
 def test_identity_of_a_deferred_tensor():

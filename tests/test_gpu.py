@@ -1,6 +1,5 @@
-"""What only a GPU can show: compiled kernels, streams, graphs, and that nothing waits for it."""
+"""What only a GPU can show of operators: streams, graphs, and that nothing waits."""
 
-import copy
 import os
 import shutil
 import subprocess
@@ -10,13 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from assert_same import assert_same
+from captured import captured
 from every_operator import EVERY, operators
 from memory_layouts import TENSORS, channels_last
 from strategies import DTYPES, VALUES
-from torch import nn
-from torch._dynamo.utils import counters
 
 import noisyq_fast
 from noisyq_fast import (
@@ -25,35 +22,15 @@ from noisyq_fast import (
     fake_quantize_ema,
     fake_quantize_many,
     quantize,
-    quantize_model_,
 )
 from noisyq_fast.backends import BACKENDS
 from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
 from noisyq_fast.learned import fake_quantize_learned, quantize_learned
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
-)
+pytestmark = pytest.mark.usefixtures("gpu_backend")
 
 DEVICE = "cuda"
 UNSEEN = float("nan")
-
-
-@pytest.fixture(params=["cuda", "triton"], autouse=True)
-def gpu_backend(request):
-    reason = BACKENDS[request.param].unavailable()
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    with noisyq_fast.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def no_waiting():
-    """PyTorch raises where it would make the host wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def range_for(x, axis):
@@ -204,20 +181,6 @@ def test_an_unseen_range_in_evaluation_gives_nan(no_waiting):
         assert y.isnan().all()
 
 
-def captured(call):
-    """A graph of the call, warmed up on another stream, and what the call returned."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = call()
-    return graph, returned
-
-
 @each_operator
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_a_replayed_operator_computes_anew(operator, axis):
@@ -232,74 +195,6 @@ def test_a_replayed_operator_computes_anew(operator, axis):
         graph.replay()
         assert_same(outputs, operator(x, expected_running, axis))
         assert_same(running, expected_running)
-
-
-def small_model():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
-    )
-    return quantize_model_(model).to(DEVICE)
-
-
-def test_a_replayed_training_step_is_the_eager_step(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    images = torch.empty(16, 3, 8, 8, device=DEVICE)
-    labels = torch.empty(16, dtype=torch.int64, device=DEVICE)
-    models = [small_model()]
-    models.append(copy.deepcopy(models[0]))
-    start = copy.deepcopy(models[0].state_dict())
-
-    def step_of(model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-        def step():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    eager_step, replayed_step = map(step_of, models)
-    images.normal_()
-    labels.random_(10)
-    graph, replayed_loss = captured(replayed_step)
-    models[1].load_state_dict(start)
-    ranges = []
-    for i in range(4):
-        images.normal_(std=i + 1.0)
-        labels.random_(10)
-        graph.replay()
-        assert_same(replayed_loss, eager_step())
-        eager, replayed = (model.state_dict() for model in models)
-        assert_same(replayed, eager)
-        ranges.append(replayed["0.input_quantizer.running_absmax"].item())
-    assert ranges == sorted(set(ranges))  # It grows with the images, at each replay.
-
-
-def test_reduce_overhead():
-    """torch.compile's own CUDA graphs."""
-    torch.compiler.reset()
-    counters.clear()
-    eager = quantize_model_(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)))
-    eager = eager.to(DEVICE)
-    model = copy.deepcopy(eager)
-    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    for i in range(5):  # Warms up, records, then replays.
-        x = torch.randn(16, 32, device=DEVICE) * (i + 1)
-        torch.compiler.cudagraph_mark_step_begin()
-        y = compiled(x)
-        y.square().sum().backward()
-        expected = eager(x)
-        expected.square().sum().backward()
-        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-        assert_same(model[0].input_quantizer.range, eager[0].input_quantizer.range)
-        for parameter, wanted in zip(model.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-3, atol=1e-3)
-        model.zero_grad()
-        eager.zero_grad()
-    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @each_operator
@@ -354,7 +249,7 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_errors_are_those_of_the_cpu_and_come_before_a_launch(call, monkeypatch):
-    monkeypatch.setattr("noisyq_fast.ops.select", lambda *_: pytest.fail("reached a backend"))
+    monkeypatch.setattr("noisyq_fast._declare.select", lambda *_: pytest.fail("reached a backend"))
     errors = []
     for device in ("cpu", "cuda:0"):
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -370,7 +265,9 @@ def test_a_range_on_the_wrong_device():
 
 SANITIZED = """
 import torch
+from torch import nn
 from noisyq_fast import *
+from noisyq_fast.learned import fake_quantize_learned
 for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
     for dtype in (torch.float32, torch.bfloat16):
         for axis in (None, 0, 1):
@@ -385,6 +282,16 @@ for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
             for grid in ("full", "unsigned", "affine"):
                 fake_quantize(x.clone().requires_grad_(), 4, axis, grid=grid, ste="clipped")
                 quantize(x, 4, axis, grid=grid)
+            for rule, count in (("lsq", 1), ("sat", 1), ("qil", 2), ("dsq", 3)):
+                parameters = torch.full((count, *running.shape), 0.7).cuda().requires_grad_()
+                y = fake_quantize_learned(x.clone().requires_grad_(), parameters, rule, 0, 15, axis)
+                y.sum().backward()
+layers = nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 7, 3)
+model = quantize_model_(nn.Sequential(*layers), arithmetic="integer").cuda()
+images = torch.linspace(-2, 2, 3 * 3 * 11 * 9).reshape(3, 3, 11, 9).cuda()
+fuse_(model, images)(images).sum().backward()
+linear = quantize_model_(nn.Linear(37, 29), arithmetic="integer").cuda()
+linear(torch.ones(5, 37).cuda()).sum().backward()
 torch.cuda.synchronize()
 """
 

@@ -23,6 +23,9 @@ PASSES = {
     "moments_partially",
     "moments",
     "normalization",
+    "track_statistics",
+    "ends_of_line",
+    "observe",
     "map_sums",
     "ends_of_map",
     "codes_of_sums",
@@ -117,9 +120,14 @@ def compile_for(architecture, folder):
     functions = backend.functions
     sums = empty(128, 64, 32, 32).to(torch.int16, memory_format=torch.channels_last)
     of_channel = [empty(64) for _ in range(4)]
-    _, total, squares, *_ = functions["moments"](sums.float(), 2**15 - 1)
+    _, total, squares, *ends = functions["moments"](sums.float(), 2**15 - 1)
     functions["moments"](sums.float(), 2**24)
-    functions["normalization"](total, squares, 128 * 32 * 32, *of_channel[:3], 1e-5)
+    count = 128 * 32 * 32
+    *_, mean, variance = functions["normalization"](total, squares, count, *of_channel[:3], 1e-5)
+    running = *of_channel[:2], empty(dtype=torch.int64)
+    functions["track_statistics"](*running, mean, variance, of_channel[2], count, 0.1)
+    functions["ends_of_line"](*ends, *of_channel[:2], True)
+    functions["observe"](empty(2), empty(2), empty(), 0.01, Grid(4, "affine"))
     functions["map_sums"](sums, *of_channel[:2], sums.float(), True, True, True)
     functions["codes_of_sums"](sums, *of_channel[:2], True, empty(2), Grid(4, "affine"))
     grad = sums.bfloat16()

@@ -96,8 +96,8 @@ def picks(losses: Tensor, share: float) -> tuple[Tensor, int]:
     share of it, and how many those are on all processes."""
     everyone = gather(losses)
     count = max(1, int((1 - share) * len(everyone)))
-    picked = torch.zeros_like(everyone, dtype=torch.bool)
-    picked[everyone.argsort(stable=True)[:count]] = True
+    smallest = everyone.argsort(stable=True)[:count]
+    picked = torch.zeros_like(everyone, dtype=torch.bool).index_fill_(0, smallest, True)
     return shard(picked), count
 
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends.backend import Backend
-from noisyq_fast.backends.reference import NOTHING, backend, pack, quantize_fixed_range_on_grid
+from noisyq_fast.backends.reference import (
+    NOTHING,
+    average_,
+    backend,
+    pack,
+    quantize_fixed_range_on_grid,
+)
 from noisyq_fast.grid import Grid
 
 
@@ -157,6 +163,47 @@ def line(
 
 
 @backend.register
+def track_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    bias: Tensor | None,
+    count: int,
+    momentum: float,
+) -> None:
+    """Moves running statistics towards those of a batch, in float64, of ``count`` values; the mean
+    is without the bias of the layer."""
+    batches.add_(1)
+    if bias is not None:
+        mean = mean + bias.double()
+    variance = variance * (count / (count - 1))
+    for running, batch in ((running_mean, mean), (running_var, variance)):
+        running.mul_(1 - momentum).add_(momentum * batch.to(running.dtype))
+
+
+@backend.register
+def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
+    """As `ends` of ``relu(v * factor + term)``, from the least and the largest v of each channel:
+    rounding is monotone."""
+    low, high = (end * factor + term for end in (low, high))
+    low, high = torch.minimum(low, high).amin(), torch.maximum(low, high).amax()
+    return range_between(low.clamp(min=0) if relu else low, high)
+
+
+@backend.register
+def observe(
+    ends: Tensor, running: Tensor, observed: Tensor, averaging_constant: float, grid: Grid
+) -> Tensor:
+    """The range of a batch as a whole, of which these are the `ends`. The average moves towards
+    it."""
+    batch = range_of_ends(ends, grid)
+    average_(running, observed, batch, averaging_constant, grid.is_affine)
+    return batch
+
+
+@backend.register
 def map_sums(
     sums: Tensor,
     factor: Tensor,
@@ -272,6 +319,14 @@ def ends(y: Tensor) -> Tensor:
 def range_between(low: Tensor, high: Tensor) -> Tensor:
     low, high = low.clamp(max=0), high.clamp(min=0)
     return torch.stack([low, high.masked_fill(~low.isfinite(), torch.nan)])
+
+
+def range_of_ends(ends: Tensor, grid: Grid) -> Tensor:
+    """As `reference.range_of`."""
+    low, high = ends
+    if grid.is_affine:
+        return ends
+    return high if grid.is_unsigned else torch.maximum(-low, high)
 
 
 def as_rows(x: Tensor) -> Tensor:

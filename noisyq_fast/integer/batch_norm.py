@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
-from noisyq_fast.backends import select
+from noisyq_fast.backends import reference_integer, select
 from noisyq_fast.backends.reference_integer import along_channels, channel_axis, line
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
@@ -242,9 +242,7 @@ class ExactBatchNorm:
                 )
             factor, term, mean, inverse, batch_mean, variance = statistics(*affine)
             if self.training and self.track_running_stats and not in_backward():
-                if bias is not None:
-                    batch_mean = batch_mean + bias.double()
-                self._track(batch_mean, variance * (count / (count - 1)))
+                self._track(batch_mean, variance, bias, count)
         else:
             factor, term, mean, inverse = self._running_line(scale, bias, *affine)
         return factor, term, Norm(self.weight, self.bias, mean, inverse, of_batch)
@@ -277,13 +275,16 @@ class ExactBatchNorm:
         factor, term = line(mean, inverse, scale, *affine)
         return factor, term, (mean / scale.double()).float(), inverse
 
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
+    def _track(self, mean: Tensor, variance: Tensor, bias: Tensor | None, count: int) -> None:
         momentum = self.momentum
         if momentum is None:
-            momentum = 1 / float(self.num_batches_tracked)
-        for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            running.mul_(1 - momentum).add_(momentum * batch.to(running.dtype))
+            momentum = 1 / (float(self.num_batches_tracked) + 1)
+        running = self.running_mean, self.running_var, self.num_batches_tracked
+        of_batch = mean, variance, bias, count, momentum
+        if deferrable(mean):
+            select("track_statistics", mean.device.type)(*running, *of_batch)
+        else:
+            reference_integer.track_statistics(*running, *of_batch)
 
 
 @functools.cache

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from noisyq_fast import gradients
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import range_between
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +65,25 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
+    """The sums and what follows them; ``line`` is the factor and the term of a batch norm."""
+
     sums: Sums
-    factor: Tensor
-    term: Tensor
+    line: tuple[Tensor, Tensor] | None = None
     norm: Norm | None = None
     residual: Tensor | None = None
     residual_source: Tensor | None = None
     relu: bool = False
+
+    @property
+    def factor(self) -> Tensor:
+        return self.sums.scale if self.line is None else self.line[0]
+
+    @property
+    def term(self) -> Tensor:
+        if self.line is not None:
+            return self.line[1]
+        scale, bias = self.sums.scale, self.sums.bias
+        return torch.zeros_like(scale) if bias is None else bias.detach().float().contiguous()
 
     def compute(self, name: str) -> Callable:
         return select(name, self.sums.values.device.type)
@@ -170,8 +181,9 @@ class ChainGradient(torch.autograd.Function):
 
 
 def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a shape, for gradients to flow to, of one element of memory."""
-    return torch.zeros((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
+    """A tensor of a shape, for gradients to flow to, of one element of memory, which nothing
+    reads."""
+    return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
 
 
 def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -186,9 +198,10 @@ def extremes(chain: Chain) -> Tensor:
     """As `reference_integer.ends`."""
     if chain.sums.values.numel() == 0:
         return chain.factor.new_zeros(2)
-    low, high = (end * chain.factor + chain.term for end in chain.sums.moments[2:])
-    low, high = torch.minimum(low, high).amin(), torch.maximum(low, high).amax()
-    return range_between(low.clamp(min=0) if chain.relu else low, high)
+    with torch.no_grad():
+        return chain.compute("ends_of_line")(
+            *chain.sums.moments[2:], chain.factor, chain.term, chain.relu
+        )
 
 
 class _MeanOfPixels(torch.autograd.Function):

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from noisyq_fast import checks
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
+from noisyq_fast.backends.reference_integer import range_of_ends
 from noisyq_fast.grid import Grid
 from noisyq_fast.integer.chain import (
     Chain,
@@ -81,10 +82,8 @@ class Deferred(Tensor):
 
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
-        bias = sums.bias
-        term = torch.zeros_like(sums.scale) if bias is None else bias.detach().float().contiguous()
         # Nothing follows yet: the gradient is that of the product.
-        return _deferred(sums.product, Chain(sums, sums.scale, term), format_)
+        return _deferred(sums.product, Chain(sums), format_)
 
     # What continues a chain.
 
@@ -142,7 +141,7 @@ class Deferred(Tensor):
         record(self.chain, "batch norm")
         for found in records:
             found.norms.setdefault(self.chain.sums.layer, []).append(module)
-        chain = replace(self.chain, norm=norm, factor=factor, term=term)
+        chain = replace(self.chain, norm=norm, line=(factor, term))
         return _extended(chain, self.current()._format)
 
     def rectified(self) -> Deferred | None:
@@ -216,6 +215,11 @@ class Deferred(Tensor):
 
     def range_on(self, grid: Grid) -> Tensor | None:
         """As `reference.range_of`, of the tensor as a whole; None where it is to be asked for."""
+        ends = self.ends()
+        return None if ends is None else range_of_ends(ends, grid)
+
+    def ends(self) -> Tensor | None:
+        """As `reference_integer.ends`; None where values are there to be asked for it."""
         own = self.current()
         if own._values is not None:
             return None
@@ -224,10 +228,7 @@ class Deferred(Tensor):
         elif own._extremes is None:
             own.measured()
             own._extremes = extremes(own._chain)
-        low, high = own._extremes
-        if grid.is_affine:
-            return own._extremes
-        return high if grid.is_unsigned else torch.maximum(-low, high)
+        return own._extremes
 
     def masks_none(self, masked: str) -> bool:
         """Whether no element would be without a gradient in its own range."""
@@ -284,7 +285,7 @@ class Deferred(Tensor):
         if func in _OF_THE_SHELL:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is _DTYPE:
+        if func == _DTYPE:  # made anew at each access, so never the same object
             return torch.float32  # of gradients it can be another
         if func in _OF_GRAPH:
             args = pytree.tree_map(lambda x: x.source if isinstance(x, Deferred) else x, args)

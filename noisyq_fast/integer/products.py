@@ -300,9 +300,9 @@ def _channel_values(
 ) -> Tensor:
     """A weight dequantized: its scales are of the output channels."""
     *_, transposed, _, groups = geometry
-    values = channel_steps(codes, zero, transposed, groups).float()
     if not transposed:
-        return values * scale.reshape([-1, *[1] * (codes.dim() - 1)])
+        return torch.ops.noisyq.dequantize_on_grid(codes, scale, zero, 0)
+    values = channel_steps(codes, zero, transposed, groups).float()
     by_group = scale.reshape([groups, 1, -1, *[1] * (codes.dim() - 2)])
     return (values.unflatten(0, (groups, -1)) * by_group).flatten(0, 1)
 

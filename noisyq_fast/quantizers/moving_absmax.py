@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import checks
+from noisyq_fast.backends import select
 from noisyq_fast.backends.reference import average_, scale_of_codes
+from noisyq_fast.backends.reference_integer import range_of_ends
 from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
@@ -127,13 +129,7 @@ class MovingAbsMax(Quantizer):
         batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
         if batch is not None:
             if not again:
-                average_(
-                    self.running,
-                    self.observed,
-                    batch,
-                    self.averaging_constant,
-                    self.grid.is_affine,
-                )
+                self._average(batch)
             return fake_quantize_ema(x, batch, self.bits, self.axis, training=False, **options)
         if again:
             return fake_quantize(x, self.bits, self.axis, **options)
@@ -163,23 +159,31 @@ class MovingAbsMax(Quantizer):
                     return made
                 return replace(made, scale=scale_of_codes(found, made.scale, self.axis))
             ste = "identity" if self.grid_kind == SIGNED else self.ste
-            batch = self._range_of_batch(x)
+            batch = self._observe(x)
             if batch is None:
                 return self._codes_observed(x, ste)
-            if not in_backward():
-                average_(
-                    *(self.running, self.observed, batch, self.averaging_constant),
-                    self.grid.is_affine,
-                )
             return self._codes_within(x, batch, ste)
 
-    def _range_of_batch(self, x: Tensor) -> Tensor | None:
-        """Where it is known, or has to be asked for."""
-        if self.range_of_ranks is not None:
-            batch = self.range_of_ranks(x, self.axis)
-            if batch is not None:
-                return batch
-        return x.range_on(self.grid) if isinstance(x, Deferred) and self.axis is None else None
+    def _average(self, batch: Tensor) -> None:
+        constant, is_affine = self.averaging_constant, self.grid.is_affine
+        average_(self.running, self.observed, batch, constant, is_affine)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> Tensor | None:
+        """The range of a batch where it is known, or has to be asked for; the average moves towards
+        it."""
+        batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
+        if batch is not None:
+            if not in_backward():
+                self._average(batch)
+            return batch
+        ends = x.ends() if isinstance(x, Deferred) and self.axis is None else None
+        if ends is None:
+            return None
+        if in_backward():
+            return range_of_ends(ends, self.grid)
+        observe = select("observe", ends.device.type)
+        return observe(ends, self.running, self.observed, self.averaging_constant, self.grid)
 
     def _codes_observed(self, x: Tensor, ste: str) -> Codes:
         running, observed = self.running, self.observed

@@ -10,6 +10,10 @@ from experiments.methods import METHODS
 from experiments.training.cuda_graph import GraphedStep
 from experiments.training.procedure import Batch
 
+RECORDED = [
+    *("baseline", "quant", "quant --arithmetic integer", "dropout", "prune", "weight_decay"),
+    *("lsq", "pact", "qil", "dsq", "aqd", "elr"),
+]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -24,9 +28,12 @@ def losses(arguments, **options):
 
 
 @needs_gpu
-@pytest.mark.parametrize("method", ["baseline", "quant", "dropout", "prune", "weight_decay"])
-def test_recorded_step_trains_as_the_plain_one(method):
-    plain, recorded = (losses(f"--method {method}{graph}") for graph in ("", " --cuda-graph"))
+@pytest.mark.parametrize(
+    "arguments",
+    [*(f"--method {name}" for name in RECORDED), *(a for a in EXCHANGED if "us_slim" not in a)],
+)
+def test_recorded_step_trains_as_the_plain_one(arguments):
+    plain, recorded = (losses(f"{arguments}{graph}") for graph in ("", " --cuda-graph"))
     assert recorded == pytest.approx(plain, rel=1e-3)
 
 
@@ -47,6 +54,10 @@ class AsksTheHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in self.REFUSED, function
+        if function is torch.ops.aten.index_put_.default:
+            assert args[2].dim(), "x[indices] = number: the number is on the CPU"
+        if function is torch.ops.aten.segment_reduce.default:
+            assert kwargs.get("unsafe"), "lengths are checked"
         return function(*args, **kwargs or {})
 
 

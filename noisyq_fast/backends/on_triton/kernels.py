@@ -113,6 +113,34 @@ def _largest_in_tiles(x, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
+def move_average(
+    running,
+    observed,
+    low,
+    high,
+    averaging_constant,
+    channel,
+    exists,
+    KIND: tl.constexpr,
+    channels,
+):
+    """Moves the average, ``running / observed``, towards the range of a batch."""
+    known_low, known_high = load_ends(running, channel, exists, KIND, channels)
+    if observed is not None:
+        weight = tl.load(observed + channel, exists, 1.0)
+        known_low, known_high = tl.div_rn(known_low, weight), tl.div_rn(known_high, weight)
+    width = high
+    if KIND == AFFINE:
+        width = high - low
+    moves = exists & is_observation(width)
+    known_low = averaged(known_low, low, averaging_constant)
+    known_high = averaged(known_high, high, averaging_constant)
+    _store_ends(running, known_low, known_high, channel, moves, KIND, channels)
+    if observed is not None:
+        tl.store(observed + channel, 1.0, moves)
+
+
+@triton.jit
 def _record(
     low,
     high,
@@ -134,19 +162,9 @@ def _record(
         channel, exists = channels_of_program(sizes, TILE)
         _store_levels(scale, zero, scales, zeros, channel, exists)
         if running is not None:
-            known_low, known_high = load_ends(running, channel, exists, KIND, sizes[1])
-            if observed is not None:
-                weight = tl.load(observed + channel, exists, 1.0)
-                known_low, known_high = tl.div_rn(known_low, weight), tl.div_rn(known_high, weight)
-            width = high
-            if KIND == AFFINE:
-                width = high - low
-            moves = exists & is_observation(width)
-            known_low = averaged(known_low, low, averaging_constant)
-            known_high = averaged(known_high, high, averaging_constant)
-            _store_ends(running, known_low, known_high, channel, moves, KIND, sizes[1])
-            if observed is not None:
-                tl.store(observed + channel, 1.0, moves)
+            move_average(
+                running, observed, low, high, averaging_constant, channel, exists, KIND, sizes[1]
+            )
     return scales, zeros
 
 

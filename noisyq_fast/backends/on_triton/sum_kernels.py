@@ -10,6 +10,7 @@ import triton.language as tl
 
 from noisyq_fast.backends.on_triton.arithmetic import (
     AFFINE,
+    UNSIGNED,
     ends_of,
     from_float,
     high_key,
@@ -23,6 +24,7 @@ from noisyq_fast.backends.on_triton.kernels import (
     channels_of_program,
     elements_of_tile,
     load_ends,
+    move_average,
     tiles_along,
     tiles_of_program,
 )
@@ -44,10 +46,16 @@ def _row_of(partial, row, sizes):
 
 @triton.jit
 def moments_partially(sums, kept, wholes, ends, WIDE: tl.constexpr, sizes, TILE: tl.constexpr):
-    """``wholes``: the sum of v and, in two parts, that of v^2; ``ends``: the largest -v and v."""
-    total = tl.zeros(TILE, tl.int64)
-    upper = tl.zeros(TILE, tl.int64)
-    lower = tl.zeros(TILE, tl.int64)
+    """``wholes``: the sum of v and, in two parts, that of v^2; ``ends``: the largest -v and v.
+
+    Sums of 16 bits are added up in 32, with the lower 16 bits of a square apart from the upper
+    ones: up to 2^15 tiles a program.
+    """
+    DTYPE: tl.constexpr = tl.int64 if WIDE else tl.int32
+    BITS: tl.constexpr = 32 if WIDE else 16
+    total = tl.zeros(TILE, DTYPE)
+    upper = tl.zeros(TILE, DTYPE)
+    lower = tl.zeros(TILE, DTYPE)
     low = tl.full(TILE, -INFINITY, tl.float32)
     high = tl.full(TILE, -INFINITY, tl.float32)
     for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
@@ -55,20 +63,23 @@ def moments_partially(sums, kept, wholes, ends, WIDE: tl.constexpr, sizes, TILE:
         v = tl.load(sums + offsets, exists, 0)
         if kept is not None:
             tl.store(kept + offsets, v.to(tl.int16), exists)
-        whole = v.to(tl.int64)
-        total += whole
+        whole = v.to(DTYPE)
         square = whole * whole
-        if WIDE:
-            upper += square >> 32
-            square &= 0xFFFFFFFF
-        lower += square
+        total += whole
+        upper += square >> BITS
+        lower += square & ((1 << BITS) - 1)
         v = v.to(tl.float32)
         low = tl.maximum(low, tl.where(exists, -v, -INFINITY))
         high = tl.maximum(high, tl.where(exists, v, -INFINITY))
     channel, exists = channels_of_program(sizes, TILE)
-    tl.store(_row_of(wholes, 0, sizes) + channel, tl.sum(tl.sum(total, 2), 0), exists)
-    tl.store(_row_of(wholes, 1, sizes) + channel, tl.sum(tl.sum(upper, 2), 0), exists)
-    tl.store(_row_of(wholes, 2, sizes) + channel, tl.sum(tl.sum(lower, 2), 0), exists)
+    total = tl.sum(tl.sum(total.to(tl.int64), 2), 0)
+    upper = tl.sum(tl.sum(upper.to(tl.int64), 2), 0)
+    lower = tl.sum(tl.sum(lower.to(tl.int64), 2), 0)
+    if not WIDE:
+        upper, lower = tl.zeros_like(upper), lower + (upper << BITS)
+    tl.store(_row_of(wholes, 0, sizes) + channel, total, exists)
+    tl.store(_row_of(wholes, 1, sizes) + channel, upper, exists)
+    tl.store(_row_of(wholes, 2, sizes) + channel, lower, exists)
     tl.store(_row_of(ends, 0, sizes) + channel, tl.max(tl.max(low, 2), 0), exists)
     tl.store(_row_of(ends, 1, sizes) + channel, tl.max(tl.max(high, 2), 0), exists)
 
@@ -195,6 +206,80 @@ def normalization(
 
 
 @triton.jit
+def track_statistics(
+    running_mean,
+    running_var,
+    batches,
+    mean,
+    variance,
+    bias,
+    correction,
+    kept,
+    momentum,
+    channels,
+    TILE: tl.constexpr,
+):
+    """``correction`` is given by the bits of a float64."""
+    if tl.program_id(0) == 0:
+        tl.store(batches, tl.load(batches) + 1)
+    channel, exists = _channels_to_finish(channels, TILE)
+    correction = tl.cast(correction, tl.int64).to(tl.float64, bitcast=True)
+    means = tl.load(mean + channel, exists, 0.0)
+    if bias is not None:
+        means += tl.load(bias + channel, exists, 0.0).to(tl.float64)
+    variances = tl.load(variance + channel, exists, 0.0) * correction
+    means = tl.load(running_mean + channel, exists, 0.0) * kept + momentum * means.to(tl.float32)
+    tl.store(running_mean + channel, means, exists)
+    variances = variances.to(tl.float32)
+    variances = tl.load(running_var + channel, exists, 0.0) * kept + momentum * variances
+    tl.store(running_var + channel, variances, exists)
+
+
+@triton.jit
+def _with_keys_of(values, exists, low, high):
+    """The largest keys, with those of values that exist."""
+    is_nan = (values != values) & exists
+    values = tl.where(exists, values, 0.0)
+    low = tl.maximum(low, tl.where(is_nan, 0x7FC00000, low_key(values)))
+    high = tl.maximum(high, tl.where(is_nan, 0x7FC00000, high_key(values, AFFINE)))
+    return low, high
+
+
+@triton.jit
+def ends_of_line(low, high, factor, term, range_, RELU: tl.constexpr, channels, TILE: tl.constexpr):
+    low_keys = tl.zeros([TILE], tl.int32)
+    high_keys = tl.zeros([TILE], tl.int32)
+    for first in range(0, channels, TILE):
+        channel = first + tl.arange(0, TILE)
+        exists = channel < channels
+        factors = tl.load(factor + channel, exists, 0.0)
+        terms = tl.load(term + channel, exists, 0.0)
+        one = tl.load(low + channel, exists, 0.0) * factors + terms
+        other = tl.load(high + channel, exists, 0.0) * factors + terms
+        if RELU:
+            one, other = tl.where(one < 0.0, 0.0, one), tl.where(other < 0.0, 0.0, other)
+        low_keys, high_keys = _with_keys_of(one, exists, low_keys, high_keys)
+        low_keys, high_keys = _with_keys_of(other, exists, low_keys, high_keys)
+    least, largest = ends_of(tl.max(low_keys, 0), tl.max(high_keys, 0), AFFINE)
+    tl.store(range_, least)
+    tl.store(range_ + 1, largest)
+
+
+@triton.jit
+def observe(
+    ends, running, observed, batch, averaging_constant, KIND: tl.constexpr, TILE: tl.constexpr
+):
+    """Of a tensor as a whole; ``TILE`` is 1."""
+    one = tl.arange(0, TILE)
+    low, high = tl.load(ends + one), tl.load(ends + 1 + one)
+    if KIND != AFFINE:
+        if KIND != UNSIGNED:
+            high = tl.maximum(-low, high, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(batch + one, high)
+    move_average(running, observed, low, high, averaging_constant, one, one < 1, KIND, 1)
+
+
+@triton.jit
 def map_sums(
     sums,
     factor,
@@ -233,10 +318,7 @@ def map_sums(
             group = first // 8 + tl.arange(0, GROUPS)
             tl.store(zeros + group, bits, group * 8 < elements)
         if partial is not None:
-            is_nan = (values != values) & exists
-            values = tl.where(exists, values, 0.0)
-            low = tl.maximum(low, tl.where(is_nan, 0x7FC00000, low_key(values)))
-            high = tl.maximum(high, tl.where(is_nan, 0x7FC00000, high_key(values, AFFINE)))
+            low, high = _with_keys_of(values, exists, low, high)
     if partial is not None:
         tl.store(partial + tl.program_id(1), tl.max(tl.max(low, 1), 0))
         tl.store(partial + tl.num_programs(1) + tl.program_id(1), tl.max(tl.max(high, 1), 0))
@@ -273,7 +355,13 @@ def codes_of_sums(
     low, high = load_ends(range_, tl.arange(0, 1), True, KIND, 1)
     scales, zeros = levels_of(low, high, qmax, KIND)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(scale + tl.arange(0, 1), scales)
+        # 0 times what is finite is 0.
+        nothing = tl.zeros([256], tl.float32)
+        for first in range(0, sizes[1], 256):
+            c = first + tl.arange(0, 256)
+            line = tl.load(factor + c, c < sizes[1], 0.0) + tl.load(term + c, c < sizes[1], 0.0)
+            nothing += line * 0.0
+        tl.store(scale + tl.arange(0, 1), scales + tl.sum(nothing, 0))
         tl.store(zero + tl.arange(0, 1), zeros.to(tl.int32).to(tl.uint8))
     scales, zeros = scales[None, :, None], zeros[None, :, None]
     channel, channel_exists = channels_of_program(sizes, TILE)

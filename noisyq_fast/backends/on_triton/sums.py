@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import on_triton, reference_integer
-from noisyq_fast.backends.kernel_arguments import channels_last_rows, like
+from noisyq_fast.backends.kernel_arguments import channels_last_rows, like, write_back
 from noisyq_fast.backends.on_triton import backend
-from noisyq_fast.backends.on_triton.tiling import Tiling
+from noisyq_fast.backends.on_triton.tiling import Tiling, fewer_splits
 from noisyq_fast.grid import ODD, Grid
 
 
@@ -24,7 +24,7 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
     kept = sums
     if is_narrow and sums.dtype != torch.int16:
         kept = torch.empty_like(sums, dtype=torch.int16)
-    tiling = _tiling(sums)
+    tiling = _reduction_tiling(sums)
     wholes = sums.new_empty(3 * tiling.splits, channels, dtype=torch.int64)
     ends = sums.new_empty(2 * tiling.splits, channels, dtype=torch.float32)
     _launch(
@@ -53,13 +53,55 @@ def normalization(
         *scale.new_empty(4, channels).unbind(),
         *scale.new_empty(2, channels, dtype=torch.float64).unbind(),
     )
-    (bits,) = struct.unpack("q", struct.pack("d", eps))  # Triton's own floats are float32.
     _finish(
         *(_kernels().normalization, sum_.contiguous(), squares.contiguous(), scale.contiguous()),
-        *(_float(weight), _float(bias), *found, count, bits),
+        *(_float(weight), _float(bias), *found, count, _bits(eps)),
         channels=channels,
     )
     return found
+
+
+@backend.register
+def track_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    bias: Tensor | None,
+    count: int,
+    momentum: float,
+) -> None:
+    running = running_mean, running_var
+    if any(x.dtype != torch.float32 or not x.is_contiguous() for x in running):
+        others = batches, mean, variance, bias, count, momentum
+        reference_integer.track_statistics(*running, *others)
+        return
+    _finish(
+        *(_kernels().track_statistics, *running, batches, mean, variance, _float(bias)),
+        *(_bits(count / (count - 1)), 1 - momentum, momentum),
+        channels=len(mean),
+    )
+
+
+@backend.register
+def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
+    range_ = factor.new_empty(2)
+    of_channels = (x.contiguous() for x in (low, high, factor, term))
+    _finish(_kernels().ends_of_line, *of_channels, range_, relu, len(low))
+    return range_
+
+
+@backend.register
+def observe(
+    ends: Tensor, running: Tensor, observed: Tensor, averaging_constant: float, grid: Grid
+) -> Tensor:
+    batch = ends if grid.is_affine else ends.new_empty(())
+    average = running.contiguous()
+    operands = ends, average, observed, batch, averaging_constant, grid.kind
+    on_triton._launch(ends, _kernels().observe, (1,), 1, *operands, 1)
+    write_back(average, running)
+    return batch
 
 
 @backend.register
@@ -105,7 +147,7 @@ def codes_of_sums(
         *(_kernels().codes_of_sums, _tiling(sums), sums, factor.contiguous(), term.contiguous()),
         *(range_.contiguous(), codes, scale, zero, float(grid.qmax), grid.kind, relu),
     )
-    return codes, reference_integer.scale_of_line(scale, factor, term), zero
+    return codes, scale, zero
 
 
 @backend.register
@@ -128,7 +170,7 @@ def grads_of_norm(
         )
     factor, term, mean, inverse, scale = (x.contiguous() for x in of_channels)
     sums, rows, channels = channels_last_rows(sums)
-    tiling = _tiling(sums)
+    tiling = _reduction_tiling(sums)
     partial = sums.new_empty(2 * tiling.splits, channels, dtype=torch.float64)
     _launch(
         *(_kernels().grads_of_norm_partially, tiling, sums, like(grad, sums)),
@@ -179,6 +221,17 @@ def _tiling(sums: Tensor) -> Tiling:
     return on_triton._map_tiling(sums, 1)
 
 
+def _reduction_tiling(sums: Tensor) -> Tiling:
+    """By few programs, so that what they found is soon put together."""
+    return fewer_splits(_tiling(sums), on_triton._limits(sums.device))
+
+
+def _bits(x: float) -> int:
+    """Those of a float64: Triton's own floats are float32."""
+    (bits,) = struct.unpack("q", struct.pack("d", x))
+    return bits
+
+
 def _launch(kernel: object, tiling: Tiling, *arguments: object) -> None:
     # Sums in 64 bits take many registers.
     on_triton._launch_tiled(kernel, tiling, *arguments, warps=2 * tiling.warps)
@@ -188,7 +241,7 @@ def _finish(kernel: object, *arguments: object, channels: int | None = None) -> 
     """Puts together what the programs of a launch found: a value each, or one of each channel."""
     sizes, tile, programs = (), 1024, 1
     if channels is not None:
-        sizes, tile, programs = (channels,), (32, 32), -(-channels // 32)
+        sizes, tile, programs = (channels,), (128, 16), -(-channels // 16)
     on_triton._launch(arguments[0], kernel, (programs,), 4, *arguments, *sizes, tile)
 
 

@@ -3,7 +3,7 @@
 Pure functions of sizes. Results do not depend on what they return: the only reduction is a maximum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -11,6 +11,8 @@ Box = tuple[int, int, int]
 
 # Programs that a processor should have at least, so that some load while others compute.
 _PROGRAMS_PER_PROCESSOR = 4
+# Of a reduction.
+_TILES_PER_PROGRAM = 8
 # What a program reads in one piece, where the layout allows: two sectors of device memory. Not
 # more, because all programs of a channel tile read each other's partial absmax of every channel.
 _RUN_BYTES = 64
@@ -93,6 +95,21 @@ def absmax_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
     """
     on_chip = _tiling(layout, itemsize, limits, limits.on_chip)
     return on_chip if on_chip.tiles == 1 else map_tiling(layout, itemsize, limits)
+
+
+@lru_cache(maxsize=4096)
+def fewer_splits(tiling: Tiling, limits: TileLimits) -> Tiling:
+    """For a reduction, of which each program leaves a part: no more of them than processors, until
+    they have several tiles each.
+
+    Example:
+        >>> limits = TileLimits(processors=132)
+        >>> tiling = map_tiling((128 * 32 * 32, 16, 1), 2, limits)
+        >>> tiling.splits, fewer_splits(tiling, limits).splits
+        (512, 132)
+    """
+    programs = max(limits.processors, tiling.channel_tiles * tiling.tiles // _TILES_PER_PROGRAM)
+    return replace(tiling, splits=min(tiling.splits, max(programs // tiling.channel_tiles, 1)))
 
 
 @lru_cache(maxsize=4096)
