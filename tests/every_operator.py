@@ -4,10 +4,12 @@ drawn here on the CPU, the same for every device."""
 from types import SimpleNamespace
 
 import torch
+from strategies import DTYPES
 
 from noisyq_fast import Grid, rules
 from noisyq_fast.backends import reference
 from noisyq_fast.backends.reference import MASKED
+from noisyq_fast.backends.reference_integer import Running
 
 RULES = {
     "lsq": ([0.17], -8, 7),
@@ -133,6 +135,8 @@ def every_product(backend, device):
     of_x, of_weight = (x, scale, zero, None), (weight, scales[:4], None, None)
     of_rows, of_matrix = (rows, scale, zero, None), (matrix, scales, None, None)
     return [
+        *(backend.float_steps(x, z, d) for z in (None, zero) for d in DTYPES),
+        backend.float_steps(rows, torch.arange(6, dtype=torch.uint8, device=device), torch.float32),
         products,
         kept,
         *measured,
@@ -156,14 +160,14 @@ def every_pass_over_sums(backend, device):
     )
     kept, total, squares, *ends = backend.moments(sums, 300)
     count = sums.numel() // 4
-    factor, term, *of_batch = backend.normalization(
-        total, squares, count, scale, weight, bias, 1e-5
-    )
-    results = [kept, total, squares, *ends, factor, term, *of_batch]
+    results = [kept, total, squares, *ends]
     for of_layer in (None, bias):
         running = mean.clone(), scale.clone(), torch.tensor(3, device=device)
-        backend.track_statistics(*running, *of_batch[2:], of_layer, count, 0.1)
-        results += running
+        factor, term, *of_batch = backend.normalization(
+            *(total, squares, count, scale, weight, bias, 1e-5),
+            Running(*running, of_layer, 0.1),
+        )
+        results += [factor, term, *of_batch, *running]
     for factors in (factor, -factor, factor * float("nan")):
         results += [backend.ends_of_line(*ends, factors, term, relu) for relu in (False, True)]
     for kind in ("signed", "full", "unsigned", "affine"):

@@ -142,6 +142,8 @@ def compile_for(architecture, folder):
             for laid_out in (activation, activation.to(memory_format=torch.channels_last)):
                 backend.fake_quantize_fixed_range_clipped(laid_out, empty(n), 7, 1)
         backend.dequantize(empty(8 * n, 250 * n, dtype=torch.int8), empty(8 * n), 0)
+        steps = empty(8 * n, 250 * n, dtype=torch.uint8), empty(dtype=torch.uint8)
+        backend.backend.functions["float_steps"](*steps, torch.bfloat16)
         for i, (kind, dtype) in enumerate(zip((AFFINE, UNSIGNED, FULL), DTYPES, strict=True)):
             on_grid(Grid(4, kind), dtype, n)
             learned(empty(n, n, n, (n + 1) // 2, dtype=dtype), 1, NAMES[i])

@@ -152,6 +152,13 @@ def test_sums_of_convolutions(largest, dtype):
     assert (actual[0].dtype, actual[1]) == (dtype, None)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_moments_of_several_tiles(groups):
+    x, w = codes((3, 32, 7, 9), torch.int8) // 16, codes((36, 32 // groups, 1, 1), torch.int8) // 16
+    bound = 32 * 8 * 8
+    check("convolve_sums", x, None, w, None, [1, 1], [0, 0], [1, 1], groups, bound, True)
+
+
 # What follows.
 
 SUMS = [((2, 5, 3, 3), 2**15 - 1), ((1, 17, 4, 3), 2**30), ((7, 3), 300), ((3, 1, 2, 2), 2**20)]
@@ -176,7 +183,7 @@ def chain(sums):
     scale, weight = scales((channels,)) / bound, torch.randn(channels).to(DEVICE)
     count = v.numel() // channels
     factor, term, mean, inverse, _, _ = reference_integer.normalization(
-        total, squares, count, scale, weight, weight - 0.5, 1e-5
+        total, squares, count, scale, weight, weight - 0.5, 1e-5, None
     )
     return kept, factor, term, (mean, inverse, scale, weight)
 
@@ -191,7 +198,7 @@ def test_normalization(sums, eps, affine):
     total, squares = reference_integer.moments(v, bound)[1:3]
     weight, bias = torch.randn(2, len(total), device=DEVICE) if affine else (None, None)
     count = v.numel() // len(total)
-    check("normalization", total, squares, count, scales((len(total),)), weight, bias, eps)
+    check("normalization", total, squares, count, scales((len(total),)), weight, bias, eps, None)
 
 
 @pytest.mark.parametrize("size", [2**7, 2**16, 2**28, 2**31 - 1])
@@ -204,7 +211,7 @@ def test_normalization_of_large_sums(count, size):
     squares = [(abs(v) + 1) ** 2 * count + rng.randrange(size * count) for v in values]
     squares = torch.tensor([divmod(s, 2**32) for s in squares], device=DEVICE)
     totals = torch.tensor(totals, device=DEVICE)
-    check("normalization", totals, squares, count, scales((8,)), None, None, 1e-5)
+    check("normalization", totals, squares, count, scales((8,)), None, None, 1e-5, None)
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -22,8 +22,8 @@ PRODUCTS = {"multiply", "multiply_few"}
 PASSES = {
     "moments_partially",
     "moments",
+    "moments_of_products",
     "normalization",
-    "track_statistics",
     "ends_of_line",
     "observe",
     "map_sums",
@@ -79,6 +79,7 @@ def compile_for(architecture, folder):
 
     from noisyq_fast import Grid
     from noisyq_fast.backends.on_triton import backend
+    from noisyq_fast.backends.reference_integer import Running
 
     def describe(name, named):
         of_pixel = named["terms"][1] if name in PRODUCTS else 0
@@ -109,6 +110,10 @@ def compile_for(architecture, folder):
     convolve(128, 64, 64, 32)
     convolve(16, 64, 64, 56, dtype=torch.uint8)
     convolve(16, 64, 64, 56, groups=64)
+    x, w = empty(128, 64, 32, 32, dtype=torch.int8), empty(64, 64, 3, 3, dtype=torch.int8)
+    x = x.to(memory_format=torch.channels_last)
+    how = [1, 1], [1, 1], [1, 1], 1, 2**15 - 1, True
+    backend.functions["convolve_sums"](x, None, w, None, *how)
     if architecture == 90:
         convolve(128, 3, 16, 32)
         convolve(128, 128, 128, 32, width=1)
@@ -123,9 +128,8 @@ def compile_for(architecture, folder):
     _, total, squares, *ends = functions["moments"](sums.float(), 2**15 - 1)
     functions["moments"](sums.float(), 2**24)
     count = 128 * 32 * 32
-    *_, mean, variance = functions["normalization"](total, squares, count, *of_channel[:3], 1e-5)
-    running = *of_channel[:2], empty(dtype=torch.int64)
-    functions["track_statistics"](*running, mean, variance, of_channel[2], count, 0.1)
+    running = Running(*of_channel[:2], empty(dtype=torch.int64), of_channel[2], 0.1)
+    functions["normalization"](total, squares, count, *of_channel[:3], 1e-5, running)
     functions["ends_of_line"](*ends, *of_channel[:2], True)
     functions["observe"](empty(2), empty(2), empty(), 0.01, Grid(4, "affine"))
     functions["map_sums"](sums, *of_channel[:2], sums.float(), True, True, True)

@@ -315,6 +315,7 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    running: reference.Running | None,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
     factor, term, mean, inverse = _empty(4, channels)
@@ -332,6 +333,8 @@ def normalization(
         eps,
         *(x.data_ptr() for x in (factor, term, mean, inverse, batch_mean, variance)),
     )
+    if running is not None:
+        reference.track(running, batch_mean, variance, count)
     return factor, term, mean, inverse, batch_mean, variance
 
 

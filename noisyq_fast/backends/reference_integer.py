@@ -5,7 +5,7 @@ float64, as here, below 2^53. Then it is rounded once, to float32.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ def multiply_codes(
     return torch.matmul(x.double(), w.double().mT).float()
 
 
+@backend.register
+def float_steps(codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`steps`, which are exact in every floating dtype."""
+    return codes.to(dtype) if zero_point is None else steps(codes, zero_point).to(dtype)
+
+
 def steps(codes: Tensor, zero_point: Tensor | None) -> Tensor:
     """``codes - zero_point``: what the scale is to be multiplied by. The zero points are of the
     first axes."""
@@ -122,6 +128,17 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
     return kept, whole.sum(1), squares, whole.amin(1).float(), whole.amax(1).float()
 
 
+class Running(NamedTuple):
+    """Running statistics of a batch norm: of ``v * scale + bias``, and how many batches they are
+    of."""
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+    bias: Tensor | None
+    momentum: float
+
+
 @backend.register
 def normalization(
     sum_: Tensor,
@@ -131,10 +148,11 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    running: Running | None,
 ) -> tuple[Tensor, ...]:
     """Batch norm of ``v * scale`` as ``v * factor + term``: these, the mean of v, 1 / the standard
-    deviation, and in float64 the mean and the variance of ``v * scale``. Equations:
-    `noisyq_fast.integer.batch_norm`."""
+    deviation, and in float64 the mean and the variance of ``v * scale``, towards which ``running``
+    moves. Equations: `noisyq_fast.integer.batch_norm`."""
     mean, centred = [], []
     for total, (upper, lower) in zip(sum_.tolist(), squares.tolist(), strict=True):
         p = round(float(total) / count)  # half to even
@@ -145,8 +163,10 @@ def normalization(
         torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (mean, centred)
     )
     s = scale.double()
-    count = torch.full_like(centred, count)
+    number, count = count, torch.full_like(centred, count)
     variance = centred / count * (s * s)
+    if running is not None:
+        track(running, mean * s, variance, number)
     inverse = (1 / (variance + eps).sqrt()).float()
     factor, term = line(mean * s, inverse, scale, weight, bias)
     return factor, term, mean.float(), inverse, mean * s, variance
@@ -162,25 +182,14 @@ def line(
     return (slope * scale.double()).float(), term.float()
 
 
-@backend.register
-def track_statistics(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    bias: Tensor | None,
-    count: int,
-    momentum: float,
-) -> None:
-    """Moves running statistics towards those of a batch, in float64, of ``count`` values; the mean
-    is without the bias of the layer."""
-    batches.add_(1)
-    if bias is not None:
-        mean = mean + bias.double()
+def track(running: Running, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Moves running statistics towards those of a batch of ``count`` values."""
+    running.batches.add_(1)
+    if running.bias is not None:
+        mean = mean + running.bias.double()
     variance = variance * (count / (count - 1))
-    for running, batch in ((running_mean, mean), (running_var, variance)):
-        running.mul_(1 - momentum).add_(momentum * batch.to(running.dtype))
+    for average, batch in ((running.mean, mean), (running.variance, variance)):
+        average.mul_(1 - running.momentum).add_(running.momentum * batch.to(average.dtype))
 
 
 @backend.register
@@ -420,7 +429,7 @@ def register_norm(backend: Backend) -> None:
     ) -> tuple[Tensor, ...]:
         _, total, squares, _, _ = compute["moments"](sums, bound)
         count = sums.numel() // scale.numel()
-        found = compute["normalization"](total, squares, count, scale, weight, bias, eps)
+        found = compute["normalization"](total, squares, count, scale, weight, bias, eps, None)
         return tuple(x.clone() for x in found)  # outputs of operators share no memory
 
     @backend.register

@@ -28,8 +28,14 @@ from torch import Tensor, nn
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
-from noisyq_fast.backends import reference_integer, select
-from noisyq_fast.backends.reference_integer import along_channels, channel_axis, line
+from noisyq_fast.backends import select
+from noisyq_fast.backends.reference_integer import (
+    Running,
+    along_channels,
+    channel_axis,
+    line,
+    track,
+)
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
 from noisyq_fast.integer.deferred import Deferred, deferrable
@@ -185,12 +191,16 @@ class ExactBatchNorm:
         self, product: Tensor, sums: Tensor, scale: Tensor, bias: Tensor | None, bound: int
     ) -> Tensor:
         """For a graph that is traced: of sums that are a tensor. Gradients flow to ``product``."""
-        factor, term, norm = self._line(
-            scale,
-            bias,
-            sums.numel() // scale.numel(),
-            lambda *affine: _statistics_of_sums(sums, scale, *affine, self.eps, bound),
-        )
+        count = sums.numel() // scale.numel()
+
+        def statistics(running: Running | None, *affine: Tensor | None) -> tuple[Tensor, ...]:
+            found = _statistics_of_sums(sums, scale, *affine, self.eps, bound)
+            if running is not None:
+                *_, mean, variance = found
+                track(running, mean, variance, count)
+            return found
+
+        factor, term, norm = self._line(scale, bias, count, statistics)
         of_batch = norm.uses_batch
         return _norm_of_sums(
             *(product, self.weight, self.bias, sums, scale),
@@ -205,10 +215,10 @@ class ExactBatchNorm:
             sum_, squares, *_ = x.measured().moments
             moments, count = ranks.added(sum_, squares, count)
 
-        def statistics(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        def statistics(running: Running | None, *affine: Tensor | None) -> tuple[Tensor, ...]:
             found = x.measured().moments[:2] if ranks is None else moments
             compute = select("normalization", sums.values.device.type)
-            return compute(*found, count, sums.scale, weight, bias, self.eps)
+            return compute(*found, count, sums.scale, *affine, self.eps, running)
 
         factor, term, norm = self._line(sums.scale, sums.bias, count, statistics)
         if ranks is not None:
@@ -240,9 +250,9 @@ class ExactBatchNorm:
                 raise ValueError(
                     "expected more than 1 value per channel in training, got a batch norm of 1"
                 )
-            factor, term, mean, inverse, batch_mean, variance = statistics(*affine)
-            if self.training and self.track_running_stats and not in_backward():
-                self._track(batch_mean, variance, bias, count)
+            tracks = self.training and self.track_running_stats and not in_backward()
+            running = self._running(bias) if tracks else None
+            factor, term, mean, inverse, *_ = statistics(running, *affine)
         else:
             factor, term, mean, inverse = self._running_line(scale, bias, *affine)
         return factor, term, Norm(self.weight, self.bias, mean, inverse, of_batch)
@@ -275,16 +285,11 @@ class ExactBatchNorm:
         factor, term = line(mean, inverse, scale, *affine)
         return factor, term, (mean / scale.double()).float(), inverse
 
-    def _track(self, mean: Tensor, variance: Tensor, bias: Tensor | None, count: int) -> None:
-        momentum = self.momentum
+    def _running(self, bias: Tensor | None) -> Running:
+        batches, momentum = self.num_batches_tracked, self.momentum
         if momentum is None:
-            momentum = 1 / (float(self.num_batches_tracked) + 1)
-        running = self.running_mean, self.running_var, self.num_batches_tracked
-        of_batch = mean, variance, bias, count, momentum
-        if deferrable(mean):
-            select("track_statistics", mean.device.type)(*running, *of_batch)
-        else:
-            reference_integer.track_statistics(*running, *of_batch)
+            momentum = 1 / (float(batches) + 1)
+        return Running(self.running_mean, self.running_var, batches, bias, momentum)
 
 
 @functools.cache

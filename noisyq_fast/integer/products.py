@@ -29,11 +29,11 @@ from torch.autograd.function import once_differentiable
 
 from noisyq_fast import gradients
 from noisyq_fast._declare import declare
-from noisyq_fast.backends import select
+from noisyq_fast.backends import reference_integer, select
 from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
 from noisyq_fast.integer.chain import Sums, without_values
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.integer.deferred import Deferred, memory_format
+from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37
@@ -291,8 +291,9 @@ class _Convolution(_Product):
 
 
 def _floats(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Steps of a tensor, exact in every floating dtype."""
-    return codes.to(dtype) if zero is None else steps(codes, zero).to(dtype)
+    if not deferrable(codes):
+        return reference_integer.float_steps(codes, zero, dtype)
+    return select("float_steps", codes.device.type)(codes, zero, dtype)
 
 
 def _channel_values(

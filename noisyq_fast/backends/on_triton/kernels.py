@@ -12,6 +12,7 @@ from noisyq_fast.backends.on_triton.arithmetic import (
     SIGNED,
     averaged,
     ends_of,
+    from_float,
     high_key,
     is_observation,
     levels_of,
@@ -349,8 +350,11 @@ def quantize_fixed_range(
 
 @triton.jit
 def dequantize(codes, scale, zero, y, sizes, TILE: tl.constexpr):
+    """Without a scale, only the steps."""
     channel, channel_exists = channels_of_program(sizes, TILE)
-    scales = tl.load(scale + channel, channel_exists, 0.0)[None, :, None]
+    scales = 1.0
+    if scale is not None:
+        scales = tl.load(scale + channel, channel_exists, 0.0)[None, :, None]
     if zero is not None:
         zeros = tl.load(zero + channel, channel_exists, 0).to(tl.float32)[None, :, None]
     for tile in range(tl.program_id(1), tiles_of_program(sizes, TILE), tl.num_programs(1)):
@@ -358,4 +362,4 @@ def dequantize(codes, scale, zero, y, sizes, TILE: tl.constexpr):
         steps = tl.load(codes + offsets, exists, 0).to(tl.float32)
         if zero is not None:
             steps -= zeros
-        tl.store(y + offsets, steps * scales, exists)
+        tl.store(y + offsets, from_float(steps * scales, y.dtype.element_ty), exists)

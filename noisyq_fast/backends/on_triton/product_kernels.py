@@ -12,6 +12,7 @@ import triton.language as tl
 
 from noisyq_fast.backends.on_triton.arithmetic import from_float
 from noisyq_fast.backends.on_triton.kernels import tiles_along
+from noisyq_fast.backends.on_triton.sum_kernels import BELOW_NARROW
 
 
 @triton.jit
@@ -64,6 +65,22 @@ def _store(sums, scale, weight_scale, term, out, rows, number, channel, channels
 
 
 @triton.jit
+def _add_to_moments(found, sums, rows_exist, channel, exists, channels):
+    """Of sums that fit into 16 bits, of up to 2^15 rows. All of it is exact, so in any order."""
+    sums = tl.where(rows_exist[:, None], sums, 0)
+    square = sums * sums
+    squares = tl.sum(square >> 16, 0).to(tl.int64) << 16
+    squares += tl.sum(square & 0xFFFF, 0).to(tl.int64)
+    high = BELOW_NARROW + tl.max(tl.where(rows_exist[:, None], sums, -BELOW_NARROW), 0)
+    low = BELOW_NARROW - tl.min(tl.where(rows_exist[:, None], sums, BELOW_NARROW), 0)
+    found += channel
+    tl.atomic_add(found, tl.sum(sums, 0).to(tl.int64), exists, sem="relaxed")
+    tl.atomic_add(found + channels, squares, exists, sem="relaxed")
+    tl.atomic_max(found + 2 * channels, low.to(tl.int64), exists, sem="relaxed")
+    tl.atomic_max(found + 3 * channels, high.to(tl.int64), exists, sem="relaxed")
+
+
+@triton.jit
 def multiply(
     codes,
     zero,
@@ -74,6 +91,7 @@ def multiply(
     weight_scale,
     term,
     out,
+    found,
     output,
     image,
     window,
@@ -89,6 +107,8 @@ def multiply(
 
     ``weight`` are such d; ``weight_zero`` the w and ``weight_sum`` the sums of d - w, of each
     output channel; None where all w are 0, and where z is. Programs are of a tile and of a group.
+    ``found``: of each channel the sum of all sums, that of their squares, and the largest -v and v,
+    both as numbers above 0; it begins with 0.
     """
     pixels_tile = tl.program_id(0) // tiles_along(output[3], TILE[1])
     rows, row_exists, number, top, left = _pixels_of_tile(pixels_tile, output, window, TILE)
@@ -128,6 +148,8 @@ def multiply(
         z = _zeros_of(zero, number, row_exists, OF_IMAGE) - 128
         sums -= z * tl.load(weight_sum + channel, channel_exists, 0)[None, :]
     channels = output[3] * groups
+    if found is not None:
+        _add_to_moments(found, sums, row_exists, channel, channel_exists, channels)
     exists = row_exists, channel_exists
     _store(sums, scale, weight_scale, term, out, rows, number, channel, channels, exists, OF_IMAGE)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import on_triton, reference, reference_integer
-from noisyq_fast.backends.kernel_arguments import contiguous
+from noisyq_fast.backends.kernel_arguments import contiguous, dense
 from noisyq_fast.backends.on_triton import backend
-from noisyq_fast.backends.on_triton.sums import moments
+from noisyq_fast.backends.on_triton.sums import moments, moments_of_products
 from noisyq_fast.backends.on_triton.tiling import product_tile
 
 _EXACT_INT = 2**31
@@ -70,15 +70,29 @@ def convolve_sums(
     operands = codes, zero_point, weight, weight_zero_point
     how = stride, padding, dilation, groups
     is_narrow = reference_integer.is_narrow(bound)
-    sums = None
+    sums = found = None
     if _is_taken(codes, weight) and codes.dim() == 4:
-        sums = _convolve(*operands, *how, None, torch.int16 if is_narrow else torch.float32)
+        if measures and is_narrow and not _is_few(weight, groups):
+            found = torch.zeros(4, len(weight), dtype=torch.int64, device=codes.device)
+        dtype = torch.int16 if is_narrow else torch.float32
+        sums = _convolve(*operands, *how, None, dtype, found)
     if sums is None:
         return reference_integer.convolve_sums(*operands, *how, bound, measures)
     if not measures:
         return sums, None
+    if found is not None:
+        return sums, moments_of_products(found)
     kept, *of_channels = moments(sums, bound)
     return kept, tuple(of_channels)
+
+
+@backend.register
+def float_steps(codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if zero_point is not None and zero_point.dim() > 0:
+        return reference_integer.float_steps(codes, zero_point, dtype)
+    codes, y = dense(codes, dtype)
+    on_triton._map(on_triton._kernels().dequantize, codes, None, None, zero_point, y)
+    return y
 
 
 @backend.register
@@ -172,6 +186,7 @@ def _convolve(
     groups: int,
     scales: _Scales | None,
     dtype: torch.dtype,
+    found: Tensor | None = None,
 ) -> Tensor | None:
     """With the channels last in memory. None where images are smaller than the window, or places
     in one do not fit into 32 bits."""
@@ -194,7 +209,7 @@ def _convolve(
     steps = *stride, *padding, *dilation, None if window == [1, 1] else window[1]
     _launch(
         *(codes, zero_point, weight, weight_zero_point),
-        *(sizes, of_output, steps, groups, scales, out),
+        *(sizes, of_output, steps, groups, scales, out, found),
     )
     return out
 
@@ -237,8 +252,10 @@ def _launch(
     groups: int,
     scales: _Scales | None,
     out: Tensor,
+    found: Tensor | None = None,
 ) -> None:
     outputs, of_pixel, *_ = weight.shape
+    is_few = _is_few(weight, groups)
     if weight.dim() == 4:
         weight = weight.permute(0, 2, 3, 1)
     weight = weight.reshape(outputs, -1).contiguous()
@@ -246,24 +263,30 @@ def _launch(
     of_group = outputs // groups
     pixels = out.numel() // outputs
 
-    is_few = groups > 1 and min(of_pixel, of_group) < _FEW
     if is_few:
         kernel, columns, operands = _kernels().multiply_few, outputs, (weight, weight_zero_point)
     else:
         kernel, columns = _kernels().multiply, of_group
         operands = _signed(weight, weight_zero_point, codes.dtype == torch.uint8)
     tile = product_tile(pixels, columns, of_sum, on_triton._limits(codes.device))
+    # Moments take registers.
+    warps = max(tile[0] * tile[1] // (2048 if found is None else 1024), min(tile[0] // 16, 4))
     on_triton._launch(
         codes,
         kernel,
         (-(-pixels // tile[0]) * -(-columns // tile[1]), 1 if is_few else groups),
-        max(tile[0] * tile[1] // 2048, min(tile[0] // 16, 4)),
+        warps,
         *(codes, contiguous(zero_point), *operands),
         *((None,) * 3 if scales is None else _prepared(scales, outputs)),
-        *(out, (pixels, *of_output, of_group), (*sizes, of_pixel * groups), window),
+        *((out,) if is_few else (out, found)),
+        *((pixels, *of_output, of_group), (*sizes, of_pixel * groups), window),
         *((of_sum, of_pixel), groups, tile),
         _is_of_images(zero_point, scales),
     )
+
+
+def _is_few(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and min(weight.shape[1], len(weight) // groups) < _FEW
 
 
 def _is_of_images(zero_point: Tensor | None, scales: _Scales | None) -> bool:

@@ -30,6 +30,8 @@ from noisyq_fast.backends.on_triton.kernels import (
 )
 
 INFINITY = tl.constexpr(float("inf"))
+BELOW_NARROW = tl.constexpr(2**15)
+"""No sum of 16 bits is as large."""
 
 
 @triton.jit
@@ -126,6 +128,22 @@ def moments(wholes, ends, total, squares, low, high, rows, channels, TILE: tl.co
 
 
 @triton.jit
+def moments_of_products(found, total, squares, low, high, channels, TILE: tl.constexpr):
+    """The same of what `product_kernels.multiply` has found."""
+    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    exists = channel < channels
+    found += channel
+    tl.store(total + channel, tl.load(found, exists, 0), exists)
+    square = tl.load(found + channels, exists, 0)
+    tl.store(squares + 2 * channel, square >> 32, exists)
+    tl.store(squares + 2 * channel + 1, square & 0xFFFFFFFF, exists)
+    least = BELOW_NARROW - tl.load(found + 2 * channels, exists, 0)
+    tl.store(low + channel, least.to(tl.float32), exists)
+    largest = tl.load(found + 3 * channels, exists, 0) - BELOW_NARROW
+    tl.store(high + channel, largest.to(tl.float32), exists)
+
+
+@triton.jit
 def _difference(upper, lower, p, t):
     """``upper * 2^32 + lower - p * t``, which is not negative, as the upper and lower 64 bits."""
     product = (p * t).to(tl.uint64)
@@ -155,6 +173,12 @@ def _double_of(above, below):
 
 
 @triton.jit
+def _move(average, batch, kept, momentum, exists):
+    moved = tl.load(average, exists, 0.0) * kept + momentum * batch.to(tl.float32)
+    tl.store(average, moved, exists)
+
+
+@triton.jit
 def normalization(
     total,
     squares,
@@ -169,10 +193,13 @@ def normalization(
     variance,
     count,
     eps,
+    running,
     channels,
     TILE: tl.constexpr,
 ):
-    """``eps`` is given by the bits of a float64."""
+    """``eps`` is given by the bits of a float64. ``running``: None, or the running mean and
+    variance, how many batches they are of, the bias of the layer, the bits of n / (n - 1), and how
+    much of the old and of the new is kept."""
     channel, exists = _channels_to_finish(channels, TILE)
     s1 = tl.load(total + channel, exists, 0)
     n = tl.zeros_like(s1) + count
@@ -203,36 +230,14 @@ def normalization(
     tl.store(inverse + channel, inverses, exists)
     tl.store(batch_mean + channel, of_batch, exists)
     tl.store(variance + channel, variances, exists)
-
-
-@triton.jit
-def track_statistics(
-    running_mean,
-    running_var,
-    batches,
-    mean,
-    variance,
-    bias,
-    correction,
-    kept,
-    momentum,
-    channels,
-    TILE: tl.constexpr,
-):
-    """``correction`` is given by the bits of a float64."""
-    if tl.program_id(0) == 0:
-        tl.store(batches, tl.load(batches) + 1)
-    channel, exists = _channels_to_finish(channels, TILE)
-    correction = tl.cast(correction, tl.int64).to(tl.float64, bitcast=True)
-    means = tl.load(mean + channel, exists, 0.0)
-    if bias is not None:
-        means += tl.load(bias + channel, exists, 0.0).to(tl.float64)
-    variances = tl.load(variance + channel, exists, 0.0) * correction
-    means = tl.load(running_mean + channel, exists, 0.0) * kept + momentum * means.to(tl.float32)
-    tl.store(running_mean + channel, means, exists)
-    variances = variances.to(tl.float32)
-    variances = tl.load(running_var + channel, exists, 0.0) * kept + momentum * variances
-    tl.store(running_var + channel, variances, exists)
+    if running is not None:
+        if tl.program_id(0) == 0:
+            tl.store(running[2], tl.load(running[2]) + 1)
+        if running[3] is not None:
+            of_batch += tl.load(running[3] + channel, exists, 0.0).to(tl.float64)
+        variances *= tl.cast(running[4], tl.int64).to(tl.float64, bitcast=True)
+        _move(running[0] + channel, of_batch, running[5], running[6], exists)
+        _move(running[1] + channel, variances, running[5], running[6], exists)
 
 
 @triton.jit

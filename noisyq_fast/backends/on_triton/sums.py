@@ -12,6 +12,7 @@ from noisyq_fast.backends import on_triton, reference_integer
 from noisyq_fast.backends.kernel_arguments import channels_last_rows, like, write_back
 from noisyq_fast.backends.on_triton import backend
 from noisyq_fast.backends.on_triton.tiling import Tiling, fewer_splits
+from noisyq_fast.backends.reference_integer import Running
 from noisyq_fast.grid import ODD, Grid
 
 
@@ -38,6 +39,18 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
     return kept, *found
 
 
+def moments_of_products(found: Tensor) -> tuple[Tensor, ...]:
+    """Those of each channel, of what a product has found of its sums."""
+    channels = found.shape[1]
+    total, squares = (found.new_empty(channels, *n) for n in ((), (2,)))
+    low, high = found.new_empty(2, channels, dtype=torch.float32).unbind()
+    tile = 128
+    programs = -(-channels // tile)
+    arguments = found, total, squares, low, high, channels, tile
+    on_triton._launch(found, _kernels().moments_of_products, (programs,), 4, *arguments)
+    return total, squares, low, high
+
+
 @backend.register
 def normalization(
     sum_: Tensor,
@@ -47,41 +60,29 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    running: Running | None,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
     found = (
         *scale.new_empty(4, channels).unbind(),
         *scale.new_empty(2, channels, dtype=torch.float64).unbind(),
     )
+    tracked, others = None, running
+    if running is not None and all(
+        x.dtype == torch.float32 and x.is_contiguous() for x in (running.mean, running.variance)
+    ):
+        numbers = _bits(count / (count - 1)), 1 - running.momentum, running.momentum
+        tracked = (*running[:3], _float(running.bias), *numbers)
+        others = None
     _finish(
         *(_kernels().normalization, sum_.contiguous(), squares.contiguous(), scale.contiguous()),
-        *(_float(weight), _float(bias), *found, count, _bits(eps)),
+        *(_float(weight), _float(bias), *found, count, _bits(eps), tracked),
         channels=channels,
     )
+    if others is not None:
+        *_, mean, variance = found
+        reference_integer.track(others, mean, variance, count)
     return found
-
-
-@backend.register
-def track_statistics(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    bias: Tensor | None,
-    count: int,
-    momentum: float,
-) -> None:
-    running = running_mean, running_var
-    if any(x.dtype != torch.float32 or not x.is_contiguous() for x in running):
-        others = batches, mean, variance, bias, count, momentum
-        reference_integer.track_statistics(*running, *others)
-        return
-    _finish(
-        *(_kernels().track_statistics, *running, batches, mean, variance, _float(bias)),
-        *(_bits(count / (count - 1)), 1 - momentum, momentum),
-        channels=len(mean),
-    )
 
 
 @backend.register
