@@ -129,7 +129,8 @@ def compile_for(architecture, folder):
     functions["moments"](sums.float(), 2**24)
     count = 128 * 32 * 32
     running = Running(*of_channel[:2], empty(dtype=torch.int64), of_channel[2], 0.1)
-    functions["normalization"](total, squares, count, *of_channel[:3], 1e-5, running)
+    for given in (running, running._replace(bias=None), None):
+        functions["normalization"](total, squares, count, *of_channel[:3], 1e-5, given)
     functions["ends_of_line"](*ends, *of_channel[:2], True)
     functions["observe"](empty(2), empty(2), empty(), 0.01, Grid(4, "affine"))
     functions["map_sums"](sums, *of_channel[:2], sums.float(), True, True, True)

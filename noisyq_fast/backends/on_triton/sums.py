@@ -76,7 +76,7 @@ def normalization(
         others = None
     _finish(
         *(_kernels().normalization, sum_.contiguous(), squares.contiguous(), scale.contiguous()),
-        *(_float(weight), _float(bias), *found, count, _bits(eps), tracked),
+        *(_float(weight), _float(bias), *found, count, _bits(eps), tracked, tracked is not None),
         channels=channels,
     )
     if others is not None:
