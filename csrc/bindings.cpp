@@ -136,12 +136,36 @@ PYBIND11_MODULE(_core, m) {
       "normalization",
       [](uintptr_t sum, uintptr_t squares, int64_t rows, int64_t channels, uintptr_t scale,
          uintptr_t weight, uintptr_t bias, double eps, uintptr_t factor, uintptr_t term,
-         uintptr_t mean, uintptr_t inverse, uintptr_t batch_mean, uintptr_t batch_variance) {
+         uintptr_t mean, uintptr_t inverse, uintptr_t batch_mean, uintptr_t batch_variance,
+         uintptr_t running_mean, uintptr_t running_variance, uintptr_t batches,
+         uintptr_t layer_bias, double momentum) {
         cpu::normalization(pointer<const int64_t>(sum), pointer<const int64_t>(squares), rows,
                            channels, pointer<const float>(scale), pointer<const float>(weight),
                            pointer<const float>(bias), eps, pointer<float>(factor),
                            pointer<float>(term), pointer<float>(mean), pointer<float>(inverse),
-                           pointer<double>(batch_mean), pointer<double>(batch_variance));
+                           pointer<double>(batch_mean), pointer<double>(batch_variance),
+                           {pointer<float>(running_mean), pointer<float>(running_variance),
+                            pointer<int64_t>(batches), pointer<const float>(layer_bias), momentum});
+      },
+      release);
+
+  m.def(
+      "ends_of_line",
+      [](uintptr_t least, uintptr_t largest, uintptr_t factor, uintptr_t term, int64_t channels,
+         bool relu, uintptr_t ends) {
+        cpu::ends_of_line(pointer<const float>(least), pointer<const float>(largest),
+                          pointer<const float>(factor), pointer<const float>(term), channels, relu,
+                          pointer<float>(ends));
+      },
+      release);
+
+  m.def(
+      "observe",
+      [](uintptr_t ends, int kind, uintptr_t running, uintptr_t observed, float constant,
+         uintptr_t range) {
+        cpu::observe(pointer<const float>(ends), static_cast<GridKind>(kind),
+                     {pointer<float>(running), pointer<float>(observed), constant},
+                     pointer<float>(range));
       },
       release);
 

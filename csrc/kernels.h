@@ -122,12 +122,31 @@ struct Sums {
 void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t channels, int64_t bound,
                      Moments moments, int threads);
 
+// Running statistics of a batch norm, of which `batches` counts the batches. Null where there are
+// none; `bias`, of the layer before, may be null.
+struct RunningStatistics {
+  float* mean = nullptr;
+  float* variance = nullptr;
+  int64_t* batches = nullptr;
+  const float* bias = nullptr;
+  double momentum = 0.0;
+};
+
 // Batch norm of v * scale, from its moments, as v * factor + term: see
 // `noisyq_fast/integer/batch_norm.py`. `weight` and `bias` may be null.
 void normalization(const int64_t* sum, const int64_t* squares, int64_t rows, int64_t channels,
                    const float* scale, const float* weight, const float* bias, double eps,
                    float* factor, float* term, float* mean, float* inverse, double* batch_mean,
-                   double* batch_variance);
+                   double* batch_variance, RunningStatistics running);
+
+// min(y, 0) and max(y, 0) of y = v * factor + term, or of its ReLU, from the least and the largest
+// v of each channel; NaN where one is NaN, and the latter where the former is not finite.
+void ends_of_line(const float* least, const float* largest, const float* factor, const float* term,
+                  int64_t channels, bool relu, float* ends);
+
+// The range on a grid of a batch with these ends (one value, of an affine grid two), towards which
+// the average moves.
+void observe(const float* ends, GridKind kind, MovingAverage average, float* range);
 
 // y = relu(v * factor + term + residual), without the ReLU or the residual where there is none.
 // Where not null: `zeros` receives a bit for each y that is not above 0, `range` min(y, 0) and

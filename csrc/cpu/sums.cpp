@@ -1,5 +1,6 @@
 // What follows an exact product of codes: passes over its sums, v, which are whole numbers, laid
 // out as [rows, channels]. `noisyq_fast/backends/reference_integer.py` says the same in PyTorch.
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -232,10 +233,29 @@ void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t chan
   }
 }
 
+namespace {
+
+void track(RunningStatistics running, double rows, int64_t channels, const double* mean,
+           const double* variance) {
+  const double correction = rows / (rows - 1);
+  const auto kept = static_cast<float>(1 - running.momentum);
+  const auto momentum = static_cast<float>(running.momentum);
+  *running.batches += 1;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double bias = running.bias == nullptr ? 0.0 : static_cast<double>(running.bias[c]);
+    const auto of_batch = static_cast<float>(mean[c] + bias);
+    running.mean[c] = running.mean[c] * kept + momentum * of_batch;
+    const auto spread = static_cast<float>(variance[c] * correction);
+    running.variance[c] = running.variance[c] * kept + momentum * spread;
+  }
+}
+
+}  // namespace
+
 void normalization(const int64_t* sum, const int64_t* squares, int64_t rows, int64_t channels,
                    const float* scale, const float* weight, const float* bias, double eps,
                    float* factor, float* term, float* mean, float* inverse, double* batch_mean,
-                   double* batch_variance) {
+                   double* batch_variance, RunningStatistics running) {
   const auto n = static_cast<double>(rows);
   for (int64_t c = 0; c < channels; ++c) {
     const double nearest = std::rint(static_cast<double>(sum[c]) / n);
@@ -256,6 +276,36 @@ void normalization(const int64_t* sum, const int64_t* squares, int64_t rows, int
                                  batch_mean[c] * slope);
     mean[c] = static_cast<float>(nearest + d / n);
   }
+  if (running.mean != nullptr) track(running, n, channels, batch_mean, batch_variance);
+}
+
+void ends_of_line(const float* least, const float* largest, const float* factor, const float* term,
+                  int64_t channels, bool relu, float* ends) {
+  float low = INFINITY, high = -INFINITY;
+  bool has_nan = false;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (const float v : {least[c], largest[c]}) {
+      const float y = v * factor[c] + term[c];
+      has_nan |= y != y;
+      low = std::min(low, y);
+      high = std::max(high, y);
+    }
+  }
+  low = relu ? 0.0f : std::min(low, 0.0f);
+  ends[0] = has_nan ? NAN : low;
+  ends[1] = has_nan || !std::isfinite(low) ? NAN : std::max(high, 0.0f);
+}
+
+void observe(const float* ends, GridKind kind, MovingAverage average, float* range) {
+  const float low = ends[0], high = ends[1];
+  if (kind == GridKind::is_affine) {
+    range[0] = low;
+    range[1] = high;
+    noisyq::observe(average, 0, 1, Range{low, high});
+    return;
+  }
+  range[0] = kind == GridKind::is_unsigned || high != high ? high : std::max(-low, high);
+  noisyq::observe(average, 0, range[0]);
 }
 
 void map_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const float* term,

@@ -12,10 +12,12 @@ from noisyq_fast.backends import reference_integer as reference
 from noisyq_fast.backends.kernel_arguments import (
     DTYPE_CODES,
     KIND_CODES,
+    NULL,
     address,
     channels_last_rows,
     core,
     like,
+    write_back,
 )
 from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.grid import ODD, Grid
@@ -322,6 +324,11 @@ def normalization(
     batch_mean, variance = _empty(2, channels, torch.float64)
     weight = None if weight is None else weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
+    tracked, moved, layer_bias = (NULL, NULL, NULL, NULL, 0.0), (), None
+    if running is not None and running.is_plain():
+        moved = running[:3]
+        layer_bias = None if running.bias is None else running.bias.float().contiguous()
+        tracked = *(x.data_ptr() for x in moved), address(layer_bias), running.momentum
     core.normalization(
         sum_.data_ptr(),
         squares.data_ptr(),
@@ -332,10 +339,35 @@ def normalization(
         address(bias),
         eps,
         *(x.data_ptr() for x in (factor, term, mean, inverse, batch_mean, variance)),
+        *tracked,
     )
-    if running is not None:
+    for x in moved:
+        write_back(x, x)
+    if running is not None and not moved:
         reference.track(running, batch_mean, variance, count)
     return factor, term, mean, inverse, batch_mean, variance
+
+
+@backend.register
+def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
+    ends = factor.new_empty(2)
+    of_channels = [x.contiguous() for x in (low, high, factor, term)]
+    core.ends_of_line(*(x.data_ptr() for x in of_channels), len(low), relu, ends.data_ptr())
+    return ends
+
+
+@backend.register
+def observe(
+    ends: Tensor, running: Tensor, observed: Tensor, averaging_constant: float, grid: Grid
+) -> Tensor:
+    if grid.kind == ODD:
+        return reference.observe(ends, running, observed, averaging_constant, grid)
+    written, range_ = running.contiguous(), ends.new_empty(running.shape)
+    average = written.data_ptr(), observed.data_ptr(), averaging_constant
+    core.observe(ends.data_ptr(), KIND_CODES[grid.kind], *average, range_.data_ptr())
+    write_back(written, running)
+    write_back(observed, observed)
+    return range_
 
 
 @backend.register

@@ -138,6 +138,10 @@ class Running(NamedTuple):
     bias: Tensor | None
     momentum: float
 
+    def is_plain(self) -> bool:
+        """Whether a kernel can move them where they are."""
+        return all(x.dtype == torch.float32 and x.is_contiguous() for x in self[:2])
+
 
 @backend.register
 def normalization(

@@ -67,21 +67,21 @@ def normalization(
         *scale.new_empty(4, channels).unbind(),
         *scale.new_empty(2, channels, dtype=torch.float64).unbind(),
     )
-    tracked, others = None, running
-    if running is not None and all(
-        x.dtype == torch.float32 and x.is_contiguous() for x in (running.mean, running.variance)
-    ):
+    tracked, moved = None, ()
+    if running is not None and running.is_plain():
+        moved = running[:3]
         numbers = _bits(count / (count - 1)), 1 - running.momentum, running.momentum
-        tracked = (*running[:3], _float(running.bias), *numbers)
-        others = None
+        tracked = (*moved, _float(running.bias), *numbers)
     _finish(
         *(_kernels().normalization, sum_.contiguous(), squares.contiguous(), scale.contiguous()),
-        *(_float(weight), _float(bias), *found, count, _bits(eps), tracked, tracked is not None),
+        *(_float(weight), _float(bias), *found, count, _bits(eps), tracked, bool(moved)),
         channels=channels,
     )
-    if others is not None:
+    for x in moved:
+        write_back(x, x)
+    if running is not None and not moved:
         *_, mean, variance = found
-        reference_integer.track(others, mean, variance, count)
+        reference_integer.track(running, mean, variance, count)
     return found
 
 
@@ -102,6 +102,7 @@ def observe(
     operands = ends, average, observed, batch, averaging_constant, grid.kind
     on_triton._launch(ends, _kernels().observe, (1,), 1, *operands, 1)
     write_back(average, running)
+    write_back(observed, observed)
     return batch
 
 
