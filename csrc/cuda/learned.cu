@@ -1,4 +1,4 @@
-// Quantizers that learn: a map forward; backward a map and sums, with a warp for each chunk.
+// Quantizers that learn: a map forward; backward a map and sums, with a block for each chunk.
 #include "../chunks.h"
 #include "../rules.h"
 #include "known.cuh"
@@ -33,11 +33,8 @@ struct LearnedCode {
   }
 };
 
-// What a thread loads before it uses the first: so many rows of a chunk.
-constexpr int kRows = 2;
-
-// The chunk of a warp, of which each thread has the lanes `first` and `first + kWarp`, in memory
-// that goes on to `end`.
+// The chunk of a warp that only adds, of which each thread has the lanes `first` and `first +
+// kWarp`, in memory that goes on to `end`.
 struct ChunkOfWarp {
   int64_t chunk;
   int64_t channel;
@@ -53,13 +50,6 @@ struct ChunkOfWarp {
         exists(chunk < chunks.count()) {}
 };
 
-template <class Kernel, class... Arguments>
-Status launch_on(const Chunks& chunks, Kernel kernel, Stream stream, Arguments... arguments) {
-  constexpr int kWarps = kThreads / kWarp;
-  const int64_t blocks = (chunks.count() + kWarps - 1) / kWarps;
-  return launch(kernel, {blocks, kThreads}, stream, arguments..., chunks);
-}
-
 // `lanes`, two of each thread of a warp, folded in halves: the sum, in every thread.
 __device__ __forceinline__ float folded(float lane, float upper_lane) {
   float sum = lane + upper_lane;
@@ -69,40 +59,56 @@ __device__ __forceinline__ float folded(float lane, float upper_lane) {
   return sum;
 }
 
-// dx, and the sum of each chunk for each parameter, times `factor`.
+// What a thread of a block has of a chunk, and how much of it it loads before it uses the first.
+constexpr int kShare = kChunk / kThreads;
+constexpr int kLoads = 4;
+
+// dx, and the sum of each chunk for each parameter, times `factor`. All threads of a block make the
+// terms of a chunk; then a warp for each parameter adds them in their order, of which each thread
+// has two lanes.
 template <class T, class Rule>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const T* grad, const T* x, T* dx, Rules<Rule> rules, float* sums, float factor,
                     Chunks chunks) {
-  const ChunkOfWarp at(chunks);
-  if (!at.exists) return;
-  const Rule rule = rules(at.channel);
-  float lanes[2][Rule::kParameters] = {};
+  __shared__ float terms[Rule::kParameters][kChunk];
+  const int64_t chunk = blockIdx.x;
+  const int64_t channel = chunks.channel(chunk);
+  const int64_t begin = channel * chunks.size() + chunks.first(chunk);
+  const auto elements = static_cast<int>(chunks.elements(chunk));
+  const Rule rule = rules(channel);
 #pragma unroll 1
-  for (int64_t i = at.first; i < at.end; i += kRows * kLanes) {
-    T values[2 * kRows], grads[2 * kRows];
+  for (int k = 0; k < kShare && k * kThreads < elements; k += kLoads) {
+    T values[kLoads] = {}, grads[kLoads] = {};
 #pragma unroll
-    for (int k = 0; k < 2 * kRows; ++k) {
-      if (i + k * kWarp >= at.end) continue;
-      values[k] = x[i + k * kWarp];
-      grads[k] = grad[i + k * kWarp];
+    for (int l = 0; l < kLoads; ++l) {
+      const int i = (k + l) * kThreads + threadIdx.x;
+      if (i >= elements) continue;
+      values[l] = x[begin + i];
+      grads[l] = grad[begin + i];
     }
 #pragma unroll
-    for (int k = 0; k < 2 * kRows; ++k) {
-      if (i + k * kWarp >= at.end) continue;
-      const float g = to_float(grads[k]);
-      const Derivatives d = rule.derivatives(to_float(values[k]));
-      dx[i + k * kWarp] = from_float<T>(chained(g, d.x));
-      lanes[k % 2][0] += chained(g, d.p);
-      if constexpr (Rule::kParameters > 1) lanes[k % 2][1] += chained(g, d.q);
-      if constexpr (Rule::kParameters > 2) lanes[k % 2][2] += chained(g, d.r);
+    for (int l = 0; l < kLoads; ++l) {
+      const int i = (k + l) * kThreads + threadIdx.x;
+      if (i >= elements) continue;
+      const float g = to_float(grads[l]);
+      const Derivatives d = rule.derivatives(to_float(values[l]));
+      dx[begin + i] = from_float<T>(chained(g, d.x));
+      terms[0][i] = chained(g, d.p);
+      if constexpr (Rule::kParameters > 1) terms[1][i] = chained(g, d.q);
+      if constexpr (Rule::kParameters > 2) terms[2][i] = chained(g, d.r);
     }
   }
-#pragma unroll
-  for (int p = 0; p < Rule::kParameters; ++p) {
-    const float sum = folded(lanes[0][p], lanes[1][p]) * factor;
-    if (threadIdx.x % kWarp == 0) sums[p * chunks.count() + at.chunk] = sum;
+  __syncthreads();
+  const int p = static_cast<int>(threadIdx.x) / kWarp;
+  if (p >= Rule::kParameters) return;
+  float lane = 0.0f, upper_lane = 0.0f;
+#pragma unroll 8
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < elements; i += kLanes) {
+    lane += terms[p][i];
+    if (i + kWarp < elements) upper_lane += terms[p][i + kWarp];
   }
+  const float sum = folded(lane, upper_lane) * factor;
+  if (threadIdx.x % kWarp == 0) sums[p * chunks.count() + chunk] = sum;
 }
 
 // The sum of each chunk of values, times `factor`.
@@ -168,17 +174,18 @@ Status fake_quantize_learned_backward(DType dtype, const void* grad, const void*
     return with_rule(kind, [&](auto* of) {
       using Rule = std::remove_pointer_t<decltype(of)>;
       rows = Rule::kParameters * channels;
-      return launch_on(chunks, backward_kernel<T, Rule>, stream, static_cast<const T*>(grad),
-                       static_cast<const T*>(x), static_cast<T*>(dx),
-                       Rules<Rule>{parameters, channels, ends_of(low, high)}, found,
-                       factor_of(chunks));
+      return launch(backward_kernel<T, Rule>, {chunks.count(), kThreads}, stream,
+                    static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<T*>(dx),
+                    Rules<Rule>{parameters, channels, ends_of(low, high)}, found, factor_of(chunks),
+                    chunks);
     });
   });
   for (int64_t count = chunks.each(); count > 1 && status == 0;) {
     const Chunks of_sums{{1, rows, count}};
     float* const sums_of_chunks = is_last(of_sums) ? sums : found + rows * count;
-    status = launch_on(of_sums, sum_kernel, stream, static_cast<const float*>(found),
-                       sums_of_chunks, factor_of(of_sums));
+    const int64_t blocks = (of_sums.count() + kThreads / kWarp - 1) / (kThreads / kWarp);
+    status = launch(sum_kernel, {blocks, kThreads}, stream, static_cast<const float*>(found),
+                    sums_of_chunks, factor_of(of_sums), of_sums);
     found = sums_of_chunks;
     count = of_sums.each();
   }
