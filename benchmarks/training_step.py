@@ -20,6 +20,7 @@ INTEGER = f"{OURS}, integer"
 FUSED = f"{OURS}, integer, fused"
 RECOMPUTE = f"{OURS}, integer, fused, recompute"
 LSQ_STEPS = f"{OURS}, LSQ"
+LSQ_FUSED = f"{OURS}, LSQ, integer, fused"
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ def quantized(model: nn.Module, example: Tensor, arithmetic: str = "float") -> n
     return quantize_model_(model, example=example, arithmetic=arithmetic)
 
 
-def learned(model: nn.Module, example: Tensor) -> nn.Module:
-    return quantize_model_(model, example=example, weight=LSQ(4), activation=LSQ(4))
+def learned(model: nn.Module, example: Tensor, arithmetic: str = "float") -> nn.Module:
+    learned = {"weight": LSQ(4), "activation": LSQ(4)}
+    return quantize_model_(model, example=example, arithmetic=arithmetic, **learned)
 
 
 def fused(model: nn.Module, example: Tensor, recompute: bool = False) -> nn.Module:
@@ -183,6 +185,7 @@ FORMS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     INTEGER: lambda model, example: quantized(model, example, "integer"),
     FUSED: fused,
     RECOMPUTE: lambda model, example: fused(model, example, recompute=True),
+    LSQ_FUSED: lambda model, example: fuse_(learned(model, example, "integer"), example),
     "eager, detach": lambda model, _: quantized_eagerly(model),
     "torch.ao fused": lambda model, _: quantized_by_torch_ao(model),
 }
