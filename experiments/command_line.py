@@ -54,10 +54,18 @@ def _description() -> str:
         if not dataclasses.fields(method):
             first, *others = _paragraphs(method)
             paragraphs += [f"--method {name}: {first}", *others]
+    return filled(paragraphs)
+
+
+def filled(paragraphs: list[str]) -> str:
+    """As wide as the terminal; but for what is indented, which stays as it is."""
     width = shutil.get_terminal_size().columns - 1
     # tyro joins lines, but for those that begin with a space.
     return "\n\n".join(
-        textwrap.fill(text, width, initial_indent=" ", subsequent_indent=" ") for text in paragraphs
+        text
+        if text.startswith("  ")
+        else textwrap.fill(text, width, initial_indent=" ", subsequent_indent=" ")
+        for text in paragraphs
     )
 
 

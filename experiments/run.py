@@ -21,6 +21,7 @@ import noisyq_fast
 from experiments import command_line, tasks
 from experiments.checks import require_once
 from experiments.config import RunConfig
+from experiments.header import header
 from experiments.methods import BASELINE
 from experiments.storage.identity import RunIdentity
 from experiments.storage.run_folder import Busy, RunFolder
@@ -94,8 +95,10 @@ def execute(run: Run, device: torch.device) -> str:
     if folder:
         folder.write_config(config.flat())
         folder.write_labels(trainer.task.label_arrays())
+    _tell(header(trainer, run.path))
     _train(run, trainer, folder)
 
+    _tell("evaluating the finished network")
     notes = trainer.finish()
     for line in notes:
         _tell(line)

@@ -9,8 +9,11 @@ if not __package__:
 
 import contextlib
 import functools
+import inspect
 import os
 import shlex
+import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,6 +23,7 @@ from tyro.extras import literal_type_from_choices
 
 from experiments import run
 from experiments.checks import require, require_once, require_whole
+from experiments.command_line import filled
 from experiments.sweeping.engines import ENGINES, Task
 from experiments.sweeping.grid import Grid, narrowed
 from experiments.sweeping.planning import tasks
@@ -28,18 +32,14 @@ from experiments.sweeping.progress import Progress, is_finished, state
 LOG_LINES = 5
 MOST_JOBS = 16 * (os.cpu_count() or 1)
 LEFT_TO_OTHERS = 3  # exit status
+WITHOUT_DEFAULT = tyro.conf.arg(help_behavior_hint="")
+"""For an option whose text says what it stands for if it is not given."""
 SHIPPED = Path(__file__).with_name("sweeps")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Train every run of a grid.
-
-    figure2 is all methods over the share of wrong labels, figure3 is settings of quantization,
-    dropout and pruning, table1 is all methods on action units of the face, au_norm is where batch
-    norm stands there, data_size is float and quantized over the number of training images, league
-    is every method in float and quantized at 40 % noise, learned is quantizers that learn at 4, 3
-    and 2 bits, with 40 % noise and without. To see what would run, and then run it:
+    """Train every run of a grid. To see what would run, and then run it:
 
         python experiments/sweep.py figure2 --dry-run
         python experiments/sweep.py figure2
@@ -49,7 +49,7 @@ class SweepConfig:
     after their last epoch and tries the failed ones again; Ctrl-C is safe at any time. What comes
     after -- goes to every run:
 
-        python experiments/sweep.py figure2 --scale full -- --data-dir DATA --device cuda
+        python experiments/sweep.py figure2 --scale full -- --data-dir DATA
 
     A run at which another process is at work, such as another sweep in the same directory, is left
     to that one.
@@ -59,15 +59,15 @@ class SweepConfig:
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """figure2, figure3, table1, au_norm, data_size, league, or a TOML file like those, which are in
+    """A grid that comes along (see above), or a TOML file like theirs, which are in
     experiments/sweeps."""
 
-    scale: str | None = None
+    scale: Annotated[str | None, WITHOUT_DEFAULT] = None
     """Which scale of the file. smoke: minutes, on digits or a few drawn faces. small: hours of a
     CPU, on a part of CIFAR-10 or drawn faces. full: for GPUs; table1 and au_norm then take the
     data after --. If not given: the file's first one, smoke."""
 
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], WITHOUT_DEFAULT] = ()
     """Only the runs with these options, as in --only method=quant,baseline seed=0."""
 
     out: Path = Path("runs")
@@ -80,11 +80,11 @@ class SweepConfig:
     and its Python environment. Where only others than this one have GPUs, give --device cuda after
     --."""
 
-    jobs: int | None = None
+    jobs: Annotated[int | None, WITHOUT_DEFAULT] = None
     """local: how many runs at a time, up to 16 for each CPU core. If not given: as many as fit on
     the cores with their --threads, or 1 with a GPU."""
 
-    gpus_per_run: float | None = None
+    gpus_per_run: Annotated[float | None, WITHOUT_DEFAULT] = None
     """ray: GPUs of each run, such as 0.25 for four runs on one. If not given: 1 where there are
     any, 0 with --device cpu."""
 
@@ -208,10 +208,43 @@ def main() -> int:
         run.check_once(extra)
         # A partial, because tyro would put a class's own errors into a box.
         parser = functools.partial(SweepConfig)
-        config = tyro.cli(parser, args=own, config=(tyro.conf.DisallowNone,))
+        config, unknown = tyro.cli(
+            parser,
+            args=own,
+            description=_description(),
+            return_unknown_args=True,
+            config=(tyro.conf.DisallowNone,),
+        )
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}: no option of the sweep (see --help); options of its runs come "
+                f"after --, as in: sweep.py {config.file} -- {shlex.join(unknown)}"
+            )
         return sweep(config, extra)
     except (ValueError, OSError, RuntimeError) as error:
         return run.fail(error, status=2)
+
+
+def _description() -> str:
+    """What a sweep does, and which grids come along."""
+    paragraphs = inspect.getdoc(SweepConfig).split("\n\n")
+    width = shutil.get_terminal_size().columns - 1
+    grids = "\n".join(
+        textwrap.fill(
+            f"{path.stem:<14}{_about(path)}",
+            width,
+            initial_indent="  ",
+            subsequent_indent=" " * 16,
+        )
+        for path in sorted(SHIPPED.glob("*.toml"))
+    )
+    return filled([*paragraphs, "These grids come along:", grids])
+
+
+def _about(path: Path) -> str:
+    """The comment at the head of a file, in one line."""
+    head, _, _ = path.read_text().partition("\n\n")
+    return " ".join(line.removeprefix("# ") for line in head.splitlines())
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -44,6 +44,10 @@ class ActionUnits(Task):
 
     OPTIONS = ActionUnitOptions
     LABELS = "answers"
+    SAMPLES = "pictures"
+    LEGEND = (
+        "F1: mean over the action units, against the labels that are given, also of test pictures"
+    )
     SCORE = "f1"
     OBJECTS = ("thresholds",)
 

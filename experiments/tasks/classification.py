@@ -32,6 +32,11 @@ class Classification(Task):
 
     OPTIONS = ClassificationOptions
     LABELS = "classes"
+    SAMPLES = "images"
+    LEGEND = (
+        "train clean and flipped: of the images with a right and with a wrong label, how many are "
+        "given it; wrong ones are memorised"
+    )
     SCORE = "accuracy"
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:

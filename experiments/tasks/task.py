@@ -33,6 +33,12 @@ class Task(ABC):
     LABELS: ClassVar[Literal["classes", "answers"]]
     """What labels are: a class a sample, or the answers to several questions by yes or no."""
 
+    SAMPLES: ClassVar[str]
+    """What samples are, for the user."""
+
+    LEGEND: ClassVar[str]
+    """What `line` shows of an epoch."""
+
     SCORE: ClassVar[str]
     """The score on held-out samples by which epochs are compared, such as accuracy."""
 

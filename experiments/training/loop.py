@@ -141,6 +141,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, progress: tqdm) -> EpochMetrics:
         started = time.perf_counter()
+        progress.set_description(f"epoch {epoch + 1}/{self.config.epochs}")
         self._seed(epoch)
         replaced = [
             method.begin_epoch(model, states[name], epoch, self.config.epochs, self.parts.example())
@@ -159,6 +160,7 @@ class Trainer:
         after = self.procedure.end_epoch(epoch)
         self._count(before, *[self.procedure.PASSES] * self.procedure.rounds, after)
         self.require_finite(self._where(epoch + 1))
+        progress.set_description(f"epoch {epoch + 1}/{self.config.epochs}, evaluating")
         if predicted is None:
             predicted = self.task.predicted(self._predict("trained"))
         is_last = epoch + 1 == self.config.epochs

@@ -73,7 +73,7 @@ def test_run_writes_a_whole_folder(tmp_path, method, label):
     assert ("conv.input_quantizer.running_absmax" in weights) == (method == "quant")
 
     lines = output.splitlines()
-    assert lines[0].startswith("epoch 1/2")
+    assert any(line.startswith("epoch 1/2") for line in lines)
     assert lines[-1].startswith(f"test accuracy {result['test_accuracy']:.2%} in ")
     assert lines[-1].endswith(str(Path("out") / folder.name))
 
@@ -112,9 +112,28 @@ def test_help_says_what_an_option_that_is_not_given_stands_for():
                 assert re.search("if (it is )?not given", after, re.IGNORECASE), field.name
 
 
+def first_epoch(process):
+    """The line of the first epoch, when it is over."""
+    return next(line for line in process.stdout if line.startswith("epoch"))
+
+
+def test_a_run_says_what_it_trains_on_what(tmp_path):
+    arguments = "--train-size", "64", "--epochs", "1", "--method", "quant", "--noise", "0.2"
+    output, _ = start(*arguments, cwd=tmp_path).communicate(timeout=60)
+    (run,) = (tmp_path / "runs").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert (
+        f"64 images to train on ({result['wrong_labels']:.1%} of their labels are wrong)" in output
+    )
+    assert "quant (weight_bits 4, activation_bits 4" in output
+    assert "ResNet20, 269,434 parameters" in output
+    assert f"runs/{run.name}" in output
+    assert max(map(len, output.splitlines())) <= 100
+
+
 def test_interrupt_ends_with_one_line(tmp_path):
     process = start("--epochs", "1000", "--threads", "1", cwd=tmp_path)
-    assert process.stdout.readline().startswith("epoch    1/1000")
+    assert first_epoch(process).startswith("epoch    1/1000")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -212,7 +231,7 @@ def test_killed_run_that_is_resumed_ends_bit_identical(tmp_path, seed):
     arguments = ["--epochs", "6", "--train-size", "512", "--threads", "1", "--method", "quant"]
     arguments += ["--validation", "0.1", "--dropout", "0.1"]
     process = start(*arguments, "--out", "killed", cwd=tmp_path)
-    process.stdout.readline()  # the first epoch
+    first_epoch(process)
     time.sleep(random.Random(seed).random())
     process.kill()
     process.communicate()

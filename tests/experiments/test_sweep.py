@@ -543,6 +543,22 @@ def test_killed_sweep_leaves_no_process_and_goes_on(swept, file, interrupted, ma
         )
 
 
+def test_help_fits_a_terminal_and_says_what_comes_along(main, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main("--help")
+    output, _ = capsys.readouterr()
+    assert max(map(len, output.splitlines())) <= 80
+    for path in sweep.SHIPPED.glob("*.toml"):
+        assert f"\n  {path.stem} " in output
+
+
+@pytest.mark.parametrize("arguments", [["--data-dir", "x"], ["another"]])
+def test_options_of_runs_are_sent_behind_the_dashes(main, arguments):
+    status, _, errors = main("figure2", *arguments)
+    assert status == 2
+    assert f"sweep.py figure2 -- {' '.join(arguments)}" in errors
+
+
 def test_ctrl_c_stops_the_runs_in_order(interrupted):
     out, (status, output, errors) = interrupted(signal.SIGINT, "--only", "method=baseline")
     assert (status, output) == (130, "")

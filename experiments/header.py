@@ -1,0 +1,46 @@
+"""What a run says before it begins."""
+
+import dataclasses
+import textwrap
+from pathlib import Path
+
+import noisyq_fast
+from experiments.training import data_parallel
+from experiments.training.loop import Trainer
+
+
+def header(trainer: Trainer, path: Path) -> str:
+    """On what the trainer trains, what it trains, how, and where ``path`` of the run is."""
+    config, task, model = trainer.config, trainer.task, trainer.model
+    trained, held_out, tested = map(task.count, ("trained", "held_out", "test"))
+    wrong = task.wrong_labels()
+    labels = f"{wrong:.1%} of their labels are wrong" if wrong is not None else "as they were coded"
+    parts = [f"{trained:,} {task.SAMPLES} to train on ({labels})"]
+    parts += [f"{held_out:,} to validate"] if held_out else []
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    steps = len(trainer.parts.sizes)
+    processes = data_parallel.size()
+    shared = f" in each of {processes} processes" if processes > 1 else ""
+    lines = {
+        "data": f"{config.dataset}: {', '.join(parts)}, {tested:,} to test",
+        "method": ", ".join(map(_described, config.methods.items())) or "baseline: nothing",
+        "network": f"{type(model).__name__}, {parameters:,} parameters",
+        "training": f"{config.epochs} epochs of {steps} steps of {config.batch_size}, learning "
+        f"rate {config.lr:g} ({config.schedule}), seed {config.seed}",
+        "machine": f"{trainer.device}, {config.threads} threads{shared}, backend "
+        f"{noisyq_fast.current_backend(trainer.device.type)}",
+        "folder": str(path),
+        "shown": task.LEGEND,
+    }
+    return "\n".join(
+        textwrap.fill(f"{name + ':':<10}{line}", 100, subsequent_indent=" " * 10)
+        for name, line in lines.items()
+    )
+
+
+def _described(item: tuple[str, object]) -> str:
+    """A method and its options."""
+    name, method = item
+    options = dataclasses.asdict(method)
+    given = [f"{key} {value}" for key, value in options.items() if value is not None]
+    return f"{name} ({', '.join(given)})" if given else name
