@@ -19,18 +19,21 @@ _LONGEST = 200  # characters of a title
 _LARGEST = 30_000  # pixels across a figure
 
 
+# Of Okabe and Ito, which colour-blind readers tell apart; without yellow, which is faint on white.
+_FIRST = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+
+
 def _color(index: int) -> str | tuple[float, float, float]:
-    """One for each of any number of methods: first matplotlib's own, without the baseline's grey
-    and what is hard to tell from it, then hues that lie the golden ratio apart."""
-    first = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]
-    if index < len(first):
-        return first[index]
+    """One for each of any number of methods: after the first ones hues that lie the golden ratio
+    apart, which markers tell apart."""
+    if index < len(_FIRST):
+        return _FIRST[index]
     return colorsys.hsv_to_rgb(index * 0.618 % 1, 0.9, 0.6)
 
 
 _PUBLISHED = ("quant", "dropout", "prune", "weight_decay", "label_smoothing", "early_stopping")
 _NAMES = [*_PUBLISHED, *(name for name in METHODS if name not in _PUBLISHED)]
-COLORS = {BASELINE: "C7"} | {name: _color(index) for index, name in enumerate(_NAMES)}
+COLORS = {BASELINE: "0.4"} | {name: _color(index) for index, name in enumerate(_NAMES)}
 """By the name of the method: those of the paper first, so that theirs stay."""
 
 
@@ -40,8 +43,13 @@ def color(label: str) -> str | tuple[float, float, float]:
 
 
 def marker(index: int) -> str | tuple[int, int, float]:
-    """One for each of any number of studies: after the named ones stars with ever more points."""
+    """One for each of any number of methods or studies: after the named ones stars with ever more
+    points."""
     return _MARKERS[index] if index < len(_MARKERS) else (index, 1, 0.0)
+
+
+MARKERS = {name: marker(index) for index, name in enumerate(COLORS)}
+"""By the name of the method."""
 
 
 def panels(
@@ -67,8 +75,10 @@ def short(title: str) -> str:
 
 
 def drawn_half_width(gain: str = "gain") -> pl.Expr:
-    """Half of a gain's confidence interval from 3 seeds on; that of 2 would fill the figure."""
-    return pl.when(pl.col("pairs") > 2).then(pl.col(f"{gain}_half_width")).fill_null(0.0)
+    """Half of a gain's confidence interval from 3 seeds on; that of 2 would fill the figure. NaN,
+    for no bar, where there is none."""
+    known = pl.when(pl.col("pairs") > 2).then(pl.col(f"{gain}_half_width"))
+    return known.fill_null(float("nan"))
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -10,6 +10,7 @@ from experiments.methods import BASELINE
 from experiments.reporting import data_size
 from experiments.reporting.drawing import (
     COLORS,
+    MARKERS,
     PERCENT,
     drawn_half_width,
     legend,
@@ -21,6 +22,8 @@ from experiments.reporting.drawing import (
 from experiments.reporting.runs import Study, defaults, method_of
 
 PAPER = Path(__file__).with_name("paper_figure2.csv")
+_PLACE = 0.5  # points of noise between methods
+_LEAST = -25  # points of gain: what is below stands there, and does not squeeze the others
 _PAPER_COLUMNS = {
     "quant": "gain_quantization",
     "dropout": "gain_dropout",
@@ -37,17 +40,25 @@ def draw_all(studies: list[tuple[str, Study, pl.DataFrame]], folder: Path) -> li
         suffix = f"-{number}" if len(studies) > 1 else ""
         figures = {
             "figure1": curves(study),
-            "figure2": accuracy_and_gain(summary),
+            "figure2": accuracy_and_gain(study, summary),
             "figure3": settings(study, summary),
             "memorisation": memorisation(summary),
         }
         for name, figure in figures.items():
             if figure is not None:
-                figure.suptitle(short(title), fontsize="medium")
+                figure.suptitle(f"{short(title)}\n{about(study)}", fontsize="medium")
                 drawn.append(save(figure, folder / f"{name}{suffix}.png"))
     if (figure := gain_against_memorisation(studies)) is not None:
         drawn.append(save(figure, folder / "gain-against-memorisation.png"))
     return drawn + data_size.draw([study for _, study, _ in studies], folder)
+
+
+def about(study: Study) -> str:
+    """What was trained, on how much, and how often."""
+    setup, seeds = study.setup, len(study.seeds)
+    images = f"{setup['train_size']:,} images" if setup.get("train_size") else "all images"
+    repeated = "1 seed" if seeds == 1 else f"up to {seeds} seeds"
+    return f"{setup.get('model', 'resnet20')}, {images}, {setup['epochs']} epochs, {repeated}"
 
 
 def curves(study: Study) -> Figure | None:
@@ -70,13 +81,14 @@ def curves(study: Study) -> Figure | None:
     shown = {
         "loss": "training loss",
         "test_loss": "test loss",
-        "train_accuracy_flipped": "wrong training labels fitted",
-        "test_accuracy": "test accuracy",
+        "train_accuracy_flipped": "wrong training labels fitted, %",
+        "test_accuracy": "test accuracy, %",
     }
     figure, (axes,) = panels(len(shown))
     for axis, (metric, title) in zip(axes, shown.items(), strict=True):
+        unit = PERCENT if title.endswith("%") else 1
         for run in sorted(group, key=lambda run: run.label):
-            known = [(e["epoch"], e[metric]) for e in run.epochs if e[metric] is not None]
+            known = [(e["epoch"], unit * e[metric]) for e in run.epochs if e[metric] is not None]
             if known:
                 values = zip(*known, strict=True)
                 axis.plot(*values, color=COLORS[pair[run.label]], label=run.label)
@@ -85,8 +97,9 @@ def curves(study: Study) -> Figure | None:
     return figure
 
 
-def accuracy_and_gain(summary: pl.DataFrame) -> Figure | None:
-    """Figure 2: test accuracy and gain over noise, the published curves dashed.
+def accuracy_and_gain(study: Study, summary: pl.DataFrame) -> Figure | None:
+    """Figure 2: test accuracy and gain over noise, the published curves dashed where noise and data
+    are theirs.
 
     Bars are standard deviations of the accuracy, and confidence intervals of the gain; the latter
     from 3 seeds on, because those of 2 would fill the figure.
@@ -95,24 +108,29 @@ def accuracy_and_gain(summary: pl.DataFrame) -> Figure | None:
         return None
     paper = pl.read_csv(PAPER, comment_prefix="#")
     figure, ((left, right),) = panels(2, width=5.5)
-    for name, label, rows in _defaults(summary):
-        _line(left, rows, "test_accuracy_mean", "test_accuracy_std", name, label)
+    is_theirs = study.setup["dataset"] == "cifar10" and study.setup["noise_kind"] == "symmetric"
+    shown = _defaults(summary)
+    for number, (name, label, rows) in enumerate(shown):
+        beside = number - (len(shown) - 1) / 2
+        _line(left, rows, "test_accuracy_mean", "test_accuracy_std", name, label, beside)
         if name != "baseline":
             rows = rows.with_columns(drawn_half_width())
-            _line(right, rows, "gain", "gain_half_width", name, label)
-        if name in _PAPER_COLUMNS:
+            _line(right, rows, "gain", "gain_half_width", name, label, beside)
+        if is_theirs and name in _PAPER_COLUMNS:
             gain = paper[_PAPER_COLUMNS[name]]
             right.plot(paper["noise_percent"], gain, "--", color=COLORS[name], alpha=0.5)
-    left.plot(
-        paper["noise_percent"],
-        paper["baseline_accuracy"],
-        "--",
-        color=COLORS["baseline"],
-        alpha=0.5,
-        label="published (dashed): full CIFAR-10, 200 epochs",
-    )
-    left.set(title="test accuracy, %", xlabel="labels re-drawn, %")
-    right.set(title="gain over the baseline, points", xlabel="labels re-drawn, %")
+    if is_theirs:
+        left.plot(
+            paper["noise_percent"],
+            paper["baseline_accuracy"],
+            "--",
+            color=COLORS["baseline"],
+            alpha=0.5,
+            label="published (dashed): full CIFAR-10, 200 epochs",
+        )
+    noise = "labels re-drawn, %" if study.setup["noise_kind"] == "symmetric" else "noise, %"
+    left.set(title="test accuracy, %; bars: standard deviation", xlabel=noise)
+    right.set(title="gain over the baseline, points; bars: 95 % interval", xlabel=noise)
     right.axhline(0, color="black", linewidth=0.8)
     legend(figure, left)
     return figure
@@ -128,23 +146,31 @@ def settings(study: Study, summary: pl.DataFrame) -> Figure | None:
     if not families or summary["gain"].is_null().all():
         return None
     figure, (axes,) = panels(len(families))
-    low, high = summary["gain"].min(), summary["gain"].max()
+    noises = summary["noise"].unique()
     for axis, (name, labels) in zip(axes, families.items(), strict=True):
         for row, label in enumerate(labels):
             known = summary.filter(pl.col("gain").is_not_null(), label=label)
-            points = axis.scatter(
-                PERCENT * known["gain"],
-                [row] * len(known),
-                c=known["noise"],
-                vmin=0,
-                vmax=1,
-                cmap="viridis",
-            )
+            for gain, noise in zip(PERCENT * known["gain"], known["noise"], strict=True):
+                points = axis.scatter(
+                    [max(gain, _LEAST)],
+                    [row],
+                    c=[noise],
+                    marker="<" if gain < _LEAST else "o",
+                    vmin=0,
+                    vmax=1,
+                    cmap="viridis",
+                )
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(labels)), labels)
-        axis.set_xlim(PERCENT * low - 2, PERCENT * high + 2)
-        axis.set(title=name, xlabel="gain over the baseline, points")
-    figure.colorbar(points, ax=axes, label="share of labels re-drawn")
+        at = f", noise {noises[0]:g}" if len(noises) == 1 else ""
+        axis.set(title=f"{name}{at}", xlabel="gain over the baseline, points")
+    low = max(PERCENT * summary["gain"].min(), _LEAST)
+    if low == _LEAST:
+        axes[0].set_xlabel(f"gain over the baseline, points (arrows: below {_LEAST})")
+    for axis in axes:
+        axis.set_xlim(low - 2, PERCENT * summary["gain"].max() + 2)
+    if len(noises) > 1:
+        figure.colorbar(points, ax=axes, label="share of labels re-drawn")
     return figure
 
 
@@ -158,10 +184,11 @@ def memorisation(summary: pl.DataFrame) -> Figure | None:
         "train_accuracy_clean": "right training labels fitted, %",
     }
     for axis, (measure, title) in zip(axes, shown.items(), strict=True):
-        for name, label, rows in _defaults(summary):
-            if f"{measure}_mean" in rows.columns:
-                _line(axis, rows, f"{measure}_mean", f"{measure}_std", name, label)
-        axis.set(title=title, xlabel="labels re-drawn, %")
+        known = [found for found in _defaults(summary) if f"{measure}_mean" in found[2].columns]
+        for number, (name, label, rows) in enumerate(known):
+            beside = number - (len(known) - 1) / 2
+            _line(axis, rows, f"{measure}_mean", f"{measure}_std", name, label, beside)
+        axis.set(title=f"{title}; bars: standard deviation", xlabel="noise, %")
     legend(figure, axes[1])
     return figure
 
@@ -170,7 +197,7 @@ def gain_against_memorisation(
     studies: list[tuple[str, Study, pl.DataFrame]],
 ) -> Figure | None:
     """What each method gains, by how many wrong labels the baseline fits: its share of the wrong
-    ones times their share of all. A colour a method, a marker a study."""
+    ones times their share of all. A colour a method, a marker a study; a line over the noise."""
     figure, ((axis,),) = panels(1, width=7)
     for number, (title, _, summary) in enumerate(studies):
         memorised = _memorised_by_baseline(summary)
@@ -184,15 +211,16 @@ def gain_against_memorisation(
             if name != "baseline" and points:
                 shown = True
                 known = axis.get_legend_handles_labels()[1]
-                axis.scatter(
-                    *zip(*points, strict=True),
+                axis.plot(
+                    *zip(*sorted(points), strict=True),
                     marker=marker(number),
+                    linewidth=1,
                     color=COLORS[name],
                     label=None if label in known else label,
                 )
         if shown and len(studies) > 1:
             axis.scatter([], [], marker=marker(number), color="black", label=short(title))
-    if not axis.collections:
+    if not axis.lines:
         return None
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(
@@ -226,16 +254,20 @@ def _defaults(summary: pl.DataFrame) -> list[tuple[str, str, pl.DataFrame]]:
     return found
 
 
-def _line(axis: Axes, rows: pl.DataFrame, mean: str, spread: str, name: str, label: str) -> None:
+def _line(
+    axis: Axes, rows: pl.DataFrame, mean: str, spread: str, name: str, label: str, beside: float
+) -> None:
+    """``beside``: by how many places it is moved aside, so that bars do not hide each other."""
     rows = rows.filter(pl.col(mean).is_not_null())
     axis.errorbar(
-        PERCENT * rows["noise"],
+        PERCENT * rows["noise"] + _PLACE * beside,
         PERCENT * rows[mean],
-        yerr=PERCENT * rows[spread].fill_null(0.0),
+        yerr=PERCENT * rows[spread].fill_null(float("nan")),
         color=COLORS[name],
-        marker="o",
+        marker=MARKERS[name],
         markersize=4,
         capsize=2,
+        linewidth=1.2,
         label=label,
     )
 

@@ -131,19 +131,20 @@ def test_colours_are_those_of_the_committed_figures():
     assert (
         drawing.COLORS.items()
         >= {
-            "baseline": "C7",
-            "quant": "C0",
-            "dropout": "C1",
-            "prune": "C2",
-            "weight_decay": "C3",
-            "label_smoothing": "C4",
-            "early_stopping": "C5",
+            "baseline": "0.4",
+            "quant": "#0072B2",
+            "dropout": "#E69F00",
+            "prune": "#009E73",
+            "weight_decay": "#D55E00",
+            "label_smoothing": "#CC79A7",
+            "early_stopping": "#56B4E9",
         }.items()
     )
 
 
 def test_every_method_and_every_study_has_its_own_mark():
-    assert len({drawing._color(index) for index in range(60)} | {"C7"}) == 61
+    assert len({drawing._color(index) for index in range(60)} | {"0.4"}) == 61
+    assert len(set(drawing.MARKERS.values())) == len(drawing.MARKERS)
     assert len({marker(index) for index in range(60)}) == 60
 
 

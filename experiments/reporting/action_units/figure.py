@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -82,14 +83,20 @@ def _aus(axis: Axes, rows: pl.DataFrame, aus: list[int], paper: Published | None
     names = [f"{of_au(AS_PUBLISHED, au)}_gain" for au in aus]
     rows = rows.with_columns(drawn_half_width(name) for name in names)
     for row in rows.iter_rows(named=True):
+        gains = np.array([PERCENT * row[name] for name in names])
+        half_widths = np.array([PERCENT * row[f"{name}_half_width"] for name in names])
         axis.bar(
             range(len(aus)),
-            [PERCENT * row[name] for name in names],
-            yerr=[PERCENT * row[f"{name}_half_width"] for name in names],
+            gains,
+            yerr=half_widths,
             color=COLORS["quant"],
             alpha=0.7,
             capsize=3,
         )
+        ends = sorted(abs(gains) + np.nan_to_num(half_widths))
+        if len(ends) > 1 and ends[-1] > 2 * ends[-2] > 0:  # One AU would squeeze the others.
+            axis.set_ylim(-1.2 * ends[-2], 1.2 * ends[-2])
+            axis.set_ylabel("points; an interval leaves the panel")
     if paper and len(rows):
         _published(axis, [(x, paper.gain(_QUANT, au)) for x, au in enumerate(aus)])
     axis.axhline(0, color="black", linewidth=0.8)
