@@ -183,7 +183,7 @@ def chain(sums):
     scale, weight = scales((channels,)) / bound, torch.randn(channels).to(DEVICE)
     count = v.numel() // channels
     factor, term, mean, inverse, _, _ = reference_integer.normalization(
-        total, squares, count, scale, weight, weight - 0.5, 1e-5, None
+        total, squares, count, scale, weight, weight - 0.5, 1e-5
     )
     return kept, factor, term, (mean, inverse, scale, weight)
 
@@ -198,7 +198,7 @@ def test_normalization(sums, eps, affine):
     total, squares = reference_integer.moments(v, bound)[1:3]
     weight, bias = torch.randn(2, len(total), device=DEVICE) if affine else (None, None)
     count = v.numel() // len(total)
-    check("normalization", total, squares, count, scales((len(total),)), weight, bias, eps, None)
+    check("normalization", total, squares, count, scales((len(total),)), weight, bias, eps)
 
 
 @pytest.mark.parametrize("size", [2**7, 2**16, 2**28, 2**31 - 1])
@@ -211,7 +211,7 @@ def test_normalization_of_large_sums(count, size):
     squares = [(abs(v) + 1) ** 2 * count + rng.randrange(size * count) for v in values]
     squares = torch.tensor([divmod(s, 2**32) for s in squares], device=DEVICE)
     totals = torch.tensor(totals, device=DEVICE)
-    check("normalization", totals, squares, count, scales((8,)), None, None, 1e-5, None)
+    check("normalization", totals, squares, count, scales((8,)), None, None, 1e-5)
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -317,7 +317,7 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    running: reference.Running | None,
+    running: reference.Running | None = None,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
     factor, term, mean, inverse = _empty(4, channels)

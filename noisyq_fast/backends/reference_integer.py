@@ -152,7 +152,7 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    running: Running | None,
+    running: Running | None = None,
 ) -> tuple[Tensor, ...]:
     """Batch norm of ``v * scale`` as ``v * factor + term``: these, the mean of v, 1 / the standard
     deviation, and in float64 the mean and the variance of ``v * scale``, towards which ``running``
@@ -433,7 +433,7 @@ def register_norm(backend: Backend) -> None:
     ) -> tuple[Tensor, ...]:
         _, total, squares, _, _ = compute["moments"](sums, bound)
         count = sums.numel() // scale.numel()
-        found = compute["normalization"](total, squares, count, scale, weight, bias, eps, None)
+        found = compute["normalization"](total, squares, count, scale, weight, bias, eps)
         return tuple(x.clone() for x in found)  # outputs of operators share no memory
 
     @backend.register

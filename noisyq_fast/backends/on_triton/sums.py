@@ -60,7 +60,7 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    running: Running | None,
+    running: Running | None = None,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
     found = (
