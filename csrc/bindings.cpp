@@ -1,5 +1,5 @@
 // Python sees integers: addresses, sizes, enumerators. Every check has been made by then, in
-// noisyq_fast/ops.py.
+// noisyq_fast/operators/quantize.py.
 #include "bindings.h"
 
 #include <pybind11/stl.h>

@@ -4,9 +4,9 @@ kernels take them, dense and cut into channels."""
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import MASKED, NOTHING
 from noisyq_fast.grid import KINDS
+from noisyq_fast.operators import checks
 
 try:
     from noisyq_fast import _core as core

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import gradients
 from noisyq_fast.backends import select
+from noisyq_fast.operators import gradients
 
 
 @dataclass(frozen=True, eq=False)

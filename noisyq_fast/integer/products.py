@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from noisyq_fast import gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends import reference_integer, select
 from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
 from noisyq_fast.integer.chain import Sums, without_values
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
+from noisyq_fast.operators import gradients
+from noisyq_fast.operators.declare import declare
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37
