@@ -32,9 +32,9 @@ class ManyWidthsMethod(Method):
     REPLACES: ClassVar[str | None] = "procedure"
     STARTS_FROM_FLOAT: ClassVar[bool] = True
     LABELS: ClassVar[frozenset[str]] = frozenset({"classes"})
-    NOT_WITH: ClassVar[Mapping[str, str]] = {
-        name: "which has one width" for name in ("quant", "lsq", "pact", "qil", "dsq", "aqd")
-    } | {"prune": "whose filters would be those of one width"}
+    NOT_WITH: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("quant", "lsq", "pact", "qil", "dsq", "aqd"), "which has one width"
+    ) | {"prune": "whose filters would be those of one width"}
     NAME: ClassVar[str]
     RESCALES: ClassVar[bool]
     FIRST: ClassVar[tuple[int, ...]] = ()

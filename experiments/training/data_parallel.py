@@ -40,7 +40,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
 
 def started() -> int:
     """How many processes torchrun started, even before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def size() -> int:

@@ -128,13 +128,12 @@ class Trainer:
                 metrics = self._epoch(len(self.history), progress)
                 require_finite_scores(metrics.flat(), self._where(metrics.epoch))
                 self.history.append(metrics)
-                self.stopped = any(
-                    [
-                        method.end_epoch(model, states[name], metrics)
-                        for model, states in self._networks()
-                        for name, method in self.methods.items()
-                    ]
-                )
+                ends = [
+                    method.end_epoch(model, states[name], metrics)
+                    for model, states in self._networks()
+                    for name, method in self.methods.items()
+                ]
+                self.stopped = any(ends)
                 if data_parallel.is_main():
                     progress.write(self._line(metrics))
                 yield metrics

@@ -108,7 +108,7 @@ class IntegerOnly(nn.Module):
     @torch.no_grad()
     def compare(self, inputs: Iterable[Any]) -> Comparison:
         """Beside the network that it was made of, on batches of inputs."""
-        found = Comparison({name: 0.0 for name in self.layers})
+        found = Comparison(dict.fromkeys(self.layers, 0.0))
         elements = dict.fromkeys(self.layers, 0)
         model = self._model[0]
         layers = {name: model.get_submodule(name) for name in self.layers}

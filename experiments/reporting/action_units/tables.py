@@ -67,8 +67,10 @@ def study_section(title: str, study: ActionUnitStudy, summary: pl.DataFrame) -> 
             parts.append(f"### noise {noise:g}")
         at_noise = summary.filter(pl.col("noise").eq_missing(noise))
         rows = {row["label"]: row for row in at_noise.iter_rows(named=True)}
-        for score in scores:
-            parts.append(_table1(study, rows, score, paper if score == AS_PUBLISHED else None))
+        parts += [
+            _table1(study, rows, score, paper if score == AS_PUBLISHED else None)
+            for score in scores
+        ]
         parts.append(_gains(study, rows, scores, paper))
         if "train_wrong_fitted_mean" in summary.columns:
             parts.append(_memorisation(study, rows))
