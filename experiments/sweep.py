@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from tyro.extras import literal_type_from_choices
 
 from experiments import run
-from experiments.checks import require, require_once, require_whole
+from experiments.checks import Choice, require, require_once, require_whole
 from experiments.command_line import filled
 from experiments.sweeping.engines import ENGINES, Task
 from experiments.sweeping.grid import Grid, narrowed
@@ -73,7 +72,7 @@ class SweepConfig:
     out: Path = Path("runs")
     """Directory in which the runs make their folders."""
 
-    engine: literal_type_from_choices(ENGINES) = "local"
+    engine: Choice[str, ENGINES] = "local"
     """local: processes on this machine. ray: tasks of Ray (pip install 'noisyq_fast[ray]'), on the
     cluster that RAY_ADDRESS names or that runs on this machine, or else on a new one of this
     machine alone. Several machines must share, under the same paths, --out, the data, this project

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import noisyq_fast
-from experiments.checks import require, require_choice, require_whole
+from experiments.checks import Choice, require, require_choice, require_whole
 from experiments.losses import imitation
 from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
@@ -134,7 +134,7 @@ class AdaBits(ManyWidthsMethod):
     """The width by which the run is judged; the largest if it is not given. Those of all are in
     result.json."""
 
-    adabits_rounding: Literal[tuple(ROUNDINGS)] = "modified"
+    adabits_rounding: Choice[str, ROUNDINGS] = "modified"
     """Of weights, as by pact: modified, the default of the authors' code, is biased, so that few
     bits learn little in a short training; the authors now recommend centered."""
 
@@ -176,11 +176,11 @@ class Quantizable(ManyWidthsMethod):
     """The width by which the run is judged, 32 for float; the largest beside that if it is not
     given. Those of all are in result.json."""
 
-    quantizable_targets: Literal[TARGETS] = TARGETS[0]
+    quantizable_targets: Choice[str, TARGETS] = TARGETS[0]
     """What widths learn: labels at float only; labels at all of them too; or in a chain, from the
     next wider one, as in any-precision networks (arXiv 1911.07346)."""
 
-    quantizable_rounding: Literal[tuple(ROUNDINGS)] = "original"
+    quantizable_rounding: Choice[str, ROUNDINGS] = "original"
     """Of weights, as by pact. With modified, which is biased, the smaller widths learn next to
     nothing from float."""
 
