@@ -6,7 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments import methods, tasks
 from experiments.checks import MOST_EPOCHS, Choice, flag, require, require_choice, require_whole
@@ -50,8 +50,11 @@ WITHOUT_EFFECT = {
 TOLD_BY_METHODS = {"method", "loss"}
 LEGACY = {
     name: value
-    for owner in (*_TASK_OPTIONS, *methods.METHODS.values())
-    for name, value in owner.LEGACY.items()
+    for legacy in (
+        *(options.LEGACY for options in _TASK_OPTIONS),
+        *(method.LEGACY for method in methods.METHODS.values()),
+    )
+    for name, value in legacy.items()
 }
 """Options that came later, with the value that older runs had: names of runs leave it out."""
 
@@ -305,7 +308,7 @@ class RunConfig(Machine, Training, Noise, Data):
         """What is done, short, for names of runs."""
         return label_of(self.methods, self.task, self.epochs)
 
-    def resolved(self, gpu: bool, threads: int) -> RunConfig:
+    def resolved(self, gpu: bool, threads: int) -> FilledConfig:
         """These options, with what was left to a default filled in, for a machine with or without a
         GPU and so many CPU threads."""
         device = self.device
@@ -320,9 +323,8 @@ class RunConfig(Machine, Training, Noise, Data):
         if options.SELECTS_EPOCH:
             # Trains to the end, unless told otherwise, and goes back to the best epoch.
             whole = max(1, epochs)
-            asked = on["early_stopping"].patience if "early_stopping" in on else whole
-            on = on | {"early_stopping": EarlyStopping(min(asked, whole))}
-        defaults = {
+            on = on | {"early_stopping": EarlyStopping(min(_patience(on) or whole, whole))}
+        defaults: dict[str, Any] = {
             "noise": suits.noise,
             "noise_kind": suits.noise_kind,
             "validation": suits.validation or (0.1 if "early_stopping" in on else 0.0),
@@ -334,13 +336,12 @@ class RunConfig(Machine, Training, Noise, Data):
         }
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         of_tasks = {tasks.of_dataset(self.dataset): options}
-        return dataclasses.replace(
-            self,
-            device=device,
-            options=dataclasses.replace(self.options, **on),
-            of_tasks=dataclasses.replace(self.of_tasks, **of_tasks),
-            **missing,
-        )
+        filled: dict[str, Any] = {
+            "device": device,
+            "options": dataclasses.replace(self.options, **on),
+            "of_tasks": dataclasses.replace(self.of_tasks, **of_tasks),
+        }
+        return cast("FilledConfig", dataclasses.replace(self, **filled, **missing))
 
     def flat(self) -> dict[str, Any]:
         """All options by name; of methods only where they are on, of tasks the run's own."""
@@ -368,9 +369,32 @@ class RunConfig(Machine, Training, Noise, Data):
         return identity | {"methods": list(self.methods)}
 
 
+if TYPE_CHECKING:
+
+    class FilledConfig(RunConfig):
+        noise: float
+        noise_kind: str
+        validation: float
+        epochs: int
+        batch_size: int
+        lr: float
+        schedule: str
+        threads: int
+else:
+    FilledConfig = RunConfig
+    """Options whose defaults `RunConfig.resolved` has filled in: to a type checker these are not
+    None. (The noise of labels that people gave still is.)"""
+
+
 def label_of(on: dict[str, methods.Method], task: type[tasks.Task], epochs: int | None) -> str:
     """The label of a run with these methods."""
-    stopping = on.get("early_stopping")
-    if stopping and task.OPTIONS.SELECTS_EPOCH and stopping.patience >= (epochs or 1):
+    patience = _patience(on)
+    if patience and task.OPTIONS.SELECTS_EPOCH and patience >= (epochs or 1):
         on = {name: method for name, method in on.items() if name != "early_stopping"}  # all do so
     return methods.label(on)
+
+
+def _patience(on: dict[str, methods.Method]) -> int | None:
+    """Of early stopping, if it is on."""
+    stopping = on.get("early_stopping")
+    return stopping.patience if isinstance(stopping, EarlyStopping) else None

@@ -100,7 +100,10 @@ class LearnedSteps(LearnedQuant):
         return {"lsq_bits": self.lsq_bits, "lsq_symmetric": self.lsq_symmetric}
 
     def quantizers(self) -> tuple[Quantizer, Quantizer]:
-        options = {"symmetric": self.lsq_symmetric, "gradient": self.lsq_gradient}
+        options: dict[str, Any] = {
+            "symmetric": self.lsq_symmetric,
+            "gradient": self.lsq_gradient,
+        }
         return LSQ(self.bits, **options), LSQ(self.bits, **options)
 
 

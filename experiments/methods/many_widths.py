@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import noisyq_fast
 from experiments.checks import Choice, require, require_choice, require_whole
-from experiments.losses import imitation
+from experiments.losses import imitation, total
 from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
 from experiments.training import data_parallel
@@ -219,7 +219,8 @@ class AtEveryWidth(Procedure):
         tested: int,
         losses: Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], list[Tensor]],
     ) -> None:
-        self.widths = list(widths)
+        self.bits = list(widths)
+        self.widths = self.bits
         self.tested = tested
         self.losses_of = losses
         self.PASSES = Passes(len(self.widths), len(self.widths))
@@ -230,19 +231,19 @@ class AtEveryWidth(Procedure):
     def step(self, batch: Batch) -> StepResult:
         own = partial(self.losses[0], labels=batch.labels, indices=batch.indices)
         seen: list[Tensor] = []
-        total = torch.zeros((), device=batch.inputs.device)
+        summed = torch.zeros((), device=batch.inputs.device)
         self.optimizers[0].zero_grad()
-        for width in self.widths:
+        for width in self.bits:
             with set_bits(self.networks[0], width):
                 with self.parts.autocast():
                     logits = self.forwards[0](batch.inputs).float()
-                    loss = sum(self.losses_of([*seen, logits], own))
+                    loss = total(self.losses_of([*seen, logits], own))
                 (loss * batch.share).backward()
             seen.append(logits.detach())
-            total = total + loss.detach()
+            summed = summed + loss.detach()
         data_parallel.sum_gradients_(self.networks[0])
         self.optimizers[0].step()
-        return StepResult(total, seen[self.widths.index(self.tested)])
+        return StepResult(summed, seen[self.bits.index(self.tested)])
 
     @contextmanager
     def at_width(self, width: float) -> Iterator[nn.Module]:
@@ -253,5 +254,6 @@ class AtEveryWidth(Procedure):
 
 def _stay_at(model: nn.Module, width: int) -> None:
     for module in model.modules():
-        if hasattr(module, "set_width"):
-            module.set_width(width)
+        set_width = getattr(module, "set_width", None)
+        if callable(set_width):
+            set_width(width)

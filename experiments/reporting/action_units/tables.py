@@ -92,12 +92,14 @@ def _table1(
     body, italic = [], []
     for label in study.labels:
         row = rows.get(label)
-        of_aus = [cell(row and row[f"{of_au(score, au)}_mean"], ".1f", 100) for au in study.aus]
-        over_aus = cell(row and row[f"{score}_over_aus"], ".1f", 100)
+        of_aus = [
+            cell(row[f"{of_au(score, au)}_mean"] if row else None, ".1f", 100) for au in study.aus
+        ]
+        over_aus = cell(row[f"{score}_over_aus"] if row else None, ".1f", 100)
         body.append([label, *of_aus, mean_cell(row, score), over_aus])
         if paper and label in paper.f1:
-            of_aus = [paper.f1[label][str(au)] for au in study.aus]
-            values = [*of_aus, paper.f1[label][AVERAGE], statistics.stdev(of_aus)]
+            published = [paper.f1[label][str(au)] for au in study.aus]
+            values = [*published, paper.f1[label][AVERAGE], statistics.stdev(published)]
             italic.append(len(body))
             body.append([f"{label}, published", *(f"{value:.1f}" for value in values)])
     return markdown(header, body, italic)
