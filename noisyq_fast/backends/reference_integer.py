@@ -157,20 +157,19 @@ def normalization(
     """Batch norm of ``v * scale`` as ``v * factor + term``: these, the mean of v, 1 / the standard
     deviation, and in float64 the mean and the variance of ``v * scale``, towards which ``running``
     moves. Equations: `noisyq_fast.integer.batch_norm`."""
-    mean, centred = [], []
+    means, offsets = [], []
     for total, (upper, lower) in zip(sum_.tolist(), squares.tolist(), strict=True):
         p = round(float(total) / count)  # half to even
         d = float(total - count * p)
-        mean.append(p + d / count)
-        centred.append(float((upper << 32) + lower - p * (2 * total - count * p)) - d * d / count)
+        means.append(p + d / count)
+        offsets.append(float((upper << 32) + lower - p * (2 * total - count * p)) - d * d / count)
     mean, centred = (
-        torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (mean, centred)
+        torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (means, offsets)
     )
     s = scale.double()
-    number, count = count, torch.full_like(centred, count)
-    variance = centred / count * (s * s)
+    variance = centred / torch.full_like(centred, count) * (s * s)
     if running is not None:
-        track(running, mean * s, variance, number)
+        track(running, mean * s, variance, count)
     inverse = (1 / (variance + eps).sqrt()).float()
     factor, term = line(mean * s, inverse, scale, weight, bias)
     return factor, term, mean.float(), inverse, mean * s, variance
