@@ -12,7 +12,7 @@ from experiments.methods.method import Method
 from experiments.models.residual import Residual
 from experiments.training.schedules import phases
 from noisyq_fast import AQD, DSQ, LSQ, PACT, QIL, SAT, Quantizer
-from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.layers.grouped import PER_GROUP
 from noisyq_fast.quantizers.lsq import GRADIENTS
 from noisyq_fast.quantizers.pact import GRADIENTS as PACT_GRADIENTS
 from noisyq_fast.quantizers.sat import ROUNDINGS

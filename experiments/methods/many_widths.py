@@ -18,7 +18,7 @@ from experiments.methods.method import Method
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
 from noisyq_fast import PACT, SAT, ManyWidths, set_bits, single_width, split_norms_
-from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.layers.grouped import PER_GROUP
 from noisyq_fast.quantizers.sat import ROUNDINGS
 from noisyq_fast.widths import FLOAT
 

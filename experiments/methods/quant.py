@@ -10,8 +10,8 @@ import noisyq_fast
 from experiments.checks import Choice, require, require_choice, require_whole
 from experiments.methods.method import Method
 from noisyq_fast.grid import KINDS, SIGNED, most_bits
-from noisyq_fast.grouped import PER_GROUP
-from noisyq_fast.layers import ARITHMETICS, FLOAT, INTEGER
+from noisyq_fast.layers.grouped import PER_GROUP
+from noisyq_fast.layers.layer import ARITHMETICS, FLOAT, INTEGER
 
 
 @dataclass(frozen=True)

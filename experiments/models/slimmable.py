@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.models.resnet20 import BasicBlock
-from noisyq_fast import QuantConv2d, Quantizer, QuantLayer, QuantLinear, register_layer, usage
-from noisyq_fast.first_last import by_execution
+from noisyq_fast import QuantConv2d, Quantizer, QuantLayer, QuantLinear, register_layer
+from noisyq_fast.conversion.first_last import by_execution
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.layers import usage
 from noisyq_fast.running import in_evaluation
 from noisyq_fast.widths import NormOfWidths
 

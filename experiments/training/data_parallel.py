@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisyq_fast import sync_ranges_
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Products of codes on the CPU, exact: by our own kernel (``csrc/cpu/convolve.cpp``) or oneDNN's,
-in 8 bits, where that is proven, else by float products of codes. And the native passes over their
-sums (``csrc/cpu/sums.cpp``)."""
+in 8 bits, where that is proven, else by float products of codes. The native passes over their sums
+(``csrc/cpu/sums.cpp``), and their gradients (``csrc/cpu/convolve_backward.cpp``)."""
 
 import functools
 from typing import Any
@@ -298,11 +298,16 @@ def routes() -> dict[str, str]:
     ours = core is not None and core.has_dot_products()
     works = _passes((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     onednn = "oneDNN, 8 bits" if works else floats
+    named = ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"))
+    types = [
+        name for dtype, name in named if core is not None and core.has_products(DTYPE_CODES[dtype])
+    ]
     return {
         "conv2d": "own kernel, 8 bits (AVX512-VNNI)" if ours else onednn,
         "conv2d, groups": onednn,
         "linear": "oneDNN, 8 bits" if has_exact_products() else floats,
         "others": floats,
+        "gradients of conv2d": f"own kernel, {' and '.join(types)}" if types else "PyTorch",
     }
 
 
@@ -532,6 +537,82 @@ def grads_of_sums(
         threads=threads(),
     )
     return out
+
+
+# The gradients of a convolution.
+
+_by_parts = reference.register_gradients(backend)
+_MOST_VALUES = 2**18
+"""Of an image, of its gradient, and of a weight: what a core's caches hold."""
+
+
+@backend.register
+def grads_of_convolution(
+    grad: Tensor | reference.GradOfSums,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    dtype: torch.dtype,
+    to_x: bool,
+    to_weight: bool,
+    *geometry: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    of_sums = grad if isinstance(grad, reference.GradOfSums) else None
+    given = grad if of_sums is None else of_sums.grad
+    stride, padding, *_ = geometry
+    if given.dtype != dtype or not _multiplies(codes, weight, given, dtype, *geometry):
+        how = dtype, to_x, to_weight, *geometry
+        return _by_parts(grad, codes, scale, zero_point, weight, *how)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    line, narrow, relu = (NULL,) * 7, False, False
+    if of_sums is None:
+        given = given.contiguous(memory_format=torch.channels_last)
+    else:
+        sums, _, _ = channels_last_rows(of_sums.sums)
+        given, narrow, relu = like(given, sums), sums.dtype == torch.int16, of_sums.relu
+        of_channels = of_sums.factor, of_sums.term, *of_sums[5:]
+        line = tuple(x.data_ptr() for x in (sums, *of_channels))
+    images, channels, *sizes = codes.shape
+    outputs, _, *kernel = weight.shape
+    dx = torch.empty_like(codes, dtype=dtype) if to_x else None
+    dw = torch.empty([outputs, *kernel, channels]) if to_weight else None
+    core.convolve_backward(
+        *(DTYPE_CODES[dtype], given.data_ptr(), line, narrow, relu),
+        *(codes.data_ptr(), codes.dtype == torch.int8),
+        *(0 if zero_point is None else int(zero_point), scale.data_ptr()),
+        *(weight.data_ptr(), weight.stride()),
+        [images, *sizes, channels, outputs, *kernel, *stride, *padding],
+        *(address(dx), address(dw), threads()),
+    )
+    return dx, dw.movedim(-1, 1) if to_weight else None
+
+
+def _multiplies(
+    codes: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    _: list[int],
+    groups: int,
+) -> bool:
+    """Whether our own kernel does (``csrc/cpu/convolve_backward.cpp``)."""
+    return (
+        codes.dim() == 4
+        and not transposed
+        and groups == 1
+        and max(dilation) == 1
+        and weight.shape[0] % 16 == 0
+        and weight.shape[1] % 16 == 0
+        and weight.shape[-1] in (1, 3)
+        and max(codes[0].numel(), grad[0].numel(), weight.numel()) <= _MOST_VALUES
+        and dtype in DTYPE_CODES
+        and core.has_products(DTYPE_CODES[dtype])
+    )
 
 
 reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)

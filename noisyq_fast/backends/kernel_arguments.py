@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import MASKED, NOTHING
 from noisyq_fast.grid import KINDS
+from noisyq_fast.operators import checks
 
 core: Any = None
 missing: str | None = None

@@ -12,7 +12,7 @@ from noisyq_fast.backends import reference_adder as reference
 from noisyq_fast.backends.kernel_arguments import core
 from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.backends.reference_adder import channels_last
-from noisyq_fast.checks import Pair, output_size
+from noisyq_fast.operators.checks import Pair, output_size
 
 _BLOCK = 16
 """Channels that lie together where kernels read them by the vector."""

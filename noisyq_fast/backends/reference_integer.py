@@ -301,6 +301,20 @@ def grads_of_sums(
     return torch.empty_like(sums, dtype=grad.dtype).copy_(out)
 
 
+class GradOfSums(NamedTuple):
+    """What `grads_of_sums` takes, before the gradient is made."""
+
+    grad: Tensor
+    sums: Tensor
+    factor: Tensor
+    term: Tensor
+    relu: bool
+    mean: Tensor
+    slope: Tensor
+    shift: Tensor
+    tilt: Tensor
+
+
 def _behind(grad: Tensor, sums: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
     grad = grad.float()
     if not relu:
@@ -417,6 +431,47 @@ def register_products(
         return (sums * factor + term).to(x.dtype)
 
 
+def register_gradients(of: Backend) -> Callable:
+    """Registers the gradients of a convolution, made of their parts."""
+
+    def part(name: str) -> Callable:
+        return of.functions.get(name) or backend.functions[name]
+
+    @of.register
+    def grads_of_convolution(
+        grad: Tensor | GradOfSums,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        weight: Tensor,
+        dtype: torch.dtype,
+        to_x: bool,
+        to_weight: bool,
+        *geometry: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """By the dequantized x and by ``weight``, that is dequantized; products of ``dtype``."""
+        if isinstance(grad, GradOfSums):
+            grad = part("grads_of_sums")(*grad)
+        # Of the gradient of x only its shape matters.
+        x = (
+            part("float_steps")(codes, zero_point, dtype)
+            if to_weight
+            else without_values(codes, dtype)
+        )
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            *(grad.to(dtype), x, weight.to(dtype), None, *geometry, [to_x, to_weight, False])
+        )
+        return dx, dw.float() * scale if to_weight else None
+
+    return grads_of_convolution
+
+
+def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a shape, for gradients to flow to, of one element of memory, which nothing
+    reads."""
+    return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
+
+
 def register_norm(backend: Backend) -> None:
     """Registers batch norm of sums, made of its parts."""
     compute = backend.functions
@@ -470,4 +525,5 @@ def register_norm(backend: Backend) -> None:
 
 
 register_products(backend, convolve_codes, multiply_codes, map_sums)
+grads_of_convolution = register_gradients(backend)
 register_norm(backend)

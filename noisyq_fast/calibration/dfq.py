@@ -20,7 +20,7 @@ from noisyq_fast.calibration.folding import (
 from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
 from noisyq_fast.calibration.tracing import Step, Value
 from noisyq_fast.calibration.typical import RELU, Typical, typical_inputs
-from noisyq_fast.layers import DEFAULT_BITS
+from noisyq_fast.layers.layer import DEFAULT_BITS
 from noisyq_fast.quantizers import AbsMax
 
 _SWEEPS = 1000

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from noisyq_fast.calibration.folding import replace_module_
 from noisyq_fast.calibration.input_ranges import calibrate
 from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
-from noisyq_fast.first_last import by_execution
+from noisyq_fast.conversion.first_last import by_execution
 from noisyq_fast.grid import FULL, SIGNED
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments

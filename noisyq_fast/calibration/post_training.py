@@ -20,8 +20,9 @@ from tqdm import tqdm
 from noisyq_fast.calibration.folding import LINEAR, changeable, fold_batch_norms_
 from noisyq_fast.calibration.input_ranges import calibrate
 from noisyq_fast.calibration.tracing import Trace
-from noisyq_fast.convert import quantize_model_, why_not_quantized
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.conversion.classes import why_not_quantized
+from noisyq_fast.conversion.convert import quantize_model_
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Fixed, Quantizer
 from noisyq_fast.running import arguments, copy_of, tensors_in
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from noisyq_fast import writing
 from noisyq_fast.exporting import comparison, operators
 from noisyq_fast.exporting.prepare import FORMS, QDQ, Prepared, copied
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.files import writing
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.running import arguments, tensors_in
 
 

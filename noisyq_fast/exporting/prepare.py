@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from noisyq_fast.convert import why_not_quantized
+from noisyq_fast.conversion.classes import why_not_quantized
 from noisyq_fast.exporting import stand_ins
 from noisyq_fast.exporting.means import Means
 from noisyq_fast.exporting.stand_ins import FloatWeight, Norm, Weight
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import unfuse_
-from noisyq_fast.layers import FLOAT, INTEGER, QuantEmbedding, QuantLayer
+from noisyq_fast.layers.layer import FLOAT, INTEGER, QuantLayer
+from noisyq_fast.layers.linear import QuantEmbedding
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import copy_of, in_evaluation
 

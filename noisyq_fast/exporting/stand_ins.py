@@ -13,10 +13,10 @@ from noisyq_fast.backends.reference import FLT_MIN, Levels
 from noisyq_fast.backends.reference_integer import along_channels
 from noisyq_fast.backends.reference_learned import codes_and_values
 from noisyq_fast.exporting.operators import dequantize_linear, quantize_linear
-from noisyq_fast.granularity import TOKEN, by_group
 from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid, most_bits
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.learned import quantize_learned
+from noisyq_fast.operators.granularity import TOKEN, by_group
+from noisyq_fast.operators.learned import quantize_learned
 from noisyq_fast.quantizers import (
     AQD,
     DSQ,

@@ -28,8 +28,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from noisyq_fast import gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import (
     Running,
@@ -41,7 +39,9 @@ from noisyq_fast.backends.reference_integer import (
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
 from noisyq_fast.integer.deferred import Deferred, deferrable
-from noisyq_fast.made import Made, can_be_watched
+from noisyq_fast.layers.made import Made, can_be_watched
+from noisyq_fast.operators import gradients
+from noisyq_fast.operators.declare import declare
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 

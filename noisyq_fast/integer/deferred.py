@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
-from noisyq_fast.backends.reference_integer import range_of_ends
+from noisyq_fast.backends.reference_integer import range_of_ends, without_values
 from noisyq_fast.grid import Grid
 from noisyq_fast.integer.chain import (
     Chain,
@@ -38,8 +37,8 @@ from noisyq_fast.integer.chain import (
     mean_of_pixels,
     record,
     records,
-    without_values,
 )
+from noisyq_fast.operators import checks
 
 
 def deferrable(x: Tensor) -> bool:

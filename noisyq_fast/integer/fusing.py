@@ -10,7 +10,7 @@ from torch import nn
 
 from noisyq_fast.integer.batch_norm import LARGEST_SUM, ExactBatchNorm, exact
 from noisyq_fast.integer.chain import Record, recording
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments, left_as_it_was
 from noisyq_fast.widths import NormOfWidths

@@ -33,7 +33,9 @@ from noisyq_fast.calibration.tracing import Step, Trace, Value
 from noisyq_fast.grid import ODD
 from noisyq_fast.integer.fixed_point import LARGEST, FixedPoint, saturated
 from noisyq_fast.integer.fusing import unfuse_
-from noisyq_fast.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from noisyq_fast.layers.convolution import QuantConv1d, QuantConv2d, QuantConv3d
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.layers.linear import QuantLinear
 from noisyq_fast.quantizers import AQD, LSQ, PACT, QIL, Fixed, MovingAbsMax, Quantizer
 from noisyq_fast.running import copy_of
 

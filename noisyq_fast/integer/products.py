@@ -28,13 +28,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from noisyq_fast import gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends import reference_integer, select
-from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
-from noisyq_fast.integer.chain import Sums, without_values
+from noisyq_fast.backends.reference_integer import (
+    GradOfSums,
+    as_rows,
+    channel_steps,
+    laid_out_like,
+    steps,
+    without_values,
+)
+from noisyq_fast.integer.chain import Sums
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
+from noisyq_fast.integer.deferred_gradient import DeferredGradient
+from noisyq_fast.operators import gradients
+from noisyq_fast.operators.declare import declare
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37
@@ -268,14 +276,14 @@ class _Convolution(_Product):
         to_x: bool,
         to_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        dtype = ctx.compute_dtype
         w = _Convolution.weight_values(ctx, w_codes, w_scale, w_zero)
-        # Of the gradient of x only its shape matters.
-        x = _floats(codes, zero, dtype) if to_weight else without_values(codes, dtype)
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            *(grad.to(dtype), x, w.to(dtype), None, *ctx.geometry, [to_x, to_weight, False])
-        )
-        return dx, dw.float() * scale if to_weight else None
+        compute = reference_integer.grads_of_convolution
+        if isinstance(grad, DeferredGradient):
+            grad = grad.current()
+        if deferrable(codes) and (isinstance(grad, GradOfSums) or deferrable(grad)):
+            compute = select("grads_of_convolution", codes.device.type)
+        how = ctx.compute_dtype, to_x, to_weight, *ctx.geometry
+        return compute(grad, codes, scale, zero, w, *how)
 
     @staticmethod
     def grad_of_bias(grad: Tensor, _: Tensor) -> Tensor:

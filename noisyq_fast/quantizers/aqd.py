@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks, rules
+from noisyq_fast import rules
 from noisyq_fast.backends.reference_learned import sum_of_groups
 from noisyq_fast.grid import ODD, UNSIGNED
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.quantizer import Quantizer
 

@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks, rules
+from noisyq_fast import rules
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer, quotient
 
 # At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.

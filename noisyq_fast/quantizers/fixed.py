@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import Levels
-from noisyq_fast.granularity import Axis, Groups, by_group
 from noisyq_fast.grid import SIGNED
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.ops import dequantize
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import Axis, Groups, by_group
+from noisyq_fast.operators.quantize import dequantize
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 

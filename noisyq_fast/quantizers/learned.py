@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks, gradients
 from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.backends.reference_learned import sum_of_groups
-from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import FULL, UNSIGNED, check_bits
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.granularity import TOKEN
+from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 from noisyq_fast.quantizers.quantizer import Quantizer
 from noisyq_fast.rules import PARAMETERS
 

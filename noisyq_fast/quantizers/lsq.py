@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.rules import LSQ as RULE
 

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference import average_, scale_of_codes
 from noisyq_fast.backends.reference_integer import range_of_ends
-from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred
-from noisyq_fast.ops import fake_quantize, fake_quantize_ema, masked_on
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import TOKEN
+from noisyq_fast.operators.quantize import fake_quantize, fake_quantize_ema, masked_on
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 DEFAULT_AVERAGING_CONSTANT = 0.01

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import INPUT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.moving_absmax import MovingAbsMax
 from noisyq_fast.quantizers.quantizer import Quantizer

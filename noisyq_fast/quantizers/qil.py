@@ -5,8 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks, rules
+from noisyq_fast import rules
 from noisyq_fast.grid import check_bits
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.absmax import AbsMax
 from noisyq_fast.quantizers.learned import LEAST, WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.moving_absmax import MovingAbsMax

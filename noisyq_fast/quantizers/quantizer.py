@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks
-from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
 from noisyq_fast.grid import grid as grid_of
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 
 _STATE_FORMAT = 1
 # Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.backends.backend import Backend
 from noisyq_fast.backends.kernel_arguments import (
@@ -31,6 +30,7 @@ from noisyq_fast.backends.on_triton.tiling import (
 )
 from noisyq_fast.backends.reference import CLIPPED, FLT_MIN, NOTHING
 from noisyq_fast.grid import AFFINE, SIGNED, Grid
+from noisyq_fast.operators import checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -215,6 +215,7 @@ def grads_of_sums(
     return out
 
 
+reference_integer.register_gradients(backend)
 reference_integer.register_norm(backend)
 
 

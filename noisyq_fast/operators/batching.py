@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.grid import AFFINE
+from noisyq_fast.operators import checks
 
 _operators = torch.ops.noisyq
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noisyq_fast.files.packing import pack_codes, unpack_codes
 from noisyq_fast.grid import UNSIGNED, Grid
-from noisyq_fast.packing import pack_codes, unpack_codes
 from noisyq_fast.quantizers import (
     AQD,
     DSQ,

@@ -31,11 +31,11 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from noisyq_fast import checks, gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
-from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED, Grid, check_kind
+from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.declare import declare
+from noisyq_fast.operators.granularity import TOKEN, Axis, Groups, by_group
 
 
 def _like(x: Tensor, *_: object) -> Tensor:

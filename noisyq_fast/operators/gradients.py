@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from noisyq_fast import checks
 from noisyq_fast.backends import reference_learned
+from noisyq_fast.operators import checks
 from noisyq_fast.rules import Rule
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks, usage
-from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, UNSIGNED
 from noisyq_fast.integer import products
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers import usage
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import TOKEN
 from noisyq_fast.quantizers import MovingAbsMax, Quantizer
 
 PER_GROUP = "per-group"

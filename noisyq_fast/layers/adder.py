@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch._decomp import register_decomposition
 
-from noisyq_fast import checks, gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends.reference_adder import Pair, channels_last, windows
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.declare import declare
 
 
 def _like_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
+from noisyq_fast.operators import checks
 
 TOKEN = "token"
 Axis = int | str | None

@@ -15,17 +15,18 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from noisyq_fast import writing
 from noisyq_fast.calibration.folding import LINEAR, replace_module_, with_bias_
 from noisyq_fast.calibration.ocs import SplitChannels, split_inputs_
-from noisyq_fast.convert import float_class, quantize_model_
-from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.conversion.classes import float_class
+from noisyq_fast.conversion.convert import quantize_model_
+from noisyq_fast.files import writing
+from noisyq_fast.files.stored_quantizers import describe, make, restore, store, stored_values
 from noisyq_fast.integer.fusing import fuse_as_, how_fused
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import LearnedQuantizer, Quantizer
 from noisyq_fast.ranges import freeze_weights_
 from noisyq_fast.running import check_has_values, copy_of
-from noisyq_fast.stored_quantizers import describe, make, restore, store, stored_values
 
 FORMAT = "noisyq_fast integers"
 VERSION = 2

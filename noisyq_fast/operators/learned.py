@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from noisyq_fast import checks, gradients
-from noisyq_fast._declare import declare
+from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.declare import declare
 
 _RULE = "str rule, int low, int high, int? axis"
 _fake_quantize_learned = declare(
@@ -65,7 +65,7 @@ def fake_quantize_learned(
 
     Example:
         >>> import torch
-        >>> from noisyq_fast.learned import fake_quantize_learned
+        >>> from noisyq_fast.operators.learned import fake_quantize_learned
         >>> step = torch.tensor([0.5], requires_grad=True)
         >>> y = fake_quantize_learned(torch.tensor([0.3, -0.7, 9.0]), step, "lsq", -8, 7)
         >>> y.sum().backward()

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisyq_fast import checks, usage
 from noisyq_fast.grid import UNSIGNED
 from noisyq_fast.integer import products
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.layers import QuantLayer, QuantLinear
+from noisyq_fast.layers import usage
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.layers.linear import QuantLinear
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers import Quantizer
 
 

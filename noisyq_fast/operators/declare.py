@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from noisyq_fast import batching, checks, gradients
 from noisyq_fast.backends import reference, select
 from noisyq_fast.grid import ODD, Grid
+from noisyq_fast.operators import batching, checks, gradients
 
 _library = torch.library.Library("noisyq", "DEF")
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,19 +9,25 @@ from types import EllipsisType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from noisyq_fast import layers as quantized
-from noisyq_fast import usage
-from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
-from noisyq_fast.attention import QuantMultiheadAttention
-from noisyq_fast.first_last import FirstLast, by_execution, by_registration
+from noisyq_fast.conversion.classes import (
+    check_not_lazy,
+    float_class,
+    quant_class,
+    rebased,
+    why_not_quantized,
+)
+from noisyq_fast.conversion.first_last import FirstLast, by_execution, by_registration
 from noisyq_fast.grid import ODD, SIGNED, UNSIGNED, check_bits
-from noisyq_fast.grouped import PER_GROUP, GroupedLinear, QuantGroupedLinear, check_input_ranges
-from noisyq_fast.integer.batch_norm import ExactBatchNorm
 from noisyq_fast.integer.fusing import unfuse_
-from noisyq_fast.layers import (
+from noisyq_fast.layers import usage
+from noisyq_fast.layers.grouped import (
+    PER_GROUP,
+    GroupedLinear,
+    check_input_ranges,
+)
+from noisyq_fast.layers.layer import (
     DEFAULT_BITS,
     FLOAT,
     PER_TENSOR,
@@ -36,23 +41,6 @@ from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
 _log = logging.getLogger("noisyq_fast")
 
-_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
-    nn.Linear: quantized.QuantLinear,
-    NonDynamicallyQuantizableLinear: quantized.QuantLinear,
-    nn.Conv1d: quantized.QuantConv1d,
-    nn.Conv2d: quantized.QuantConv2d,
-    nn.Conv3d: quantized.QuantConv3d,
-    nn.ConvTranspose1d: quantized.QuantConvTranspose1d,
-    nn.ConvTranspose2d: quantized.QuantConvTranspose2d,
-    nn.ConvTranspose3d: quantized.QuantConvTranspose3d,
-    nn.Embedding: quantized.QuantEmbedding,
-    nn.MultiheadAttention: QuantMultiheadAttention,
-    GroupedLinear: QuantGroupedLinear,
-    AdderConv2d: QuantAdderConv2d,
-    AdderLinear: QuantAdderLinear,
-}
-_BY_NAME = {"transformers.pytorch_utils.Conv1D": quantized.QuantTransposedLinear}
-"""Layers of packages that are not imported for it."""
 _GRID_OPTIONS = {
     "weight": {"weight_grid": SIGNED, "weight_group_size": None},
     "activation": {"activation_grid": SIGNED, "activation_granularity": PER_TENSOR},
@@ -68,42 +56,6 @@ _OPTIONS = (
     *_GRID_OPTIONS["activation"],
     "arithmetic",
 )
-
-
-def register_layer(float_class: type[nn.Module], quant_class: type[QuantLayer]) -> None:
-    """Makes `quantize_model_` convert layers of a class of your own.
-
-    Args:
-        float_class: of the layers in models, such as a subclass of `torch.nn.Linear` whose forward
-            does something else. Subclasses with the same forward are converted too.
-        quant_class: a subclass of `QuantLayer` and of ``float_class``, in this order, whose
-            ``compute(x, weight, bias)`` is what the float layer's forward does with its input, its
-            ``weight`` and its ``bias``.
-
-    Raises:
-        TypeError: not such classes.
-
-    Example:
-        >>> import torch, noisyq_fast
-        >>> class ScaledLinear(torch.nn.Linear):
-        ...     def forward(self, x):
-        ...         return 2 * super().forward(x)
-        >>> class QuantScaledLinear(noisyq_fast.QuantLayer, ScaledLinear):
-        ...     def compute(self, x, weight, bias):
-        ...         return 2 * torch.nn.functional.linear(x, weight, bias)
-        >>> noisyq_fast.register_layer(ScaledLinear, QuantScaledLinear)
-        >>> noisyq_fast.quantize_model_(ScaledLinear(3, 2))
-        QuantScaledLinear(in_features=3, out_features=2, bias=True, W8/A8)
-    """
-    if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
-        raise TypeError(f"float_class: expected a subclass of nn.Module, got {float_class!r}")
-    bases = (QuantLayer, float_class)
-    if not isinstance(quant_class, type) or not all(issubclass(quant_class, b) for b in bases):
-        raise TypeError(
-            f"quant_class: expected a subclass of QuantLayer and {float_class.__name__}, got "
-            f"{quant_class!r}"
-        )
-    _LAYERS[float_class] = quant_class
 
 
 def quantize_model_(
@@ -331,7 +283,7 @@ def dequantize_model_(model: nn.Module) -> nn.Module:
                 own[name] = None
         for name in own:
             delattr(layer, name)
-        layer.__class__ = _rebased(layer, was)
+        layer.__class__ = rebased(layer, was)
     _allow_nested_tensors(model)
     return model
 
@@ -365,37 +317,6 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
             "such as Conv2d, Linear or GroupedLinear"
         )
     return layers, refused
-
-
-def check_not_lazy(modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
-            raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
-
-
-def why_not_quantized(module: nn.Module) -> str | None:
-    """Why a layer of a kind that can be quantized cannot be; empty if it can; None if it is of no
-    such kind."""
-    kind = _kind(type(module))
-    if kind is None:
-        return None
-    if "forward" in vars(module):
-        return "its forward was replaced: quantize the model before that"
-    if any(
-        getattr(type(module), method, None) is not getattr(kind[0], method, None)
-        for method in ("forward", "_conv_forward")
-    ):
-        return f"a subclass of {kind[0].__name__} with a forward of its own: see register_layer"
-    return ""
-
-
-def _kind(cls: type) -> tuple[type, type[QuantLayer]] | None:
-    """The float class that a module's class is or derives from, and its quantized one."""
-    for base in cls.__mro__:
-        quant = _LAYERS.get(base) or _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
-        if quant is not None:
-            return base, quant
-    return None
 
 
 def _is_read_by_float_attention(
@@ -537,7 +458,7 @@ def _convert(
     # The same object with another class: everything that refers to the layer stays valid.
     cls = type(layer)
     layer._float_class = cls.__bases__[0] if is_parametrized(layer) else cls
-    layer.__class__ = _rebased(layer, _quant_class(layer._float_class))
+    layer.__class__ = rebased(layer, quant_class(layer._float_class))
     _set_quantizers(name, layer, weight, activation)
 
 
@@ -550,56 +471,6 @@ def _set_quantizers(
         raise ValueError(f"layer {name!r}: {error}") from error
     for kind, quantizer in layer.quantizers().items():
         quantizer.name = f"{name}.{kind}" if name else kind
-
-
-def float_class(layer: nn.Module) -> type[nn.Module]:
-    """What a module was before its conversion and before `fuse_`; of a quantized layer that was
-    made by hand, its float base class."""
-    if isinstance(layer, ExactBatchNorm):
-        return layer.float_class
-    if not isinstance(layer, QuantLayer):
-        return type(layer)
-    if "_float_class" in vars(layer):
-        return layer._float_class
-    return next(
-        base
-        for base in type(layer).__mro__
-        if issubclass(base, nn.Module) and not issubclass(base, QuantLayer)
-    )
-
-
-def _quant_class(float_class: type[nn.Module]) -> type[QuantLayer]:
-    _, quant = _kind(float_class)
-    return quant if float_class in _LAYERS else _derived(quant, float_class)
-
-
-@functools.cache
-def _derived(quant: type[QuantLayer], float_class: type[nn.Module]) -> type[QuantLayer]:
-    """A quantized class for a subclass of a float layer, with all else that it has."""
-    namespace = {
-        "__reduce_ex__": lambda self, _: (
-            _new,
-            (quant, float_class),
-            self.__getstate__(),
-        )
-    }
-    return type(f"Quant{float_class.__name__}", (quant, float_class), namespace)
-
-
-def _new(quant: type[QuantLayer], float_class: type[nn.Module]) -> QuantLayer:
-    """An empty layer of a derived class, for pickle."""
-    cls = _derived(quant, float_class)
-    return cls.__new__(cls)
-
-
-def _rebased(layer: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
-    """``base``, with the properties of the layer where it is parametrized
-    (`torch.nn.utils.parametrize` makes a class for each such layer)."""
-    if not is_parametrized(layer):
-        return base
-    names = vars(type(layer)).items()
-    namespace = {k: v for k, v in names if k not in ("__dict__", "__weakref__", "__module__")}
-    return type(f"Parametrized{base.__name__}", (base,), namespace)
 
 
 # With padding, `torch.nn.TransformerEncoder` makes nested tensors for the fast path of its layers,
