@@ -131,7 +131,7 @@ PYBIND11_MODULE(_core, m) {
       "channels"_a, "outputs"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "narrow"_a,
       "out"_a, "sum"_a, "squares"_a, "low"_a, "high"_a, "threads"_a, release);
 
-  m.def("has_products", [](int dtype) { return cpu::has_products(DType{dtype}); });
+  m.def("has_products", [](int dtype) { return cpu::has_products(DType{dtype}); }, "dtype"_a);
 
   // Of the gradient of sums: v, factor, term, mean, slope, shift, tilt.
   using OfSums = std::array<uintptr_t, 7>;
@@ -140,16 +140,16 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "convolve_backward",
-      [](int dtype, uintptr_t grad, const OfSums& of, bool narrow, bool relu, uintptr_t codes,
-         bool are_signed, int zero, uintptr_t scale, uintptr_t weight,
+      [](int dtype, uintptr_t grad, const OfSums& of_sums, bool narrow, bool relu, uintptr_t codes,
+         bool are_signed, int zero_point, uintptr_t scale, uintptr_t weight,
          const std::array<int64_t, 4>& strides, const Sizes& sizes, uintptr_t dx, uintptr_t dw,
          int threads) {
-        const auto at = [&](int i) { return pointer<const float>(of[i]); };
+        const auto at = [&](int i) { return pointer<const float>(of_sums[i]); };
         const auto& s = sizes;
         cpu::convolve_backward(
             DType{dtype},
             {pointer<const void>(grad),
-             {pointer<const void>(of[0]), narrow},
+             {pointer<const void>(of_sums[0]), narrow},
              relu,
              at(1),
              at(2),
@@ -157,11 +157,13 @@ PYBIND11_MODULE(_core, m) {
              at(4),
              at(5),
              at(6)},
-            {pointer<const void>(codes), are_signed, zero, *pointer<const float>(scale)},
+            {pointer<const void>(codes), are_signed, zero_point, *pointer<const float>(scale)},
             {pointer<const float>(weight), {strides[0], strides[1], strides[2], strides[3]}},
             {s[0], s[1], s[2], s[3], s[4], {s[5], s[6]}, {s[7], s[8]}, {s[9], s[10]}, {1, 1}},
             pointer<void>(dx), pointer<float>(dw), threads);
       },
+      "dtype"_a, "grad"_a, "of_sums"_a, "narrow"_a, "relu"_a, "codes"_a, "are_signed"_a,
+      "zero_point"_a, "scale"_a, "weight"_a, "strides"_a, "sizes"_a, "dx"_a, "dw"_a, "threads"_a,
       release);
 
   m.def(

@@ -559,13 +559,14 @@ def grads_of_convolution(
     *geometry: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     of_sums = grad if isinstance(grad, reference.GradOfSums) else None
-    given = grad if of_sums is None else of_sums.grad
+    given = grad.grad if isinstance(grad, reference.GradOfSums) else grad
     stride, padding, *_ = geometry
     if given.dtype != dtype or not _multiplies(codes, weight, given, dtype, *geometry):
         how = dtype, to_x, to_weight, *geometry
         return _by_parts(grad, codes, scale, zero_point, weight, *how)
     codes = codes.contiguous(memory_format=torch.channels_last)
-    line, narrow, relu = (NULL,) * 7, False, False
+    line: tuple[int, ...] = (NULL,) * 7
+    narrow = relu = False
     if of_sums is None:
         given = given.contiguous(memory_format=torch.channels_last)
     else:
@@ -578,14 +579,23 @@ def grads_of_convolution(
     dx = torch.empty_like(codes, dtype=dtype) if to_x else None
     dw = torch.empty([outputs, *kernel, channels]) if to_weight else None
     core.convolve_backward(
-        *(DTYPE_CODES[dtype], given.data_ptr(), line, narrow, relu),
-        *(codes.data_ptr(), codes.dtype == torch.int8),
-        *(0 if zero_point is None else int(zero_point), scale.data_ptr()),
-        *(weight.data_ptr(), weight.stride()),
-        [images, *sizes, channels, outputs, *kernel, *stride, *padding],
-        *(address(dx), address(dw), threads()),
+        dtype=DTYPE_CODES[dtype],
+        grad=given.data_ptr(),
+        of_sums=line,
+        narrow=narrow,
+        relu=relu,
+        codes=codes.data_ptr(),
+        are_signed=codes.dtype == torch.int8,
+        zero_point=0 if zero_point is None else int(zero_point),
+        scale=scale.data_ptr(),
+        weight=weight.data_ptr(),
+        strides=weight.stride(),
+        sizes=[images, *sizes, channels, outputs, *kernel, *stride, *padding],
+        dx=address(dx),
+        dw=address(dw),
+        threads=threads(),
     )
-    return dx, dw.movedim(-1, 1) if to_weight else None
+    return dx, None if dw is None else dw.movedim(-1, 1)
 
 
 def _multiplies(

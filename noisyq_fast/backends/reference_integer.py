@@ -450,8 +450,7 @@ def register_gradients(of: Backend) -> Callable:
         *geometry: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
         """By the dequantized x and by ``weight``, that is dequantized; products of ``dtype``."""
-        if isinstance(grad, GradOfSums):
-            grad = part("grads_of_sums")(*grad)
+        whole = part("grads_of_sums")(*grad) if isinstance(grad, GradOfSums) else grad
         # Of the gradient of x only its shape matters.
         x = (
             part("float_steps")(codes, zero_point, dtype)
@@ -459,7 +458,7 @@ def register_gradients(of: Backend) -> Callable:
             else without_values(codes, dtype)
         )
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            *(grad.to(dtype), x, weight.to(dtype), None, *geometry, [to_x, to_weight, False])
+            *(whole.to(dtype), x, weight.to(dtype), None, *geometry, [to_x, to_weight, False])
         )
         return dx, dw.float() * scale if to_weight else None
 

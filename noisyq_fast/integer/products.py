@@ -278,12 +278,11 @@ class _Convolution(_Product):
     ) -> tuple[Tensor | None, Tensor | None]:
         w = _Convolution.weight_values(ctx, w_codes, w_scale, w_zero)
         compute = reference_integer.grads_of_convolution
-        if isinstance(grad, DeferredGradient):
-            grad = grad.current()
-        if deferrable(codes) and (isinstance(grad, GradOfSums) or deferrable(grad)):
+        known = grad.current() if isinstance(grad, DeferredGradient) else grad
+        if deferrable(codes) and (isinstance(known, GradOfSums) or deferrable(known)):
             compute = select("grads_of_convolution", codes.device.type)
         how = ctx.compute_dtype, to_x, to_weight, *ctx.geometry
-        return compute(grad, codes, scale, zero, w, *how)
+        return compute(known, codes, scale, zero, w, *how)
 
     @staticmethod
     def grad_of_bias(grad: Tensor, _: Tensor) -> Tensor:
