@@ -137,6 +137,7 @@ def test_the_reference_computes_every_operator():
     # What chains of integer layers consist of is called without an operator.
     of_chains = {"convolve_sums", "moments", "normalization", "map_sums", "codes_of_sums"}
     of_chains |= {"grads_of_norm", "grads_of_sums", "ends_of_line", "observe", "float_steps"}
+    of_chains |= {"grads_of_convolution"}
     computed = set(BACKENDS["reference"].functions)
     assert computed == declared | of_chains
     for backend in BACKENDS.values():
