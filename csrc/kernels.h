@@ -203,7 +203,7 @@ bool has_products(DType dtype);
 
 // The gradients of `convolve` by its input, like `grad`, and by its weight, [outputs, kernel,
 // channels], each where it is not null. Channels and outputs in 16s, a kernel of 1 or 3 columns, no
-// dilation. Products of values of `dtype`, that of `grad`; sums of floats, over images of doubles.
+// dilation. Products of values of `dtype`, that of `grad`; sums of floats.
 void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weight weight,
                        const Convolution& how, void* dx, float* dw, int threads);
 

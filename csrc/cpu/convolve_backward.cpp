@@ -1,8 +1,8 @@
 // The gradients of `convolve`: products of floats, or of bfloat16 whose sums are floats, by AVX512.
-// Images and gradients have their channels last. An image at a time, so that what is made of it,
-// the gradient of its sums and its codes as floats, stays in a cache and is never written to
+// Images and gradients have their channels last. A few images at a time, so that what is made of
+// it, the gradient of its sums and its codes as floats, stays in a cache and is never written to
 // memory.
-#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "../dtypes.h"
@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kLanes = 16;               // of 32 bits, each of a channel
 constexpr int kOutputs = 8;              // of which `add_products` keeps the sums in registers
-constexpr int64_t kPixelsPerSum = 4096;  // that are summed in float, before the double
+constexpr int64_t kPixelsAtOnce = 128;   // at least, of as many images, while these stay there
+constexpr int64_t kPixelsPerSum = 4096;  // and sums of these, so that errors stay small
 
 // What a lane multiplies: a word of a factor or, in bfloat16, of two, whose products it adds.
 struct Float {
@@ -110,25 +111,25 @@ Task task_of(const Convolution& how) {
 }
 
 // Weights as `tile` reads them: words of one or two outputs, [channels / 16, kernel, outputs, 16].
+// A member of a team writes its part.
 template <class E>
-std::vector<typename E::Word> packed(Weight weight, const Convolution& how) {
+void pack(Weight weight, const Convolution& how, Member member, typename E::Word* out) {
   const int64_t kernel = how.kernel[0] * how.kernel[1], words = how.outputs / E::kFactors;
-  std::vector<typename E::Word> out(how.channels * kernel * words);
-  for (int64_t k = 0; k < kernel; ++k) {
-    const float* of_pixel = weight.values + k / how.kernel[1] * weight.strides[2] +
-                            k % how.kernel[1] * weight.strides[3];
-    for (int64_t c = 0; c < how.channels; ++c) {
-      auto* at = out.data() + (c / kLanes * kernel + k) * words * kLanes + c % kLanes;
-      const float* of_channel = of_pixel + c * weight.strides[1];
-      for (int64_t o = 0; o < words; ++o) {
-        const float* first = of_channel + E::kFactors * o * weight.strides[0];
-        const float second = first[(E::kFactors - 1) * weight.strides[0]];
-        at[o * kLanes] =
-            E::word(from_float<typename E::Value>(*first), from_float<typename E::Value>(second));
+  const int64_t blocks = how.channels / kLanes;
+  const auto [of_output, of_channel, of_row, of_column] = weight.strides;
+  for (int64_t i = member.begin(blocks * kernel); i < member.end(blocks * kernel); ++i) {
+    const int64_t k = i % kernel, next = (E::kFactors - 1) * of_output;
+    const float* values = weight.values + i / kernel * kLanes * of_channel +
+                          k / how.kernel[1] * of_row + k % how.kernel[1] * of_column;
+    auto* at = out + i * words * kLanes;
+    for (int64_t o = 0; o < words; ++o, at += kLanes, values += E::kFactors * of_output) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float* first = values + lane * of_channel;
+        at[lane] = E::word(from_float<typename E::Value>(*first),
+                           from_float<typename E::Value>(first[next]));
       }
     }
   }
-  return out;
 }
 
 // A row of a gradient and the row of the kernel that it meets.
@@ -219,7 +220,9 @@ void input_row(std::vector<Rows<E>> rows, int64_t count, int64_t blocks, Steps s
 template <class E>
 struct Meeting {
   const typename E::Word *image, *gradient;
-  int64_t rows, count, image_row, gradient_row, image_pixel, gradient_pixel, tap;
+  int64_t images, rows, count, image_step, gradient_step, image_row, gradient_row, image_pixel,
+      gradient_pixel, tap;
+  bool starts;  // sums of their own
 };
 
 // Adds to the weight's gradient [taps, 8 outputs, 16 channels] of a row of the kernel.
@@ -228,22 +231,25 @@ NOISYQ_AVX512 void add_products(Meeting<E> of, float* sums) {
   __m512 sum[kTaps][kOutputs];
   for (int t = 0; t < kTaps; ++t) {
     for (int q = 0; q < kOutputs; ++q) {
-      sum[t][q] = _mm512_loadu_ps(sums + (t * kOutputs + q) * kLanes);
+      sum[t][q] =
+          of.starts ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * kOutputs + q) * kLanes);
     }
   }
-  for (int64_t y = 0; y < of.rows; ++y) {
-    const auto* image = of.image + y * of.image_row;
-    const auto* gradient = of.gradient + y * of.gradient_row;
-    for (int64_t x = 0; x < of.count; ++x) {
-      __m512 near[kTaps];
-      for (int t = 0; t < kTaps; ++t) near[t] = E::load_word(image + t * of.tap);
+  for (int64_t n = 0; n < of.images; ++n) {
+    for (int64_t y = 0; y < of.rows; ++y) {
+      const auto* image = of.image + n * of.image_step + y * of.image_row;
+      const auto* gradient = of.gradient + n * of.gradient_step + y * of.gradient_row;
+      for (int64_t x = 0; x < of.count; ++x) {
+        __m512 near[kTaps];
+        for (int t = 0; t < kTaps; ++t) near[t] = E::load_word(image + t * of.tap);
 #pragma GCC unroll 8
-      for (int q = 0; q < kOutputs; ++q) {
-        const __m512 g = E::broadcast(gradient + q);
-        for (int t = 0; t < kTaps; ++t) sum[t][q] = E::add_product(g, near[t], sum[t][q]);
+        for (int q = 0; q < kOutputs; ++q) {
+          const __m512 g = E::broadcast(gradient + q);
+          for (int t = 0; t < kTaps; ++t) sum[t][q] = E::add_product(g, near[t], sum[t][q]);
+        }
+        image += of.image_pixel;
+        gradient += of.gradient_pixel;
       }
-      image += of.image_pixel;
-      gradient += of.gradient_pixel;
     }
   }
   for (int t = 0; t < kTaps; ++t) {
@@ -292,7 +298,7 @@ template <class E>
 class Images {
  public:
   Images(const Task& task, const GradOfSums& of, ConvolvedCodes x, const typename E::Word* weight,
-         typename E::Value* dx, double* dw)
+         typename E::Value* dx, float* dw)
       : task_(task),
         how_(task.how),
         of_(of),
@@ -301,41 +307,52 @@ class Images {
         dx_(dx),
         dw_(dw),
         words_(how_.outputs / E::kFactors),
-        columns_(columns_of(how_)),
-        gradient_(task.height * task.columns * how_.outputs) {
+        columns_(columns_of(how_)) {
+    const int64_t pixels = std::max<int64_t>(1, task.height * task.width);
+    per_sum_ = std::max<int64_t>(1, kPixelsPerSum / pixels);
+    at_once_ = std::min(per_sum_, (kPixelsAtOnce + pixels - 1) / pixels);
+    gradient_size_ = task.height * task.columns * how_.outputs;
+    gradient_.resize(at_once_ * gradient_size_);
     if (dw == nullptr) return;
-    sums_.resize(how_.outputs * how_.channels * how_.kernel[0] * how_.kernel[1]);
-    image_.resize(how_.height * task.image_columns * how_.channels);
+    image_size_ = how_.height * task.image_columns * how_.channels;
+    image_.resize(at_once_ * image_size_);
     if (E::kFactors == 1) return;
+    pairs_ = (task.width + 1) / 2;
     image_words_.resize(image_.size());
-    gradient_words_.resize(task.height * ((task.width + 1) / 2) * how_.outputs);
+    gradient_words_.resize(at_once_ * task.height * pairs_ * how_.outputs);
   }
 
   void run(Member member) {
-    const int64_t pixels = task_.height * task_.width;
-    const int64_t together = std::max<int64_t>(1, kPixelsPerSum / std::max<int64_t>(1, pixels));
-    int64_t since = 0;
-    for (int64_t n = member.begin(how_.images); n < member.end(how_.images); ++n) {
-      make_gradient(n);
-      if (dx_ != nullptr) input_gradient(n);
-      if (dw_ == nullptr) continue;
-      make_image(n);
-      add_weight_gradient();
-      if (++since == together) {
-        carry();
-        since = 0;
+    const int64_t first = member.begin(how_.images), past = member.end(how_.images);
+    const int64_t weights = how_.outputs * how_.channels * how_.kernel[0] * how_.kernel[1];
+    if (dw_ != nullptr && first == past) std::fill_n(dw_, weights, 0.0f);
+    if (dw_ != nullptr && past - first > per_sum_) sums_.resize(weights);
+    for (int64_t begin = first; begin < past; begin += per_sum_) {
+      const int64_t end = std::min(begin + per_sum_, past);
+      float* sums = begin == first ? dw_ : sums_.data();
+      for (int64_t n = begin; n < end; n += at_once_) {
+        const int64_t count = std::min(at_once_, end - n);
+        for (int64_t i = 0; i < count; ++i) {
+          make_gradient(n + i, i);
+          if (dx_ != nullptr) input_gradient(n + i, i);
+          if (dw_ != nullptr) make_image(n + i, i);
+        }
+        if (dw_ != nullptr) add_weight_gradient(count, n == begin, sums);
       }
+      if (sums == dw_) continue;
+      for (int64_t k = 0; k < weights; ++k) dw_[k] += sums[k];
     }
-    if (dw_ != nullptr) carry();
   }
 
  private:
-  void make_gradient(int64_t n) {
+  // Of image n, kept as the i-th.
+  void make_gradient(int64_t n, int64_t i) {
     const int64_t row = task_.width * how_.outputs;
     const auto* grad = static_cast<const typename E::Value*>(of_.grad);
     for (int64_t y = 0; y < task_.height; ++y) {
       const int64_t at = (n * task_.height + y) * row;
-      auto* out = gradient_.data() + (y * task_.columns + task_.left) * how_.outputs;
+      auto* out =
+          gradient_.data() + i * gradient_size_ + (y * task_.columns + task_.left) * how_.outputs;
       if (of_.v.values == nullptr) {
         std::copy_n(grad + at, row, out);
       } else if (of_.v.are_narrow) {
@@ -348,11 +365,12 @@ class Images {
     }
   }
 
-  void input_gradient(int64_t n) {
+  void input_gradient(int64_t n, int64_t i) {
     const int64_t kernel = how_.kernel[1], channels = how_.channels;
     const Steps steps{words_, how_.stride[1] * words_ * kLanes,
                       how_.kernel[0] * kernel * words_ * kLanes, how_.stride[1] * channels};
-    const auto* words = reinterpret_cast<const typename E::Word*>(gradient_.data());
+    const auto* words =
+        reinterpret_cast<const typename E::Word*>(gradient_.data() + i * gradient_size_);
     for (int64_t y = 0; y < how_.height; ++y) {
       for (const Columns& of : columns_) {
         auto* out = dx_ + ((n * how_.height + y) * how_.width + of.first) * channels;
@@ -366,8 +384,8 @@ class Images {
         }
         const int64_t blocks = channels / kLanes;
         if (rows_.empty()) {
-          for (int64_t i = 0; i < of.count; ++i) {
-            std::fill_n(out + i * steps.out, channels, typename E::Value{});
+          for (int64_t x = 0; x < of.count; ++x) {
+            std::fill_n(out + x * steps.out, channels, typename E::Value{});
           }
         } else if (of.taps == 1) {
           input_row<E, 1>(rows_, of.count, blocks, steps, out);
@@ -380,11 +398,12 @@ class Images {
     }
   }
 
-  void make_image(int64_t n) {
+  void make_image(int64_t n, int64_t i) {
     const int64_t row = how_.width * how_.channels;
     for (int64_t y = 0; y < how_.height; ++y) {
       const int64_t at = (n * how_.height + y) * row;
-      auto* out = image_.data() + (y * task_.image_columns + how_.padding[1]) * how_.channels;
+      auto* out = image_.data() + i * image_size_ +
+                  (y * task_.image_columns + how_.padding[1]) * how_.channels;
       if (x_.are_signed) {
         image_row(static_cast<const int8_t*>(x_.codes) + at, x_.zero, row, out);
       } else {
@@ -393,13 +412,15 @@ class Images {
     }
     if (E::kFactors == 1) return;
     // A word is a pixel and what its right neighbour in the output meets.
-    const int64_t next = how_.stride[1] * how_.channels, all = image_.size();
-    pair(image_.data(), image_.data() + next, all - next, image_words_.data());
-    const int64_t outputs = how_.outputs, pairs = (task_.width + 1) / 2;
+    const int64_t next = how_.stride[1] * how_.channels, outputs = how_.outputs;
+    const auto* image = image_.data() + i * image_size_;
+    pair(image, image + next, image_size_ - next, image_words_.data() + i * image_size_);
     for (int64_t y = 0; y < task_.height; ++y) {
-      for (int64_t i = 0; i < pairs; ++i) {
-        const auto* g = gradient_.data() + (y * task_.columns + task_.left + 2 * i) * outputs;
-        pair(g, g + outputs, outputs, gradient_words_.data() + (y * pairs + i) * outputs);
+      const auto* g =
+          gradient_.data() + i * gradient_size_ + (y * task_.columns + task_.left) * outputs;
+      auto* out = gradient_words_.data() + (i * task_.height + y) * pairs_ * outputs;
+      for (int64_t x = 0; x < pairs_; ++x) {
+        pair(g + 2 * x * outputs, g + (2 * x + 1) * outputs, outputs, out + x * outputs);
       }
     }
   }
@@ -410,26 +431,30 @@ class Images {
     for (int64_t i = 0; i < count; ++i) out[i] = E::word(first[i], second[i]);
   }
 
-  void add_weight_gradient() {
+  void add_weight_gradient(int64_t images, bool starts, float* sums) {
     const int64_t channels = how_.channels, outputs = how_.outputs, kernel = how_.kernel[1];
-    const int64_t stride = how_.stride[0], count = (task_.width + E::kFactors - 1) / E::kFactors;
+    const int64_t stride = how_.stride[0];
     Meeting<E> of{};
-    of.count = count;
+    of.images = images;
+    of.image_step = image_size_;
     of.image_row = stride * task_.image_columns * channels;
     of.image_pixel = E::kFactors * how_.stride[1] * channels;
     of.gradient_pixel = outputs;
     of.tap = channels;
+    of.starts = starts;
     const typename E::Word *image, *gradient;
     if constexpr (E::kFactors == 1) {
       image = image_.data();
       gradient = gradient_.data() + task_.left * outputs;
+      of.count = task_.width;
       of.gradient_row = task_.columns * outputs;
     } else {
       image = image_words_.data();
       gradient = gradient_words_.data();
-      of.gradient_row = count * outputs;
+      of.count = pairs_;
+      of.gradient_row = pairs_ * outputs;
     }
-    float* sums = sums_.data();
+    of.gradient_step = task_.height * of.gradient_row;
     for (int64_t k = 0; k < how_.kernel[0]; ++k) {
       // The rows of the gradient that meet one of the image, above which are `shift` rows.
       const int64_t shift = k - how_.padding[0], last = how_.height - 1 - shift;
@@ -439,7 +464,6 @@ class Images {
       const int64_t image_first = (first * stride + shift) * task_.image_columns * channels;
       for (int64_t c = 0; c < channels; c += kLanes) {
         for (int64_t o = 0; o < outputs; o += kOutputs, sums += kernel * kOutputs * kLanes) {
-          if (of.rows == 0) continue;
           of.image = image + image_first + c;
           of.gradient = gradient + first * of.gradient_row + o;
           if (kernel == 1) {
@@ -452,61 +476,57 @@ class Images {
     }
   }
 
-  void carry() {
-    for (size_t k = 0; k < sums_.size(); ++k) dw_[k] += static_cast<double>(sums_[k]);
-    std::fill(sums_.begin(), sums_.end(), 0.0f);
-  }
-
   const Task& task_;
   const Convolution& how_;
   const GradOfSums& of_;
   const ConvolvedCodes x_;
   const typename E::Word* weight_;
   typename E::Value* dx_;
-  double* dw_;
+  float* dw_;            // [kernel rows, channels / 16, outputs / 8, kernel columns, 8, 16]
   const int64_t words_;  // of the outputs of a pixel
+  int64_t per_sum_, at_once_, gradient_size_, image_size_ = 0, pairs_ = 0;
   const std::vector<Columns> columns_;
   std::vector<Rows<E>> rows_;
-  std::vector<typename E::Value> gradient_;       // [height, columns, outputs]
-  std::vector<typename E::Value> image_;          // [height, image columns, channels]
+  // Of the images that are multiplied at once:
+  std::vector<typename E::Value> gradient_;       // [.., height, columns, outputs]
+  std::vector<typename E::Value> image_;          // [.., height, image columns, channels]
   std::vector<typename E::Word> image_words_;     // the same
-  std::vector<typename E::Word> gradient_words_;  // [height, pairs of columns, outputs]
-  // [kernel rows, channels / 16, outputs / 8, kernel columns, 8, 16]
-  std::vector<float> sums_;
+  std::vector<typename E::Word> gradient_words_;  // [.., height, pairs of columns, outputs]
+  std::vector<float> sums_;                       // like dw_, of a few images
 };
 
 template <class E>
 void convolve_backward_in(const GradOfSums& of, ConvolvedCodes x, Weight weight,
                           const Convolution& how, void* dx, float* dw, int threads) {
   const Task task = task_of(how);
-  const auto words = packed<E>(weight, how);
-  const int64_t size = how.outputs * how.channels * how.kernel[0] * how.kernel[1];
+  const int64_t rows = how.kernel[0], columns = how.kernel[1];
+  const int64_t size = how.outputs * how.channels * rows * columns;
+  const std::unique_ptr<typename E::Word[]> words(new typename E::Word[size / E::kFactors]);
   threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, how.images)));
-  std::vector<double> parts(dw == nullptr ? 0 : size * threads);  // OpenMP may start fewer
+  const std::unique_ptr<float[]> parts(new float[dw == nullptr ? 0 : size * threads]);
   parallel(threads, [&](Member member) {
-    double* part = dw == nullptr ? nullptr : parts.data() + member.index * size;
-    auto* out = static_cast<typename E::Value*>(dx);
-    Images<E>(task, of, x, words.data(), out, part).run(member);
-  });
-  if (dw == nullptr) return;
-  const double* part = parts.data();
-  const auto scale = static_cast<double>(x.scale);
-  for (int64_t k = 0; k < how.kernel[0]; ++k) {
-    for (int64_t c = 0; c < how.channels; c += kLanes) {
-      for (int64_t o = 0; o < how.outputs; o += kOutputs) {
-        for (int64_t t = 0; t < how.kernel[1]; ++t) {
-          for (int64_t q = o; q < o + kOutputs; ++q) {
-            float* out = dw + ((q * how.kernel[0] + k) * how.kernel[1] + t) * how.channels + c;
-            for (int i = 0; i < kLanes; ++i, ++part) {
-              double sum = 0.0;
-              for (int m = 0; m < threads; ++m) sum += part[m * size];
-              out[i] = static_cast<float>(sum * scale);
-            }
-          }
+    if (dx != nullptr) pack<E>(weight, how, member, words.get());
+    member.wait_for_team();
+    float* part = dw == nullptr ? nullptr : parts.get() + member.index * size;
+    Images<E>(task, of, x, words.get(), static_cast<typename E::Value*>(dx), part).run(member);
+    member.wait_for_team();
+    if (dw == nullptr) return;
+    const int64_t blocks = rows * (how.channels / kLanes), pairs = how.outputs * columns;
+    for (int64_t i = member.begin(blocks); i < member.end(blocks); ++i) {
+      const int64_t row = i / (how.channels / kLanes), channel = i % (how.channels / kLanes);
+      for (int64_t k = 0; k < pairs; ++k) {
+        const int64_t q = k % kOutputs, t = k / kOutputs % columns;
+        const int64_t o = k / kOutputs / columns * kOutputs + q;
+        const float* sums = parts.get() + (i * pairs + k) * kLanes;
+        float* out = dw + ((o * rows + row) * columns + t) * how.channels + channel * kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          float sum = sums[lane];
+          for (int m = 1; m < member.team; ++m) sum += sums[m * size + lane];
+          out[lane] = sum * x.scale;
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace
