@@ -30,7 +30,7 @@ _OWN = ("method", "loss", "out", "restart")
 def parse(arguments: list[str] | None = None) -> RunConfig:
     """The options in `arguments`, or else in the command line. Ends the program with status 2 for
     those that there are not; a ValueError tells those that do not go together."""
-    command = tyro.cli(
+    command: Any = tyro.cli(
         _command(),
         args=arguments,
         description=_description(),
@@ -71,7 +71,7 @@ def filled(paragraphs: list[str]) -> str:
 
 def _paragraphs(documented: type) -> list[str]:
     """Of its docstring, each in one line."""
-    return [" ".join(text.split()) for text in inspect.getdoc(documented).split("\n\n")]
+    return [" ".join(text.split()) for text in (inspect.getdoc(documented) or "").split("\n\n")]
 
 
 @functools.cache

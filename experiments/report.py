@@ -7,6 +7,7 @@ if not __package__:
     # Run as a script: import from the project root, not from this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import io
 from collections.abc import Callable
 
 import matplotlib
@@ -121,7 +122,8 @@ def _write_csv(tables: list[pl.DataFrame], names: list[str], path: Path) -> None
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -10,6 +10,7 @@ if not __package__:
 import collections
 import contextlib
 import dataclasses
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch
 import noisyq_fast
 from experiments import command_line, tasks
 from experiments.checks import require_once
-from experiments.config import RunConfig
+from experiments.config import FilledConfig, RunConfig
 from experiments.header import header
 from experiments.methods import BASELINE
 from experiments.storage.identity import RunIdentity
@@ -47,7 +48,7 @@ class Run:
     weights: Weights | None
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> FilledConfig:
         return self.identity.config
 
     @property
@@ -59,13 +60,13 @@ def prepare(config: RunConfig) -> Run:
     """Chooses the backend, reads the data and names the run."""
     if config.backend != AUTO:
         noisyq_fast.use_backend(config.backend)
-    config = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
-    data = config.task.read(config)
-    weights = Weights.read(config.weights) if config.weights else None
+    filled = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
+    data = filled.task.read(filled)
+    weights = Weights.read(filled.weights) if filled.weights else None
     beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
     if data_parallel.started() > 1:
         beside["processes"] = data_parallel.started()  # whose sums have other last digits
-    return Run(RunIdentity(config, beside), data, weights)
+    return Run(RunIdentity(filled, beside), data, weights)
 
 
 def execute(run: Run, device: torch.device) -> str:
@@ -163,9 +164,12 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
 def _at_best_validation(history: list[EpochMetrics], score: str) -> float | None:
     """The test score of the best epoch on held-out samples; None unless all had both."""
     test = f"test_{score}"
-    if not history or any(None in (m.scores[test], m.validation_score) for m in history):
+    if not history or any(metrics.scores[test] is None for metrics in history):
         return None
-    return max(history, key=lambda metrics: metrics.validation_score).scores[test]
+    scores = [m.validation_score for m in history if m.validation_score is not None]
+    if len(scores) < len(history):
+        return None
+    return history[scores.index(max(scores))].scores[test]
 
 
 def check_device(wanted: str) -> None:
@@ -238,7 +242,8 @@ def fail(error: Exception, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -53,6 +53,7 @@ def main(
     torch.set_num_threads(1)
     trainer = _trained(folder)
     task = trainer.task
+    assert isinstance(task, ActionUnits)
     if frames is None:
         chosen = task.parts["test"][:count]
         pictures, labels = task.frames.images[task.frames.row[chosen]], task.frames.given[chosen]

@@ -14,7 +14,7 @@ from scipy.stats import linregress
 from experiments.reporting import escaping
 from experiments.reporting.comparison import quantile
 from experiments.reporting.drawing import PERCENT, color, legend, panels, save, short
-from experiments.reporting.runs import Study, titles
+from experiments.reporting.runs import Study, in_order, titles
 from experiments.reporting.tables import cell, markdown
 
 _SIZE = "train_size"
@@ -130,7 +130,7 @@ def draw(studies: Iterable[Study], folder: Path) -> list[Path]:
 
 def growth(lines: Sequence[Line]) -> Figure:
     """Each run, and the fits; a panel for each noise."""
-    noises = sorted({line.noise for line in lines})
+    noises = in_order({line.noise for line in lines})
     figure, (axes,) = panels(len(noises))
     for axis, noise in zip(axes, noises, strict=True):
         for line in lines:

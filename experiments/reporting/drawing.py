@@ -39,7 +39,7 @@ COLORS = {BASELINE: "0.4"} | {name: _color(index) for index, name in enumerate(_
 
 def color(label: str) -> str | tuple[float, float, float]:
     """That of the first method in a label."""
-    return COLORS.get(method_of(label), _UNKNOWN)
+    return COLORS.get(method_of(label) or "", _UNKNOWN)
 
 
 def marker(index: int) -> str | tuple[int, int, float]:

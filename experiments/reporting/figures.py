@@ -1,6 +1,7 @@
 """Figures 1 to 3 of arXiv 2303.11803 from our runs, and what the paper does not show."""
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -164,11 +165,13 @@ def settings(study: Study, summary: pl.DataFrame) -> Figure | None:
         axis.set_yticks(range(len(labels)), labels)
         at = f", noise {noises[0]:g}" if len(noises) == 1 else ""
         axis.set(title=f"{name}{at}", xlabel="gain over the baseline, points")
-    low = max(PERCENT * summary["gain"].min(), _LEAST)
+    least: Any = summary["gain"].min()
+    largest: Any = summary["gain"].max()
+    low = max(PERCENT * least, _LEAST)
     if low == _LEAST:
         axes[0].set_xlabel(f"gain over the baseline, points (arrows: below {_LEAST})")
     for axis in axes:
-        axis.set_xlim(low - 2, PERCENT * summary["gain"].max() + 2)
+        axis.set_xlim(low - 2, PERCENT * largest + 2)
     if len(noises) > 1:
         figure.colorbar(points, ax=axes, label="share of labels re-drawn")
     return figure

@@ -126,11 +126,25 @@ def _convolve(
         memory_format=torch.channels_last,
     )
     moments = _empty_moments(outputs) if measures else None
+    height, width = sizes
     core.convolve(
-        *(codes.data_ptr(), codes.dtype == torch.int8),
-        *(0 if zero_point is None else int(zero_point), weight.data_ptr()),
-        *(images, *sizes, channels, outputs, kernel, stride, padding, dilation, narrow),
-        *(out.data_ptr(), *_addresses(moments), threads()),
+        codes=codes.data_ptr(),
+        are_signed=codes.dtype == torch.int8,
+        zero_point=0 if zero_point is None else int(zero_point),
+        weight=weight.data_ptr(),
+        images=images,
+        height=height,
+        width=width,
+        channels=channels,
+        outputs=outputs,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        narrow=narrow,
+        out=out.data_ptr(),
+        **_addresses(moments),
+        threads=threads(),
     )
     return out, moments
 
@@ -145,8 +159,9 @@ def _empty(count: int, channels: int, dtype: torch.dtype = torch.float32) -> lis
     return [torch.empty(channels, dtype=dtype) for _ in range(count)]
 
 
-def _addresses(moments: tuple[Tensor, ...] | None) -> tuple[int, ...]:
-    return (0,) * 4 if moments is None else tuple(x.data_ptr() for x in moments)
+def _addresses(moments: tuple[Tensor, ...] | None) -> dict[str, int]:
+    sum_, squares, low, high = (NULL,) * 4 if moments is None else map(address, moments)
+    return {"sum": sum_, "squares": squares, "low": low, "high": high}
 
 
 @backend.register
@@ -307,8 +322,13 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
         kept = torch.empty_like(sums, dtype=torch.int16)
     sums, found = sums.float(), _empty_moments(channels)
     core.moments(
-        *(sums.data_ptr(), kept.data_ptr() if narrows else 0, rows, channels, bound),
-        *(*_addresses(found), threads()),
+        sums=sums.data_ptr(),
+        kept=kept.data_ptr() if narrows else NULL,
+        rows=rows,
+        channels=channels,
+        bound=bound,
+        **_addresses(found),
+        threads=threads(),
     )
     return kept, *found
 
@@ -329,26 +349,33 @@ def normalization(
     batch_mean, variance = _empty(2, channels, torch.float64)
     weight = None if weight is None else weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    tracked, moved, layer_bias = (NULL, NULL, NULL, NULL, 0.0), (), None
-    if running is not None and running.is_plain():
-        moved = running[:3]
-        layer_bias = None if running.bias is None else running.bias.float().contiguous()
-        tracked = *(x.data_ptr() for x in moved), address(layer_bias), running.momentum
+    moved = running if running is not None and running.is_plain() else None
+    layer_bias = None if moved is None or moved.bias is None else moved.bias.float().contiguous()
     core.normalization(
-        sum_.data_ptr(),
-        squares.data_ptr(),
-        count,
-        channels,
-        scale.contiguous().data_ptr(),
-        address(weight),
-        address(bias),
-        eps,
-        *(x.data_ptr() for x in (factor, term, mean, inverse, batch_mean, variance)),
-        *tracked,
+        sum=sum_.data_ptr(),
+        squares=squares.data_ptr(),
+        count=count,
+        channels=channels,
+        scale=scale.contiguous().data_ptr(),
+        weight=address(weight),
+        bias=address(bias),
+        eps=eps,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        mean=mean.data_ptr(),
+        inverse=inverse.data_ptr(),
+        batch_mean=batch_mean.data_ptr(),
+        batch_variance=variance.data_ptr(),
+        running_mean=NULL if moved is None else moved.mean.data_ptr(),
+        running_variance=NULL if moved is None else moved.variance.data_ptr(),
+        batches=NULL if moved is None else moved.batches.data_ptr(),
+        layer_bias=address(layer_bias),
+        momentum=0.0 if moved is None else moved.momentum,
     )
-    for x in moved:
-        write_back(x, x)
-    if running is not None and not moved:
+    if moved is not None:
+        for x in (moved.mean, moved.variance, moved.batches):
+            write_back(x, x)
+    elif running is not None:
         reference.track(running, batch_mean, variance, count)
     return factor, term, mean, inverse, batch_mean, variance
 
@@ -391,9 +418,18 @@ def map_sums(
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     range_ = torch.empty(2, dtype=torch.float32) if wants_range else None
     core.map_sums(
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), address(residual), relu),
-        *(y.data_ptr(), address(bits), address(range_), threads()),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        residual=address(residual),
+        relu=relu,
+        y=y.data_ptr(),
+        zeros=address(bits),
+        range=address(range_),
+        threads=threads(),
     )
     return y, bits, range_
 
@@ -408,10 +444,20 @@ def codes_of_sums(
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([], dtype=torch.float32), torch.empty([], dtype=torch.uint8)
     core.codes_of_sums(
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), relu, range_.contiguous().data_ptr()),
-        *(KIND_CODES[grid.kind], grid.qmax, codes.data_ptr()),
-        *(scale.data_ptr(), zero_point.data_ptr(), threads()),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        relu=relu,
+        range=range_.contiguous().data_ptr(),
+        kind=KIND_CODES[grid.kind],
+        qmax=grid.qmax,
+        codes=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        zero_point=zero_point.data_ptr(),
+        threads=threads(),
     )
     return codes, reference.scale_of_line(scale, factor, term), zero_point
 
@@ -434,12 +480,26 @@ def grads_of_norm(
     weight = None if weight is None else weight.float().contiguous()
     slope, shift, tilt, of_weight, of_bias = _empty(5, channels)
     core.grads_of_norm(
-        *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), relu, mean.data_ptr(), inverse.data_ptr()),
-        *(scale.contiguous().data_ptr(), address(weight), uses_batch),
-        *(x.data_ptr() for x in (slope, shift, tilt, of_weight, of_bias)),
-        threads(),
+        dtype=DTYPE_CODES[grad.dtype],
+        grad=grad.data_ptr(),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        relu=relu,
+        mean=mean.data_ptr(),
+        inverse=inverse.data_ptr(),
+        scale=scale.contiguous().data_ptr(),
+        weight=address(weight),
+        uses_batch=uses_batch,
+        slope=slope.data_ptr(),
+        shift=shift.data_ptr(),
+        tilt=tilt.data_ptr(),
+        of_weight=of_weight.data_ptr(),
+        of_bias=of_bias.data_ptr(),
+        threads=threads(),
     )
     return (slope, shift, tilt), of_weight, of_bias
 
@@ -460,11 +520,21 @@ def grads_of_sums(
     grad = like(grad, sums)
     out = torch.empty_like(grad)
     core.grads_of_sums(
-        *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), relu),
-        *(x.data_ptr() for x in (mean, slope, shift, tilt)),
-        *(out.data_ptr(), threads()),
+        dtype=DTYPE_CODES[grad.dtype],
+        grad=grad.data_ptr(),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        relu=relu,
+        mean=mean.data_ptr(),
+        slope=slope.data_ptr(),
+        shift=shift.data_ptr(),
+        tilt=tilt.data_ptr(),
+        out=out.data_ptr(),
+        threads=threads(),
     )
     return out
 
@@ -489,13 +559,14 @@ def grads_of_convolution(
     *geometry: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     of_sums = grad if isinstance(grad, reference.GradOfSums) else None
-    given = grad if of_sums is None else of_sums.grad
+    given = grad.grad if isinstance(grad, reference.GradOfSums) else grad
     stride, padding, *_ = geometry
     if given.dtype != dtype or not _multiplies(codes, weight, given, dtype, *geometry):
         how = dtype, to_x, to_weight, *geometry
         return _by_parts(grad, codes, scale, zero_point, weight, *how)
     codes = codes.contiguous(memory_format=torch.channels_last)
-    line, narrow, relu = (NULL,) * 7, False, False
+    line: tuple[int, ...] = (NULL,) * 7
+    narrow = relu = False
     if of_sums is None:
         given = given.contiguous(memory_format=torch.channels_last)
     else:
@@ -508,14 +579,23 @@ def grads_of_convolution(
     dx = torch.empty_like(codes, dtype=dtype) if to_x else None
     dw = torch.empty([outputs, *kernel, channels]) if to_weight else None
     core.convolve_backward(
-        *(DTYPE_CODES[dtype], given.data_ptr(), line, narrow, relu),
-        *(codes.data_ptr(), codes.dtype == torch.int8),
-        *(0 if zero_point is None else int(zero_point), scale.data_ptr()),
-        *(weight.data_ptr(), weight.stride()),
-        [images, *sizes, channels, outputs, *kernel, *stride, *padding],
-        *(address(dx), address(dw), threads()),
+        dtype=DTYPE_CODES[dtype],
+        grad=given.data_ptr(),
+        of_sums=line,
+        narrow=narrow,
+        relu=relu,
+        codes=codes.data_ptr(),
+        are_signed=codes.dtype == torch.int8,
+        zero_point=0 if zero_point is None else int(zero_point),
+        scale=scale.data_ptr(),
+        weight=weight.data_ptr(),
+        strides=weight.stride(),
+        sizes=[images, *sizes, channels, outputs, *kernel, *stride, *padding],
+        dx=address(dx),
+        dw=address(dw),
+        threads=threads(),
     )
-    return dx, dw.movedim(-1, 1) if to_weight else None
+    return dx, None if dw is None else dw.movedim(-1, 1)
 
 
 def _multiplies(

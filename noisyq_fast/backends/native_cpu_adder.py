@@ -2,6 +2,7 @@
 to the specification."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +87,12 @@ def _joined(blocks: Tensor, channels: int) -> Tensor:
 
 
 def _shape(
-    x: list[int],
+    x: Sequence[int],
     outputs: int,
     weight: Tensor,
     stride: Pair,
     padding: Pair,
-    size: list[int],
+    size: Sequence[int],
 ) -> list[int]:
     """What the kernels take, for ``x`` of shape ``[N, H, W, C]``, or ``[blocks, N, H, W, 16]``."""
     *blocks, images, rows, columns, channels = x

@@ -157,20 +157,19 @@ def normalization(
     """Batch norm of ``v * scale`` as ``v * factor + term``: these, the mean of v, 1 / the standard
     deviation, and in float64 the mean and the variance of ``v * scale``, towards which ``running``
     moves. Equations: `noisyq_fast.integer.batch_norm`."""
-    mean, centred = [], []
+    means, offsets = [], []
     for total, (upper, lower) in zip(sum_.tolist(), squares.tolist(), strict=True):
         p = round(float(total) / count)  # half to even
         d = float(total - count * p)
-        mean.append(p + d / count)
-        centred.append(float((upper << 32) + lower - p * (2 * total - count * p)) - d * d / count)
+        means.append(p + d / count)
+        offsets.append(float((upper << 32) + lower - p * (2 * total - count * p)) - d * d / count)
     mean, centred = (
-        torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (mean, centred)
+        torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (means, offsets)
     )
     s = scale.double()
-    number, count = count, torch.full_like(centred, count)
-    variance = centred / count * (s * s)
+    variance = centred / torch.full_like(centred, count) * (s * s)
     if running is not None:
-        track(running, mean * s, variance, number)
+        track(running, mean * s, variance, count)
     inverse = (1 / (variance + eps).sqrt()).float()
     factor, term = line(mean * s, inverse, scale, weight, bias)
     return factor, term, mean.float(), inverse, mean * s, variance
@@ -451,8 +450,7 @@ def register_gradients(of: Backend) -> Callable:
         *geometry: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
         """By the dequantized x and by ``weight``, that is dequantized; products of ``dtype``."""
-        if isinstance(grad, GradOfSums):
-            grad = part("grads_of_sums")(*grad)
+        whole = part("grads_of_sums")(*grad) if isinstance(grad, GradOfSums) else grad
         # Of the gradient of x only its shape matters.
         x = (
             part("float_steps")(codes, zero_point, dtype)
@@ -460,7 +458,7 @@ def register_gradients(of: Backend) -> Callable:
             else without_values(codes, dtype)
         )
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            *(grad.to(dtype), x, weight.to(dtype), None, *geometry, [to_x, to_weight, False])
+            *(whole.to(dtype), x, weight.to(dtype), None, *geometry, [to_x, to_weight, False])
         )
         return dx, dw.float() * scale if to_weight else None
 

@@ -41,7 +41,7 @@ class Sums:
     bias: Tensor | None
     bound: int
     product: Tensor
-    layer: nn.Module
+    layer: Any  # a `QuantLayer`, whose module imports this one
     moments: tuple[Tensor, ...] | None = None
     again: tuple[Any, ...] | None = None
 
@@ -164,7 +164,8 @@ class ChainGradient(torch.autograd.Function):
             grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
             relu = False
         residual = grad if to_residual else None
-        of_weight = of_bias = None
+        of_weight: Any = None
+        of_bias: Any = None
         if mean is not None:
             line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
@@ -194,10 +195,10 @@ def extremes(chain: Chain) -> Tensor:
     """As `reference_integer.ends`."""
     if chain.sums.values.numel() == 0:
         return chain.factor.new_zeros(2)
+    moments = chain.sums.moments
+    assert moments is not None
     with torch.no_grad():
-        return chain.compute("ends_of_line")(
-            *chain.sums.moments[2:], chain.factor, chain.term, chain.relu
-        )
+        return chain.compute("ends_of_line")(*moments[2:], chain.factor, chain.term, chain.relu)
 
 
 class _MeanOfPixels(torch.autograd.Function):

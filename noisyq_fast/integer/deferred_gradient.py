@@ -21,8 +21,8 @@ class DeferredGradient(Tensor):
     """A tensor whose values are made when something reads them."""
 
     made_of: GradOfSums
-    _values: Tensor | None
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    _values: Tensor | None  # type: ignore[assignment]  # a private method of Tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
     def of(cls, made_of: GradOfSums) -> DeferredGradient:

@@ -62,4 +62,5 @@ class AbsMax(Quantizer):
             masked = None
             if self.grid_kind == UNSIGNED and gradients.wanted():
                 masked = pack_like(codes, x < 0)
-            return self._codes(x, codes, scale, *zero_point, masked=masked)
+            known = zero_point[0] if zero_point else None
+            return self._codes(x, codes, scale, known, masked)

@@ -1,9 +1,9 @@
 """The quantizers of AQD (Chen et al. 2020, arXiv 2007.06919)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noisyq_fast import rules
 from noisyq_fast.backends.reference_learned import sum_of_groups
@@ -43,6 +43,8 @@ class AQD(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 6
+
+    clip: nn.Parameter
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class AQD(LearnedQuantizer):
         return quotient(clip, float(self.code_ends[1])).clamp(min=torch.finfo(torch.float32).tiny)
 
     def at_end(self, bits: int, place: str) -> Quantizer:
-        quantizer = super().at_end(bits, place)
+        quantizer: Any = super().at_end(bits, place)
         quantizer.standardize = False
         return quantizer
 

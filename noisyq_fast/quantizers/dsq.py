@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noisyq_fast import rules
 from noisyq_fast.operators import checks
@@ -39,6 +39,10 @@ class DSQ(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 8
+
+    low: nn.Parameter
+    high: nn.Parameter
+    alpha: nn.Parameter
 
     def __init__(self, bits: int = 4, *, alpha: float = 0.2, learn_alpha: bool = True) -> None:
         checks.number("alpha", alpha)

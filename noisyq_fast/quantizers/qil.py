@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noisyq_fast import rules
 from noisyq_fast.grid import check_bits
@@ -43,6 +43,10 @@ class QIL(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 7
+
+    center: nn.Parameter
+    distance: nn.Parameter
+    exponent: nn.Parameter
 
     def __init__(self, bits: int = 4, *, exponent: bool | None = None) -> None:
         if exponent is not None:

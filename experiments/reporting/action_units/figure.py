@@ -1,5 +1,6 @@
 """The gains behind table 1."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def _aus(axis: Axes, rows: pl.DataFrame, aus: list[int], paper: Published | None
     axis.set_xticks(range(len(aus)), map(str, aus))
 
 
-def _published(axis: Axes, points: list[tuple[float, float]]) -> None:
+def _published(axis: Axes, points: Sequence[tuple[float | None, float | None]]) -> None:
     if points:
         axis.scatter(
             *zip(*points, strict=True),
