@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from experiments.reporting.drawing import Drawn
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.runs import Study
 
@@ -25,7 +26,7 @@ class Report:
     section: Callable[[str, Study, pl.DataFrame], str]
     across: Callable[[list[Study]], list[str]]
     """The sections on several studies together."""
-    draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], list[Path]]
+    draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], Drawn]
     folder: str
     """Where it is written, in the directory of the runs."""
     csv: str
