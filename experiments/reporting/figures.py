@@ -119,7 +119,8 @@ def curves(study: Study) -> Figure | str:
             )
         axis.set(xlabel=at, ylabel=text)
         if metric == "train_accuracy_flipped":
-            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # a small share is to look like one
+            # From 0, as a small share is to look like one.
+            axis.set_ylim(0, min(1.05 * axis.get_ylim()[1], PERCENT + 5))
     legend(figure, [Line2D([], [], color=color(r.label), label=f"{r.label} (n = 1)") for r in pair])
     return figure
 
@@ -165,17 +166,13 @@ def memorisation(study: Study, summary: pl.DataFrame) -> Figure | str:
     """How many of the wrong, and of the right, training labels each method fits."""
     if len(study.noises) < 2:
         return _one_level(study)
-    known = [
-        measure
-        for measure in _FITTED
-        if f"{measure}_mean" in summary.columns and summary[f"{measure}_mean"].count()
-    ]
-    if not known:
-        return "no run tells which training labels it fits"
+    fitted = summary.filter(pl.col("train_accuracy_flipped_mean").is_not_null())
+    if fitted["noise"].n_unique() < 2:
+        return "needs wrong labels at two levels of noise or more"
     shown = _drawn(study)
-    figure, (axes,) = panels(len(known), width=5.5, sharex=True)
+    figure, (axes,) = panels(len(_FITTED), width=5.5, sharex=True)
     notes = set()
-    for axis, measure in zip(axes, known, strict=True):
+    for axis, measure in zip(axes, _FITTED, strict=True):
         notes |= _over_noise(axis, study, summary, shown, measure)
         axis.set_ylim(-3, PERCENT + 3)  # an interval can leave what is possible
     legend(figure, _handles(summary, shown), sorted(notes))

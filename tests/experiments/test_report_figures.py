@@ -109,11 +109,11 @@ def test_forty_methods_in_one_figure(tmp_path):
 
 def test_combinations_are_drawn_and_settings_are_in_figure_3(tmp_path):
     both = f"{QUANT}+weight-decay0.01"
-    write(tmp_path, [BASELINE, QUANT, both, "quant-w2a2"])
+    write(tmp_path, [BASELINE, QUANT, both, "quant-w2a2"], noises=(0.0, 0.4, 0.8))
     study, summary = summed_up(tmp_path)
     expected = [f"{label} (n = 1)" for label in (BASELINE, QUANT, both)]
-    assert legend_of(figures.accuracy_and_gain(study, summary)) == expected
-    assert legend_of(figures.memorisation(study, summary)) == expected
+    for draw in (figures.accuracy_and_gain, figures.memorisation):
+        assert legend_of(draw(study, summary)) == expected
     (axis,) = settings(study, summary).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["quant-w2a2", QUANT]
 
@@ -129,7 +129,7 @@ def test_settings_alone_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
 def test_bars_are_drawn_and_explained_from_three_seeds_on(seeds, tmp_path):
-    write(tmp_path, [BASELINE, QUANT, "quant-w2a2"], seeds=range(seeds))
+    write(tmp_path, [BASELINE, QUANT, "quant-w2a2"], (0.0, 0.4, 0.8), range(seeds))
     study, summary = summed_up(tmp_path)
     for figure in (
         figures.accuracy_and_gain(study, summary),
@@ -271,6 +271,13 @@ def test_one_level_of_noise(tmp_path):
     assert drawn == {"figure1", "figure3"}
     assert set(missing) == {"figure2", "memorisation", "gain-against-memorisation"}
     assert "40 %" in missing["figure2"]
+
+
+def test_wrong_labels_at_one_level(tmp_path):
+    write(tmp_path, [BASELINE, QUANT])
+    drawn, missing = reasons(tmp_path)
+    assert drawn == {"figure1", "figure2"}
+    assert "two levels" in missing["memorisation"]
 
 
 def test_no_baseline(tmp_path):
