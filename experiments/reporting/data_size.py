@@ -60,6 +60,11 @@ def over_sizes(studies: Iterable[Study]) -> list[tuple[str, list[Line]]]:
 
     Studies on all images are left out: their files do not tell how many those are.
     """
+    return [(title, lines) for title, _, lines in _with_studies(studies)]
+
+
+def _with_studies(studies: Iterable[Study]) -> list[tuple[str, Study, list[Line]]]:
+    """The same, with the runs of all sizes in one study."""
     groups = defaultdict(list)
     for study in studies:
         if study.setup.get(_SIZE) is not None:
@@ -74,7 +79,7 @@ def over_sizes(studies: Iterable[Study]) -> list[tuple[str, list[Line]]]:
             if lines := _lines(together):
                 found.append((together, lines))
     names = titles([study for study, _ in found])
-    return [(name, lines) for name, (_, lines) in zip(names, found, strict=True)]
+    return [(name, *both) for name, both in zip(names, found, strict=True)]
 
 
 def _lines(study: Study) -> list[Line]:
@@ -126,10 +131,11 @@ def _table(lines: Sequence[Line]) -> str:
 
 def draw(studies: Iterable[Study], drawn: Drawn) -> None:
     """A figure for each title."""
-    found = over_sizes(studies)
-    for number, (title, lines) in enumerate(found, 1):
+    found = _with_studies(studies)
+    for number, (title, study, lines) in enumerate(found, 1):
         figure = growth(lines)
-        figure.suptitle(short(title), fontsize="medium")
+        trained = f"{study.setup.get('model', 'resnet20')}, {study.setup['epochs']} epochs"
+        figure.suptitle(f"{short(title)}\n{trained}", fontsize="medium")
         suffix = f"-{number}" if len(found) > 1 else ""
         drawn.add(f"data-size{suffix}", figure)
 

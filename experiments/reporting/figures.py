@@ -166,13 +166,17 @@ def memorisation(study: Study, summary: pl.DataFrame) -> Figure | str:
     """How many of the wrong, and of the right, training labels each method fits."""
     if len(study.noises) < 2:
         return _one_level(study)
-    fitted = summary.filter(pl.col("train_accuracy_flipped_mean").is_not_null())
-    if fitted["noise"].n_unique() < 2:
+    levels = {
+        measure: summary.filter(pl.col(f"{measure}_mean").is_not_null())["noise"].n_unique()
+        for measure in _FITTED
+        if f"{measure}_mean" in summary.columns
+    }
+    if levels.get("train_accuracy_flipped", 0) < 2:
         return "needs wrong labels at two levels of noise or more"
     shown = _drawn(study)
-    figure, (axes,) = panels(len(_FITTED), width=5.5, sharex=True)
+    figure, (axes,) = panels(len(levels), width=5.5, sharex=True)
     notes = set()
-    for axis, measure in zip(axes, _FITTED, strict=True):
+    for axis, measure in zip(axes, levels, strict=True):
         notes |= _over_noise(axis, study, summary, shown, measure)
         axis.set_ylim(-3, PERCENT + 3)  # an interval can leave what is possible
     legend(figure, _handles(summary, shown), sorted(notes))

@@ -280,6 +280,18 @@ def test_wrong_labels_at_one_level(tmp_path):
     assert "two levels" in missing["memorisation"]
 
 
+def test_labels_that_are_not_counted(tmp_path):
+    write(tmp_path, [BASELINE, QUANT], (0.0, 0.4, 0.8))
+    for path in tmp_path.glob("*/result.json"):
+        edit(path, train_accuracy_clean=None)
+    assert len(figures.memorisation(*summed_up(tmp_path)).axes) == 1
+    for path in tmp_path.glob("*/result.json"):
+        edit(path, train_accuracy_flipped=None)
+    drawn, missing = reasons(tmp_path)
+    assert drawn == {"figure1", "figure2"}
+    assert {"memorisation", "gain-against-memorisation"} <= set(missing)
+
+
 def test_no_baseline(tmp_path):
     write(tmp_path, [QUANT, "quant-w2a2"], noises=(0.0, 0.4, 0.8))
     drawn, missing = reasons(tmp_path)
