@@ -62,7 +62,7 @@ def draw_all(studies: Studies, folder: Path) -> Drawn:
         figures = {
             "figure1": curves(study),
             "figure2": accuracy_and_gain(study, summary),
-            "figure3": settings(study, summary),
+            "figure3": settings(summary),
             "memorisation": memorisation(study, summary),
         }
         for name, figure in figures.items():

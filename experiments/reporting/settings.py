@@ -21,20 +21,20 @@ from experiments.reporting.drawing import (
     marker,
     panels,
 )
-from experiments.reporting.runs import Study, method_of
+from experiments.reporting.runs import method_of
 
 _COLUMNS = 3
 _REACH = 25  # points of gain below 0, or above the best: what is further would squeeze the others
 
 
-def settings(study: Study, summary: pl.DataFrame) -> Figure | str:
+def settings(summary: pl.DataFrame) -> Figure | str:
     """A panel for each method with several settings, a row for each of them, in the order of its
     numbers; a colour and marker for each noise. What leaves the panel is an arrow."""
     known = summary.filter(pl.col("gain").is_not_null(), pl.col("label") != BASELINE)
-    families = _families(known)
+    families = _families(known.with_columns(drawn_half_width().alias("half_width")))
     if not families:
         return "no method has gains of several settings at one noise"
-    shown = pl.concat(families.values()).with_columns(drawn_half_width().alias("half_width"))
+    shown = pl.concat(families.values())
     noises = sorted(shown["noise"].unique())
     styles = {
         noise: Style(colormaps["viridis"](0.85 * noise), marker(place), "")
@@ -54,7 +54,7 @@ def settings(study: Study, summary: pl.DataFrame) -> Figure | str:
     high = max(min((gains + half_widths).max(), gains.max() + _REACH), 0)
     axes[0, 0].set_xlim(low - 3, high + 3)
     for axis, (name, rows) in zip(axes.flat, families.items(), strict=False):
-        _draw(axis, rows.with_columns(drawn_half_width().alias("half_width")), styles)
+        _draw(axis, rows, styles)
         axis.set_title(name, fontsize="medium")
         axis.set_xlabel("gain of test accuracy, points")
         axis.tick_params(labelbottom=True)

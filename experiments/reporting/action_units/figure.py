@@ -81,7 +81,8 @@ def gains(study: ActionUnitStudy, summary: pl.DataFrame) -> Figure | str:
             _aus(axis, quantized, study.aus, paper, reach)
         for axis in row:
             axis.tick_params(labelbottom=True)
-    notes = [BARS] if known[f"{_GAIN}_half_width"].is_not_null().any() else []
+    half_widths = known.select(drawn_half_width(_GAIN)).to_series()
+    notes = [BARS] if half_widths.is_not_nan().any() else []
     if reach and (_ends(by_au, study.aus) > reach).any():
         notes.append("arrows: the interval goes on")
     handles = [Line2D([], [], color=color(_QUANT), marker="o", label="mean over seeds")]
