@@ -85,6 +85,10 @@ def write(report: Report, runs: Path, out: Path) -> None:
     names = titles(found)
     summaries = list(map(report.summary, found))
     sections = list(map(report.section, names, found, summaries)) + report.across(found)
+    out.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        drawn = report.draw(list(zip(names, found, summaries, strict=True)), out)
+    sections.append(drawn.section())
     if unfinished:
         folders = [folder.name for folder in unfinished]
         sections.append(bullets_section("Unfinished runs, left out", folders))
@@ -93,7 +97,6 @@ def write(report: Report, runs: Path, out: Path) -> None:
     if others:
         sections.append(of_others)
     text = "\n\n".join(sections) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
     _write_csv([comparison.by_run(study) for study in found], names, out / "runs.csv")
     _write_csv(summaries, names, out / report.csv)
     for name, table_of in report.more.items():
@@ -103,9 +106,7 @@ def write(report: Report, runs: Path, out: Path) -> None:
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)
-    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a $
-        drawn = report.draw(list(zip(names, found, summaries, strict=True)), out)
-    for path in drawn:
+    for path in drawn.files:
         print(f"drawn to {path}")
     print(f"written to {out}")
 
