@@ -262,7 +262,8 @@ def reasons(folder):
     drawn = {path.stem for path in (folder / "out").glob("*.png")}
     assert set(re.findall(r"!\[.*\]\((.*)\.png\)", text)) == drawn
     assert {path.stem for path in (folder / "out").glob("*.svg")} == drawn
-    return drawn, dict(re.findall(r"^- ([\w -]+): (.*)$", text.split("## Figures")[1], re.MULTILINE))
+    told = text.split("## Figures")[1]
+    return drawn, dict(re.findall(r"^- ([\w -]+): (.*)$", told, re.MULTILINE))
 
 
 def test_one_level_of_noise(tmp_path):
