@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,7 +230,7 @@ class ExactBatchNorm(_Mixed):
 
         factor, term, norm = self._line(sums.scale, sums.bias, count, statistics)
         if ranks is not None:
-            norm = replace(norm, of_ranks=functools.partial(ranks.line, count))
+            norm = norm._replace(of_ranks=functools.partial(ranks.line, count))
         return x.normalized(self, norm, factor, term)
 
     def _ranks(self) -> _Ranks | None:
