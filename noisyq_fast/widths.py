@@ -88,7 +88,7 @@ class ManyWidths(Quantizer):
 
     def codes(self, x: Tensor) -> Codes:
         if self.active is None:
-            raise ValueError("codes: got the width 32, which is float and has none; takes a quantized width")
+            raise ValueError("codes: got the width 32, which is float; takes a quantized width")
         return self.active.codes(x)
 
     def for_weight(self, weight: Tensor) -> Quantizer:
@@ -109,8 +109,8 @@ class ManyWidths(Quantizer):
     def like(self, **changes: Any) -> Quantizer:
         if changes:
             raise ValueError(
-                f"{self}: got other {', '.join(changes)}, which each width sets for itself; takes an "
-                "override with a quantizer of its own"
+                f"{self}: got other {', '.join(changes)}, which each width sets for itself; takes "
+                "an override with a quantizer of its own"
             )
         quantizer = copy.deepcopy(self)
         quantizer.reset()
@@ -192,7 +192,7 @@ class BatchNormOfWidths(NormOfWidths):
         for name in [*first.state_dict()]:
             if prefix + name in state_dict:
                 value = state_dict.pop(prefix + name)
-                for width in self.each:  # a copy each: with assign=True the tensors themselves are kept
+                for width in self.each:  # a copy each: assign=True keeps the tensors themselves
                     state_dict.setdefault(f"{prefix}each.{width}.{name}", value.clone())
         super()._load_from_state_dict(state_dict, prefix, *others)
 
