@@ -1,10 +1,10 @@
 """The choice of the backend that computes an operator on a type of device.
 
-It is the first that can, in the order of ``BACKENDS``. One that is asked for by name comes before
-all others; what it leaves out is computed by the next.
+It is the first usable one in the order of ``BACKENDS`` that implements the operator. A backend that
+is requested by name is tried before all others.
 
 To add a backend, write a module with a `Backend` named ``backend``, decorate its functions with
-``@backend.register``, and name it in ``BACKENDS``, before every one that it should precede.
+``@backend.register``, and add it to ``BACKENDS``, in order of preference.
 """
 
 import os
@@ -30,9 +30,9 @@ AUTO = "auto"
 
 
 class _Choice:
-    """The backend that was asked for, and what was chosen so far for each operator and device type.
+    """The requested backend, and the functions chosen so far for each operator and device type.
 
-    Another choice is another object: a thread that is choosing meanwhile writes to the old one.
+    A new request creates a new object, so that a thread that is choosing writes to the old one.
     """
 
     def __init__(self, requested: str) -> None:
@@ -48,13 +48,14 @@ class use_backend:
 
     Args:
         name: ``"auto"`` (the fastest that is usable for the tensors' device) or one of the names
-            that `info` lists. What that one leaves out is computed by the next that can.
+            that `info` lists. Operators that it does not implement are computed by the next backend
+            that does.
 
     The choice holds for the whole process; the environment variable ``NOISYQ_BACKEND`` sets it at
     start. Results do not depend on it: every backend gives the same bits.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: an unknown name.
         RuntimeError: the backend cannot be used on this machine; the message says why.
 
     Example:
@@ -99,7 +100,7 @@ def requested() -> str:
 
 
 def select(operator: str, device_type: str) -> Callable:
-    """The function that computes an operator; the choice is made once and then remembered."""
+    """The function that computes an operator. The choice is cached."""
     choice = _choice
     function = choice.selected.get((operator, device_type))
     if function is None:
@@ -110,7 +111,7 @@ def select(operator: str, device_type: str) -> Callable:
 
 def who_computes() -> dict[str, dict[str, str]]:
     """For each operator, the backend that computes it on each type of device of this machine;
-    ``"none"`` where the one that was asked for cannot."""
+    ``"none"`` if the requested one cannot."""
     device_types = ["cpu"]
     if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()):
         device_types.append(found.type)

@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The description of a backend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Backend:
-    """An implementation of operators, of all or of some.
+    """An implementation of all or some of the operators.
 
     Attributes:
-        name: for `use_backend` and ``NOISYQ_BACKEND``.
-        device_types: those it computes on; ``None``: every one.
-        unavailable: returns ``None`` where it can be used on this machine, otherwise the reason.
-        automatic: whether it may be chosen without being asked for by name.
-        functions: what it computes, by the name of the operator.
+        name: the name for `use_backend` and ``NOISYQ_BACKEND``.
+        device_types: the device types on which it computes; ``None``: all.
+        unavailable: returns ``None`` if it can be used on this machine, otherwise the reason.
+        automatic: whether it may be chosen without being requested by name.
+        functions: its functions, by the name of the operator.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Products of codes on the CPU, exact: by our own kernel (``csrc/cpu/convolve.cpp``) or oneDNN's,
-in 8 bits, where that is proven, else by float products of codes. The native passes over their sums
-(``csrc/cpu/sums.cpp``), and their gradients (``csrc/cpu/convolve_backward.cpp``)."""
+"""Exact products of codes on the CPU: by the kernel in ``csrc/cpu/convolve.cpp``, by oneDNN's 8-bit
+kernels where these are proven exact, else by float products of codes. The native passes over their
+sums (``csrc/cpu/sums.cpp``), and their gradients (``csrc/cpu/convolve_backward.cpp``)."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ from noisyq_fast.grid import ODD, Grid
 _EXACT_FLOAT = 2**24
 _EXACT_INT = 2**31
 _SHIFT = 128
-"""Between a signed code and the unsigned byte that oneDNN takes in its place."""
+"""The difference between a signed code and the unsigned byte that oneDNN takes in its place."""
 
 
 @backend.register
@@ -112,7 +112,7 @@ def _convolve(
     narrow: bool = False,
     measures: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """With our own kernel."""
+    """With the kernel in ``csrc/cpu/convolve.cpp``."""
     codes = codes.contiguous(memory_format=torch.channels_last)
     images, channels, *sizes = codes.shape
     outputs, _, *kernel = weight.shape
@@ -176,7 +176,7 @@ def multiply_codes(
     fits = terms > 1 and terms * 255 * 128 < _EXACT_INT  # of one term PyTorch's products are wrong
     if w is None or not rows.numel() or not fits or not has_exact_products():
         return _multiply_floats(codes, zero_point, weight, weight_zero_point)
-    # Of c - z = (c - 128) + (128 - z).
+    # From c - z = (c - 128) + (128 - z).
     shifted = codes.dtype == torch.uint8
     if shifted:
         rows = (rows ^ _SHIFT).view(torch.int8)
@@ -202,7 +202,7 @@ def _largest(steps: Tensor) -> int:
 
 
 def _as_int8(weight: Tensor, zero_point: Tensor | None) -> Tensor | None:
-    """The steps of a weight, where they fit."""
+    """The steps of a weight as int8, if they fit."""
     if weight.dtype == torch.int8:
         return weight.contiguous()
     steps = reference.steps(weight, zero_point)
@@ -243,8 +243,8 @@ def is_exact_in_8_bits(
     dilation: list[int],
     groups: int,
 ) -> bool:
-    """Whether oneDNN's convolutions of this class are exact: sums of so many terms fit into 32
-    bits, and a test with codes at their extremes gives the exact sums."""
+    """Whether oneDNN's convolutions of this class are exact: sums of this many terms fit into 32
+    bits, and a test with extreme codes gives the exact sums."""
     if terms * 255 * 128 >= _EXACT_INT:
         return False
     return _passes(tuple(weight), tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -293,7 +293,7 @@ def has_exact_products() -> bool:
 
 
 def routes() -> dict[str, str]:
-    """How products are computed on this machine."""
+    """For `info`: how products are computed on this machine."""
     floats = "float32 or float64 products of codes"
     ours = core is not None and core.has_dot_products()
     works = _passes((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
@@ -311,7 +311,7 @@ def routes() -> dict[str, str]:
     }
 
 
-# What follows.
+# Chains.
 
 
 @backend.register
@@ -543,7 +543,7 @@ def grads_of_sums(
 
 _by_parts = reference.register_gradients(backend)
 _MOST_VALUES = 2**18
-"""Of an image, of its gradient, and of a weight: what a core's caches hold."""
+"""The largest size of an image, its gradient and a weight that a core's caches hold."""
 
 
 @backend.register
@@ -610,7 +610,7 @@ def _multiplies(
     _: list[int],
     groups: int,
 ) -> bool:
-    """Whether our own kernel does (``csrc/cpu/convolve_backward.cpp``)."""
+    """Whether ``csrc/cpu/convolve_backward.cpp`` computes these gradients."""
     return (
         codes.dim() == 4
         and not transposed

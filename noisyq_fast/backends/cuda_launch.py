@@ -1,4 +1,4 @@
-"""What a launch of a CUDA kernel needs beside its tensors: how many blocks, and what they count.
+"""Launch configurations of CUDA kernels: the number of blocks, and their counters.
 
 Results do not depend on the number of blocks: the only reduction is a maximum.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What one GPU holds.
+    """Limits of a GPU.
 
     Attributes:
-        multiprocessors: how many it has.
-        kept_bytes: of a tensor, that one block can keep on chip in a cooperative launch; 0 where
-            there is none.
-        access_bytes: what the threads of a block read at once: 256 times 16 bytes.
+        multiprocessors: their number.
+        kept_bytes: the bytes of a tensor that one block can keep on chip in a cooperative launch;
+            0 if there is no such launch.
+        access_bytes: the bytes that the threads of a block read at once: 256 times 16.
     """
 
     multiprocessors: int
@@ -28,14 +28,15 @@ class DeviceLimits:
 
 # Blocks of 256 threads that a multiprocessor holds.
 _BLOCKS_PER_MULTIPROCESSOR = 8
-# What a thread loads before it uses the first (kInFlight in csrc/cuda), and how often blocks of a
-# map may fill the device: the last of a few large ones would leave most of it idle.
+# The loads of a thread before it uses the first (kInFlight in csrc/cuda), and how many times the
+# blocks of a map may fill the device: with fewer, larger blocks the last would leave most of it
+# idle.
 _IN_FLIGHT = 2
 _MAP_WAVES = 8
 
 
 def splits_of_reduction(channel_bytes: int, channels: int, limits: DeviceLimits) -> int:
-    """How many blocks reduce a channel: enough to fill the device, each with work.
+    """The number of blocks that reduce a channel: enough to fill the device, each with work.
 
     Example:
         >>> splits_of_reduction(8 << 20, channels=1, limits=DeviceLimits(multiprocessors=132))
@@ -48,7 +49,8 @@ def splits_of_reduction(channel_bytes: int, channels: int, limits: DeviceLimits)
 
 
 def splits_of_map(channel_bytes: int, channels: int, limits: DeviceLimits) -> int:
-    """How many blocks map a channel: as many, and more where they keep enough loads in flight.
+    """The number of blocks that map a channel: at least that of the reduction, and more if each
+    still has enough loads in flight.
 
     Example:
         >>> splits_of_map(8 << 20, channels=1, limits=DeviceLimits(multiprocessors=132))
@@ -68,10 +70,11 @@ def _to_fill(limits: DeviceLimits, channels: int) -> int:
 
 
 def resident_blocks(tensor_bytes: int, limits: DeviceLimits) -> int | None:
-    """How many blocks keep a tensor on chip: at most one for each multiprocessor, each with work.
+    """The number of blocks that keep a tensor on chip: at most one per multiprocessor, each with
+    work.
 
     Returns:
-        ``None`` where they cannot.
+        ``None`` if the tensor does not fit.
 
     Example:
         >>> limits = DeviceLimits(multiprocessors=132, kept_bytes=226 << 10)
@@ -86,9 +89,9 @@ def resident_blocks(tensor_bytes: int, limits: DeviceLimits) -> int | None:
 
 
 def progress(device: torch.device, size: int) -> Tensor:
-    """int32 `[size]` of zeros that a launch leaves as it finds them, of the current stream alone.
+    """int32 ``[size]`` counters of the current stream, which are 0 before and after each launch.
 
-    A graph gets new ones: it may be replayed beside the stream that it was recorded on.
+    A graph gets its own: it may be replayed concurrently with the stream that recorded it.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=device)

@@ -1,5 +1,5 @@
-"""exp, ln and tanh of float32 tensors as sums, products and quotients that are rounded once each,
-so that other backends can equal them to the last bit (``csrc/elementary.h`` says the same).
+"""exp, ln and tanh of float32 tensors from sums, products and quotients that are each rounded once,
+so that other backends can compute the same bits (in C++: ``csrc/elementary.h``).
 
 Their error is a few units in the last place.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 # 1.5 * 2^23: float32 numbers of this size are integers, so adding it rounds, half to even.
 _ROUNDER = 12582912.0
 _LOG2_E = 1.44269504
-# ln 2, of which the first part times a small whole number is exact.
+# ln 2 in two parts; the first times a small integer is exact.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _ONE = 0x3F800000
 _SQRT_HALF = 0x3F3504F3
@@ -30,7 +30,7 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """Of normal numbers above 0; a NaN stays NaN."""
+    """ln x for normal numbers above 0; NaN stays NaN."""
     bits = x.contiguous().view(torch.int32)
     exponent = (bits - _SQRT_HALF) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
@@ -43,7 +43,7 @@ def log(x: Tensor) -> Tensor:
 
 
 def _exp_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e^x = power * (1 + rest), where power is one of 2."""
+    """``power`` and ``rest`` with e^x = power * (1 + rest) and power a power of 2."""
     shifted = x * _LOG2_E + _ROUNDER
     k = shifted - _ROUNDER
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW

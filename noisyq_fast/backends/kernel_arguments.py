@@ -1,5 +1,5 @@
-"""What the backends with kernels share: the compiled library, ``noisyq_fast._core``, and tensors as
-kernels take them, dense and cut into channels."""
+"""Common code of the backends with kernels: the compiled library ``noisyq_fast._core``, and tensors
+in the form that kernels take, dense and divided into channels."""
 
 from typing import Any
 
@@ -51,11 +51,10 @@ def channel_layout(x: Tensor, axis: int | None) -> tuple[int, int, int]:
 
 
 def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """``x`` in memory without gaps, and an empty output that is laid out like it.
+    """``x`` as a dense tensor, and an empty output with the same layout.
 
-    empty_like() keeps the strides of a tensor exactly when it is dense. One that is not (a slice,
-    an expanded tensor) is copied, into the output where the dtype allows it: kernels may work in
-    place.
+    empty_like() keeps the strides of dense tensors only. Other tensors (a slice, an expanded
+    tensor) are copied, into the output if the dtype allows it: kernels may work in place.
     """
     y = torch.empty_like(x, dtype=dtype)
     if y.stride() == x.stride():
@@ -64,15 +63,14 @@ def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
 
 
 def like(x: Tensor, dense: Tensor) -> Tensor:
-    """``x``, copied where it does not lie in memory like ``dense``."""
+    """``x``, copied if its memory layout is not that of ``dense``."""
     if x.stride() == dense.stride():
         return x
     return torch.empty_like(dense, dtype=x.dtype).copy_(x)
 
 
 def channels_last_rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """``x``, whose channels are its second axis, with these last in memory; and as how many rows of
-    how many channels.
+    """``x`` ``[N, C, ...]`` with the channels last in memory, the number of rows, and of channels.
 
     Example:
         >>> import torch
@@ -86,12 +84,12 @@ def channels_last_rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def mask_of(x: Tensor, masked: str) -> Tensor:
-    """Room for a bit for each element, where some are masked."""
+    """An empty mask with one bit per element; empty if nothing is masked."""
     return x.new_empty(0 if masked == NOTHING else checks.packed_size(x), dtype=torch.uint8)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """What a kernel writes to in place of ``x``: itself, or a copy."""
+    """``x`` if it is contiguous, else a copy, for a kernel to write to."""
     return None if x is None else x.contiguous()
 
 
@@ -100,7 +98,7 @@ def address(x: Tensor | None) -> int:
 
 
 def write_back(written: Tensor | None, x: Tensor | None) -> None:
-    """After a kernel wrote to ``contiguous(x)``."""
+    """Copies back what a kernel has written to ``contiguous(x)``."""
     if written is None or x is None:
         return
     if written is x:
@@ -110,7 +108,7 @@ def write_back(written: Tensor | None, x: Tensor | None) -> None:
 
 
 def launch_failed(kernel: str, x: Tensor, error: Exception) -> RuntimeError:
-    """What to raise where a kernel of a GPU could not be launched for ``x``."""
+    """The error to raise if a GPU kernel could not be launched for ``x``."""
     return RuntimeError(
         f"noisyq_fast: {kernel} of a {x.dtype} tensor of shape {list(x.shape)} could not be "
         f"launched on {x.device}: {error}"

@@ -44,7 +44,7 @@ def threads() -> int:
 
 
 def compiler() -> str | None:
-    """What compiled the native library, and whether it runs on several threads."""
+    """The compiler of the native library, and whether the library uses several threads."""
     if core is None:
         return None
     return f"{core.compiler}, {'OpenMP' if core.openmp else 'without OpenMP: one thread'}"
@@ -242,7 +242,7 @@ def _fake_quantize(
 ) -> Tensor:
     x, y = dense(x)
     if x is y and masked != NOTHING:
-        y = torch.empty_like(x)  # the mask is of what x was
+        y = torch.empty_like(x)  # the mask needs the original x
     core.fake_quantize(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),

@@ -15,7 +15,7 @@ from noisyq_fast.backends.reference_adder import channels_last
 from noisyq_fast.operators.checks import Pair, output_size
 
 _BLOCK = 16
-"""Channels that lie together where kernels read them by the vector."""
+"""Channels per block in tensors that kernels read by the vector."""
 
 
 @backend.register
@@ -70,13 +70,13 @@ def adder_conv2d_weight_gradient(
 
 
 def _padded(x: Tensor, padding: Pair) -> Tensor:
-    """In its border of zeros, ``[N, H, W, C]``."""
+    """``x``, zero-padded, as ``[N, H, W, C]``."""
     rows, columns = padding
     return F.pad(x, (0, 0, columns, columns, rows, rows))
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """The last axis, filled up with zeros, in blocks of channels that come first."""
+    """The last axis, padded with zeros, in blocks of channels; blocks are the first axis."""
     filled = F.pad(x, (0, -x.shape[-1] % _BLOCK))
     return filled.unflatten(-1, (-1, _BLOCK)).movedim(-2, 0).contiguous()
 
@@ -94,7 +94,7 @@ def _shape(
     padding: Pair,
     size: Sequence[int],
 ) -> list[int]:
-    """What the kernels take, for ``x`` of shape ``[N, H, W, C]``, or ``[blocks, N, H, W, 16]``."""
+    """The sizes that the kernels take, for ``x`` ``[N, H, W, C]`` or ``[blocks, N, H, W, 16]``."""
     *blocks, images, rows, columns, channels = x
     inputs = math.prod(blocks) * channels
     kernel = weight.shape[2:]

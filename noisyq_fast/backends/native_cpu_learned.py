@@ -1,4 +1,4 @@
-"""The native kernels of quantizers that learn (``csrc/cpu/learned.cpp``)."""
+"""The native kernels of learned quantizers (``csrc/cpu/learned.cpp``)."""
 
 import torch
 from torch import Tensor
@@ -63,5 +63,5 @@ def fake_quantize_learned_backward(
 
 
 def _rest(x: Tensor, rule: Rule, axis: int | None) -> tuple[int, ...]:
-    """The arguments from the layout on."""
+    """The kernel arguments, from the layout on."""
     return *channel_layout(x, axis), NAMES.index(rule.name), rule.low, rule.high, threads()

@@ -1,6 +1,6 @@
 """The native kernels for CUDA (``csrc/cuda``), called with addresses, sizes and a stream.
 
-Nothing here waits for the device, and nothing is allocated but outputs and, for activations, a few
+Nothing here synchronizes with the device. Only outputs are allocated and, for activations, a few
 kilobytes of maxima or ranges.
 """
 
@@ -312,7 +312,7 @@ def dequantize_on_grid(
     return y
 
 
-# Of quantizers that learn.
+# Learned quantizers.
 
 
 @backend.register
@@ -346,7 +346,7 @@ def fake_quantize_learned_backward(
     arguments = parameters.contiguous(), rule, channels, gradient_scale
     if (outer == 1 or channels == 1) and grad.dtype == x.dtype:
         return dx, _learned_backward(grad, x, dx, *arguments)
-    # Channels that are spread, and gradients of another dtype, are rare: they are copied.
+    # Channels that are not contiguous, and gradients of another dtype, are rare: they are copied.
     memory = (outer, channels, inner), (channels * inner, inner, 1)
     x, grad = (t.as_strided(*memory).transpose(0, 1).float().contiguous() for t in (x, grad))
     of_channels = torch.empty_like(x)
@@ -386,7 +386,7 @@ def _learned_backward(
     channels: int,
     gradient_scale: float,
 ) -> Tensor:
-    """Of contiguous channels: writes ``dx``, and returns the gradient of the parameters."""
+    """For contiguous channels: writes ``dx``, and returns the gradient of the parameters."""
     size = x.numel() // channels
     sums = torch.empty_like(parameters)
     partial = parameters.new_empty(sums.numel() * _partial_sums(size))
@@ -413,7 +413,7 @@ def _rule_arguments(rule: Rule) -> tuple[int, int, int]:
 
 
 def _partial_sums(size: int) -> int:
-    """How many sums of chunks there are before the last, of a channel of ``size`` elements."""
+    """The number of partial sums of chunks of a channel of ``size`` elements."""
     chunks = -(-size // CHUNK)
     return 0 if chunks <= 1 else chunks + _partial_sums(chunks)
 
@@ -426,7 +426,7 @@ def _fake_quantize_on_grid(
     outer, channels, inner = layout = channel_layout(y, axis)
     if outer == 0:
         return y, mask
-    # Channels that share a byte of the mask are not for blocks of their own.
+    # Channels that share a byte of the mask cannot have separate blocks.
     sizes: tuple[Any, ...] = channels, inner
     scratch: tuple[Tensor, ...] = ()
     kept: tuple[Any, ...] = average
@@ -453,7 +453,7 @@ def _fake_quantize_on_grid(
 
 
 def _range_scratch(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """For both ends of the range of each channel, and for what blocks find of them."""
+    """Scratch for both ends of the range of each channel, and for the progress of blocks."""
     channels = layout[1]
     return x.new_empty(2 * channels, dtype=torch.float32), progress(x.device, 3 * channels)
 
@@ -467,7 +467,7 @@ def _fake_quantize_dynamic(
     observed: int,
     averaging_constant: float,
 ) -> None:
-    """In one launch where the tensor is a single channel that fits on chip, or in two."""
+    """In one launch if the tensor is a single channel that fits on chip, else in two."""
     blocks = resident_blocks(x.nbytes, _limits(x.device)) if layout[1] == 1 else None
     sizes: tuple[Any, ...]
     if blocks is not None:
@@ -520,7 +520,7 @@ def _is_mixed(x: Tensor, layout: Layout) -> bool:
 
 
 def _launch(kernel: Callable, x: Tensor, *arguments: object) -> None:
-    """On the device of ``x`` and its current stream."""
+    """Runs a kernel on the device of ``x``, on its current stream."""
     with torch.cuda.device_of(x):
         try:
             kernel(*arguments, _stream(x.device))
@@ -529,20 +529,20 @@ def _launch(kernel: Callable, x: Tensor, *arguments: object) -> None:
 
 
 def _partial(x: Tensor, layout: Layout) -> tuple[tuple[int, int], Tensor]:
-    """How many blocks share a channel, and room for the absmax of each block."""
+    """The number of blocks that share a channel, and scratch for the absmax of each block."""
     splits = _splits(x, layout)
     return splits, x.new_empty(layout[1] * splits[0], dtype=torch.int32)
 
 
 def _splits(x: Tensor, layout: Layout) -> tuple[int, int]:
-    """How many blocks share a channel in a reduction and in a map."""
+    """The numbers of blocks that share a channel in a reduction and in a map."""
     outer, channels, inner = layout
     arguments = outer * inner * x.element_size(), channels, _limits(x.device)
     return splits_of_reduction(*arguments), splits_of_map(*arguments)
 
 
 def _blocks(x: Tensor) -> int:
-    """Of a map that goes over the memory as it lies, whatever the channels."""
+    """The number of blocks of a map over the memory in order, regardless of channels."""
     return splits_of_map(x.nbytes, 1, _limits(x.device))
 
 
@@ -554,5 +554,5 @@ def _limits(device: torch.device) -> DeviceLimits:
 
 
 def _stream(device: torch.device) -> int:
-    # Without the object that torch.cuda.current_stream() makes, which takes 5 us.
+    # torch.cuda.current_stream() would take 5 us to create an object.
     return torch._C._cuda_getCurrentRawStream(device.index)

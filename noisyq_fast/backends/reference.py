@@ -1,6 +1,6 @@
-"""The executable specification, in plain PyTorch: works on every device.
+"""The executable specification, in plain PyTorch, for every device.
 
-Other backends equal it to the last bit, so a change here changes what the project computes.
+Other backends equal it to the last bit, so a change here changes all results.
 """
 
 from collections.abc import Callable
@@ -82,8 +82,8 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return dequantize_on_grid(codes, scale, None, axis)
 
 
-# On any grid. `masked` names the elements without a gradient; the second output marks them, a bit
-# for each element (`pack`).
+# On any grid. `masked` says which elements have no gradient; the second output has one bit per
+# element, set for these (`pack`).
 
 
 @backend.register
@@ -147,7 +147,7 @@ def quantize_fixed_range_on_grid(
 
 
 def scale_of_codes(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    """NaN where a group holds a NaN, for which there is no code."""
+    """The scale of codes; NaN if the group holds a NaN, which has no code."""
     axis = None if axis is None else axis % x.dim()
     return scale.masked_fill(_reduced(Tensor.amax, x, axis).isnan(), torch.nan)
 
@@ -169,8 +169,8 @@ def absmax_of(x: Tensor, axis: int | None) -> Tensor:
 
 
 def range_of(x: Tensor, grid: Grid, axis: int | None) -> Tensor:
-    """The range of each group, in float32: the absmax or, of an unsigned grid, max(x, 0); of an
-    affine grid min(x, 0) and max(x, 0), stacked. max(x, 0) is NaN where min(x, 0) is not finite."""
+    """The range of each group, in float32: the absmax; on an unsigned grid max(x, 0); on an affine
+    grid min(x, 0) and max(x, 0), stacked. max(x, 0) is NaN if min(x, 0) is not finite."""
     if not grid.is_unsigned:
         return absmax_of(x, axis)
     low = _reduced(Tensor.amin, x, axis).clamp(max=0)
@@ -185,8 +185,8 @@ def average_(
     averaging_constant: float,
     is_affine: bool = False,
 ) -> None:
-    """Moves the average, ``running_range / observed``, towards the batch's range. One that is NaN
-    begins with it; a range that is not finite changes nothing."""
+    """Moves the average, ``running_range / observed``, towards the batch's range. An average
+    that is NaN is set to it; a range that is not finite changes nothing."""
     known = running_range if observed is None else running_range / observed
     averaged = torch.where(known.isnan(), batch, known + averaging_constant * (batch - known))
     is_observation = (batch[1] - batch[0] if is_affine else batch).isfinite()
@@ -200,8 +200,8 @@ def _signed(qmax: int) -> Grid:
 
 
 class Levels:
-    """How the values of each group are rounded: y = clamp(rounded(x), low, high) * scale, and the
-    code is clamp(...) + zero. Scales and zeros are float32."""
+    """The rounding of each group: y = clamp(rounded(x), low, high) * scale, and the code is
+    clamp(...) + zero. Scales and zeros are float32."""
 
     @classmethod
     def of_range(cls, range_: Tensor, grid: Grid) -> "Levels":
@@ -267,7 +267,7 @@ def _mask(x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str) 
 
 
 def _reduced(reduce: Callable, x: Tensor, axis: int | None) -> Tensor:
-    """A value of each group, in float32; 0 for one without elements."""
+    """A reduction of each group, in float32; 0 for a group without elements."""
     shape = [] if axis is None else [x.shape[axis]]
     if x.numel() == 0:
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
@@ -302,12 +302,12 @@ def pack_like(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack(bytes_: Tensor, like: Tensor) -> Tensor:
-    """The bool tensor of which the bytes were made, laid out like the dense tensor ``like``."""
+    """The bool tensor that was packed, laid out like the dense tensor ``like``."""
     return unpacked(bytes_)[: like.numel()].as_strided(like.shape, like.stride())
 
 
 def packed(bits: Tensor) -> Tensor:
-    """Bytes, of a last axis whose size 8 divides."""
+    """Packs the last axis, whose size is a multiple of 8, into bytes."""
     eights = bits.to(torch.uint8).unflatten(-1, (bits.shape[-1] // 8, 8))
     return (eights << _positions(bits)).sum(-1, dtype=torch.uint8)
 

@@ -1,15 +1,15 @@
 """The convolution of AdderNet (arXiv 1912.13200) and its gradients: the executable specification.
 
-With the input ``X`` in a border of zeros, which takes part, and windows ``k`` of it::
+With the zero-padded input ``X``, whose padding counts too, and elements ``k`` of a window::
 
     Y[o, n]  = -sum_k |W[o, k] - X[k, n]|
     dX[k, n] = sum_o clip(W[o, k] - X[k, n], -1, 1) dY[o, n]
     dW[o, k] = sum_n (X[k, n] - W[o, k]) dY[o, n]
 
-Terms are added one after the other to a 0, so that all backends give the same bits: those of Y by
-the rows of the kernel, its columns and then the input channels; those of dX by rows, columns and
-then the output channels; those of dW over the positions of an image, row after row, and then these
-sums over the images. Nothing has the size of the product of two of the sums' sizes.
+Terms are added one after the other, starting from 0, so that all backends give the same bits: for Y
+in the order of kernel rows, kernel columns and input channels; for dX of rows, columns and output
+channels; for dW over the positions of an image, row after row, and then over the images. No
+temporary tensor has an axis of terms besides those of the output.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from noisyq_fast.operators.checks import Pair, output_size
 
 
 def channels_last(size: list[int], like: Tensor) -> Tensor:
-    """Empty; as all that the operators put out for positions."""
+    """An empty tensor with the channels last, the layout of outputs with positions."""
     return torch.empty(
         size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
@@ -81,7 +81,8 @@ def _padded(x: Tensor, padding: Pair) -> Tensor:
 def windows(
     x: Tensor, weight: Tensor, size: list[int], stride: Pair, padding: Pair
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """For each element of the kernel, what it meets of the input, a view like the output."""
+    """For each element of the kernel, the inputs it is combined with: a view in the output's
+    shape."""
     x = _padded(x, padding) if any(padding) else x
     for i in range(weight.shape[2]):
         rows = slice(i, i + (size[0] - 1) * stride[0] + 1, stride[0])

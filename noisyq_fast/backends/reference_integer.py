@@ -1,6 +1,6 @@
-"""The executable specification of products of codes and of what follows them, in plain PyTorch.
+"""The executable specification of products of codes and of chains after them, in plain PyTorch.
 
-A product of codes is a sum of whole numbers, and so the same in any order while it is exact: in
+A product of codes is a sum of integers, which is the same in any order while it is exact: in
 float64, as here, below 2^53. Then it is rounded once, to float32.
 """
 
@@ -52,7 +52,7 @@ def convolve_sums(
     bound: int,
     measures: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """`convolve_codes`, kept as narrow as ``bound`` allows; and where asked for, `moments`."""
+    """`convolve_codes` as int16 if ``bound`` allows, else float32; and `moments` if requested."""
     how = stride, padding, dilation, False, [0] * len(stride), groups
     sums = convolve_codes(codes, zero_point, weight, weight_zero_point, *how)
     kept, *of_channels = moments(sums, bound)
@@ -74,8 +74,8 @@ def float_steps(codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) ->
 
 
 def steps(codes: Tensor, zero_point: Tensor | None) -> Tensor:
-    """``codes - zero_point``: what the scale is to be multiplied by. The zero points are of the
-    first axes."""
+    """``codes - zero_point``, to be multiplied by the scale. Zero points belong to the first
+    axes."""
     if zero_point is None:
         return codes.to(torch.int16)
     shape = [*zero_point.shape, *[1] * (codes.dim() - zero_point.dim())]
@@ -85,8 +85,8 @@ def steps(codes: Tensor, zero_point: Tensor | None) -> Tensor:
 def channel_steps(
     weight: Tensor, zero_point: Tensor | None, transposed: bool, groups: int
 ) -> Tensor:
-    """Of a weight: its zero points are of the output channels, which are second in a transposed
-    convolution."""
+    """`steps` of a weight: zero points belong to output channels, which are the second axis in a
+    transposed convolution."""
     if zero_point is None or not transposed:
         return steps(weight, zero_point)
     by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -109,14 +109,13 @@ def convolved(
     )
 
 
-# What follows. `sums`, v, are float32, or int16 where that is wide enough, with their channels
-# second, or last where there are two axes.
+# Chains. `sums`, v, are float32, or int16 if that is wide enough, `[N, C, ...]` or `[N, C]`.
 
 
 @backend.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
-    """``sums`` as they are kept, and of each channel the sum of v, the sum of v^2 as a pair of its
-    upper and lower 32 bits, the least and the largest v."""
+    """``sums`` in their stored dtype, and for each channel the sum of v, the sum of v^2 as a pair
+    of its upper and lower 32 bits, the smallest and the largest v."""
     whole = by_channel(sums).long()
     squares = whole * whole
     upper, lower = (squares >> 32).sum(1), (squares & 0xFFFFFFFF).sum(1)
@@ -129,8 +128,7 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
 
 
 class Running(NamedTuple):
-    """Running statistics of a batch norm: of ``v * scale + bias``, and how many batches they are
-    of."""
+    """Running statistics of a batch norm, of ``v * scale + bias``, and the number of batches."""
 
     mean: Tensor
     variance: Tensor
@@ -139,7 +137,7 @@ class Running(NamedTuple):
     momentum: float
 
     def is_plain(self) -> bool:
-        """Whether a kernel can move them where they are."""
+        """Whether a kernel can update them in place."""
         return all(x.dtype == torch.float32 and x.is_contiguous() for x in self[:2])
 
 
@@ -154,9 +152,9 @@ def normalization(
     eps: float,
     running: Running | None = None,
 ) -> tuple[Tensor, ...]:
-    """Batch norm of ``v * scale`` as ``v * factor + term``: these, the mean of v, 1 / the standard
-    deviation, and in float64 the mean and the variance of ``v * scale``, towards which ``running``
-    moves. Equations: `noisyq_fast.integer.batch_norm`."""
+    """Batch norm of ``v * scale`` as ``v * factor + term``: factor, term, the mean of v, 1 /
+    standard deviation, and in float64 the mean and the variance of ``v * scale``, with which
+    ``running`` is updated. Equations: `noisyq_fast.integer.batch_norm`."""
     means, offsets = [], []
     for total, (upper, lower) in zip(sum_.tolist(), squares.tolist(), strict=True):
         p = round(float(total) / count)  # half to even
@@ -197,7 +195,7 @@ def track(running: Running, mean: Tensor, variance: Tensor, count: int) -> None:
 
 @backend.register
 def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
-    """As `ends` of ``relu(v * factor + term)``, from the least and the largest v of each channel:
+    """`ends` of ``relu(v * factor + term)``, from the smallest and the largest v of each channel:
     rounding is monotone."""
     low, high = (end * factor + term for end in (low, high))
     low, high = torch.minimum(low, high).amin(), torch.maximum(low, high).amax()
@@ -208,8 +206,7 @@ def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: 
 def observe(
     ends: Tensor, running: Tensor, observed: Tensor, averaging_constant: float, grid: Grid
 ) -> Tensor:
-    """The range of a batch as a whole, of which these are the `ends`. The average moves towards
-    it."""
+    """The range, per tensor, of a batch with these `ends`. Moves the average towards it."""
     batch = range_of_ends(ends, grid)
     average_(running, observed, batch, averaging_constant, grid.is_affine)
     return batch
@@ -225,8 +222,8 @@ def map_sums(
     wants_zeros: bool,
     wants_range: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y = relu(v * factor + term + residual), each operation rounded once, without what there is
-    none of; a bit for each y that is not above 0; and min(y, 0) and max(y, 0)."""
+    """y = relu(v * factor + term + residual), each operation rounded once, without ReLU or residual
+    if there is none; one bit per y, set if it is not above 0; and min(y, 0) and max(y, 0)."""
     y = sums.float() * along_channels(factor, sums) + along_channels(term, sums)
     if residual is not None:
         y = y + residual
@@ -241,8 +238,8 @@ def map_sums(
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes of ``relu(v * factor + term)`` in a range, their scale and their zero point. The
-    scale is NaN where a factor or a term is not finite."""
+    """The codes of ``relu(v * factor + term)`` for a range, their scale and their zero point. The
+    scale is NaN if a factor or a term is not finite."""
     y, _, _ = map_sums(sums, factor, term, None, relu, False, False)
     codes, scale, zero_point, _ = quantize_fixed_range_on_grid(y, range_, grid, None, NOTHING)
     return codes, scale_of_line(scale, factor, term), zero_point
@@ -266,9 +263,9 @@ def grads_of_norm(
     weight: Tensor | None,
     uses_batch: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """The backward of a batch norm: of each channel ``slope``, ``shift`` and ``tilt``, with which
-    `grads_of_sums` goes on, and the gradients of its weight and bias. Sums are float64; equal in
-    other backends up to their order."""
+    """The backward of a batch norm: for each channel ``slope``, ``shift`` and ``tilt`` for
+    `grads_of_sums`, and the gradients of weight and bias. Sums are float64; in other backends equal
+    up to their order."""
     g = by_channel(_behind(grad, sums, factor, term, relu)).double()
     centred = by_channel(sums.float() - along_channels(mean, sums)).double()
     total, product = g.sum(1), (g * centred).sum(1)
@@ -302,7 +299,7 @@ def grads_of_sums(
 
 
 class GradOfSums(NamedTuple):
-    """What `grads_of_sums` takes, before the gradient is made."""
+    """The arguments of `grads_of_sums`, from which the gradient can be computed later."""
 
     grad: Tensor
     sums: Tensor
@@ -324,7 +321,7 @@ def _behind(grad: Tensor, sums: Tensor, factor: Tensor, term: Tensor, relu: bool
 
 
 def laid_out_like(codes: Tensor, sums: Tensor) -> Tensor:
-    """With the channels last where the input of the convolution has them last."""
+    """``sums`` in channels_last if the input of the convolution is."""
     is_last = codes.dim() == 4 and codes.is_contiguous(memory_format=torch.channels_last)
     return sums.contiguous(
         memory_format=torch.channels_last if is_last else torch.contiguous_format
@@ -332,13 +329,13 @@ def laid_out_like(codes: Tensor, sums: Tensor) -> Tensor:
 
 
 def is_narrow(bound: int) -> bool:
-    """Whether sums up to ``bound`` are kept as int16."""
+    """Whether sums up to ``bound`` are stored as int16."""
     return bound < 2**15
 
 
 def ends(y: Tensor) -> Tensor:
-    """min(y, 0) and max(y, 0); the latter NaN where y holds a NaN or the former is not finite (then
-    the former may be anything)."""
+    """min(y, 0) and max(y, 0); the latter NaN if y holds a NaN or the former is not finite (the
+    former is then unspecified)."""
     return y.new_zeros(2) if y.numel() == 0 else range_between(y.amin(), y.amax())
 
 
@@ -356,7 +353,7 @@ def range_of_ends(ends: Tensor, grid: Grid) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """As a matrix, of the last axis."""
+    """As a matrix ``[rows, size of the last axis]``."""
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
@@ -372,13 +369,13 @@ def along_channels(of_channel: Tensor, sums: Tensor) -> Tensor:
     return of_channel.reshape([-1, *[1] * (sums.dim() - 2)]) if sums.dim() > 2 else of_channel
 
 
-# The whole product, of the same functions in every backend.
+# Whole products, composed of the same functions in every backend.
 
 
 def register_products(
     backend: Backend, convolve: Callable, multiply: Callable, map_sums: Callable
 ) -> None:
-    """Registers the products with their scales, and batch norm, made of what they consist of."""
+    """Registers products with their scales, and batch norm, composed of their parts."""
 
     def scaled(
         sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -422,9 +419,9 @@ def register_products(
         sums = multiply(codes, zero_point, weight_codes, weight_zero_point)
         if scale.dim() == 0 and weight_codes.dim() == 2:
             y = scaled(as_rows(sums), scale, weight_scale, bias, x.dtype)
-            # No view, which could not be changed in place behind its gradient.
+            # Not a view: outputs may be changed in place.
             return torch.ops.aten._unsafe_view(y, sums.shape)
-        # A scale for each token, or for each group: of the axes before the last.
+        # One scale for each token or group: along the axes before the last.
         scale = scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
         factor = scale * weight_scale.reshape(*weight_codes.shape[:-2], 1, weight_codes.shape[-2])
         term = 0 if bias is None else bias.float().unsqueeze(-2)
@@ -432,7 +429,7 @@ def register_products(
 
 
 def register_gradients(of: Backend) -> Callable:
-    """Registers the gradients of a convolution, made of their parts."""
+    """Registers the gradients of a convolution, composed of their parts."""
 
     def part(name: str) -> Callable:
         return of.functions.get(name) or backend.functions[name]
@@ -449,9 +446,9 @@ def register_gradients(of: Backend) -> Callable:
         to_weight: bool,
         *geometry: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """By the dequantized x and by ``weight``, that is dequantized; products of ``dtype``."""
+        """The gradients for x and for ``weight``, which is dequantized; products in ``dtype``."""
         whole = part("grads_of_sums")(*grad) if isinstance(grad, GradOfSums) else grad
-        # Of the gradient of x only its shape matters.
+        # Only the shape of x matters for its gradient.
         x = (
             part("float_steps")(codes, zero_point, dtype)
             if to_weight
@@ -466,13 +463,13 @@ def register_gradients(of: Backend) -> Callable:
 
 
 def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a shape, for gradients to flow to, of one element of memory, which nothing
-    reads."""
+    """A tensor in the shape of ``x`` for gradients to flow to, with memory for one element, which
+    nothing reads."""
     return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
 
 
 def register_norm(backend: Backend) -> None:
-    """Registers batch norm of sums, made of its parts."""
+    """Registers batch norm of sums, composed of its parts."""
     compute = backend.functions
 
     @backend.register

@@ -1,4 +1,4 @@
-"""The operators of quantizers that learn, in plain PyTorch: the rules of `noisyq_fast.rules`."""
+"""The operators of learned quantizers, in plain PyTorch: the rules of `noisyq_fast.rules`."""
 
 from collections.abc import Callable
 
@@ -68,7 +68,7 @@ def sum_of_groups(terms: Tensor, like: Tensor, axis: int | None) -> Tensor:
 
 
 def _sums_of_chunks(values: Tensor) -> Tensor:
-    """From ``[groups, values]`` to ``[groups, chunks]``, at least one."""
+    """Sums of the chunks: ``[groups, values]`` to ``[groups, chunks]``, at least one chunk."""
     chunks = max(-(-values.shape[1] // CHUNK), 1)
     padded = values.new_zeros(values.shape[0], chunks * CHUNK)
     padded[:, : values.shape[1]] = values
@@ -87,10 +87,10 @@ def _product(grad: Tensor, derivative: Tensor) -> Tensor:
 
 
 class _Levels:
-    """Values ``x``, float32, with the parameters of each, which are shaped to go with them."""
+    """A rule for values ``x``, float32, and parameters that broadcast with them."""
 
     prepare: Callable[..., None]
-    """Keeps what the others need of the parameters."""
+    """Stores values that the other methods derive from the parameters."""
     scale: Tensor
 
     def __init__(self, x: Tensor, parameters: list[Tensor], rule: Rule) -> None:
@@ -169,7 +169,7 @@ class _QIL(_Levels):
         return torch.where(ends, clipped, elementary.exp(self.exponent * self.log()))
 
     def log(self) -> Tensor:
-        """ln v, inside."""
+        """ln v inside the interval."""
         return elementary.log(torch.where((self.v <= 0) | (self.v >= 1), 0.5, self.v))
 
     def code(self) -> Tensor:

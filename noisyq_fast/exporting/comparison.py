@@ -1,4 +1,4 @@
-"""What onnxruntime computes of an exported network, against the network itself."""
+"""Comparison of an exported network in onnxruntime with the network itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from noisyq_fast.running import tensors_in
 def compare(
     prepared: Prepared, model: bytes, with_codes: bytes, inputs: list[str], example: Any
 ) -> dict[str, Any]:
-    """The attributes of an `Export` that tell of onnxruntime.
+    """The attributes of an `Export` from the comparison in onnxruntime.
 
     Args:
-        model, with_codes: the same, without and with the codes as outputs.
+        model, with_codes: the same model, without and with the codes as outputs.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return {"not_compared": "onnxruntime is not installed"}
@@ -50,7 +50,7 @@ def _run(model: bytes, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
-    # Else it rounds biases to integers, and merges quantizers with products that it rounds.
+    # Otherwise it merges quantizers with products, and rounds biases and products.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers = ["CPUExecutionProvider"]
     return onnxruntime.InferenceSession(model, options, providers).run(None, feeds)

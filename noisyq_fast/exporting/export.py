@@ -31,20 +31,20 @@ class Export:
     """What `export_onnx` wrote. Print it to read it.
 
     Attributes:
-        path: of the file.
+        path: the path of the file.
         form: ``"qdq"`` or ``"integer"``.
-        size: of the file in bytes.
-        weights: by name, the bits that each code of a weight has in the file.
-        integers: names of layers whose products are in integers.
-        floats: by names of layers, what of them is in float, and why.
-        any_batch: whether it takes batches of any size; else, as the model reads the size of its
-            batch, those of the example's.
-        codes: how many codes of inputs of layers the model makes on the example.
-        differing: how many of these are others in onnxruntime, end to end, where its products are
-            in float (``session.disable_quant_qdq``, see docs/deploy.md).
-        difference: the largest difference of an output. These three are ``None`` where
-            onnxruntime does not run it.
-        not_compared: why it does not.
+        size: the size of the file in bytes.
+        weights: by weight name, the bits per code in the file.
+        integers: the names of layers with integer products.
+        floats: by layer name, which part is in float, and why.
+        any_batch: whether the file takes batches of any size; else, because the model depends on
+            its batch size, only the example's.
+        codes: the number of codes of layer inputs on the example.
+        differing: how many of these differ in onnxruntime when the whole network runs, with its
+            products in float (``session.disable_quant_qdq``, see docs/deploy.md).
+        difference: the largest difference of an output. These three are ``None`` if onnxruntime
+            does not run the file.
+        not_compared: the reason for that.
     """
 
     path: Path
@@ -88,42 +88,42 @@ def export_onnx(
     *,
     dynamic_shapes: Any = None,
 ) -> Export:
-    """Writes a quantized network as an ONNX file, whose quantizers give the same codes.
+    """Writes a quantized network as an ONNX file whose quantizers give the same codes.
 
-    Weights are codes with their scales: of up to 4 bits as int4 or uint4, else as int8 or uint8.
-    The batch may have another size than that of the example.
+    Weights are codes with scales: int4 or uint4 up to 4 bits, else int8 or uint8. Batches may have
+    another size than the example.
 
-    *qdq*: ``QuantizeLinear`` and ``DequantizeLinear`` around float products, which are those of
-    whatever runs the file. Widths without a type have a ``Clip`` before ``QuantizeLinear``. The
-    odd grid, ranges for each token or channel of the input itself, and inputs of `QIL` and `DSQ`
-    have no ``QuantizeLinear``; they are written as ``Div``, ``Round``, ``Clip`` and ``Mul``. For
-    the same input all give the codes of ours, but a NaN in the input has no meaning, and -0 is 0.
+    *qdq*: ``QuantizeLinear`` and ``DequantizeLinear`` around float products, which the runtime
+    computes in its own way. Widths without an ONNX type have a ``Clip`` before ``QuantizeLinear``.
+    The odd grid, dynamic ranges per token or channel, and inputs of `QIL` and `DSQ` cannot use
+    ``QuantizeLinear``; they are written as ``Div``, ``Round``, ``Clip`` and ``Mul``. For the same
+    input all give the same codes as here, except that a NaN gives any code, and -0 becomes 0.
 
-    *integer*: layers that can multiply codes (`QuantLayer.why_float`) are ``ConvInteger`` and
-    ``MatMulInteger``, whatever their ``arithmetic``; then the sum is multiplied by the scale and
-    the bias is added, as `noisyq_fast.integer.products` does, to the bit. With
-    ``arithmetic="integer"`` and `fuse_` what is between two convolutions is the same to the bit
-    too; other layers (softmax, layer norm, batch norm without `fuse_`) are float. Codes that
-    are signed are 128 more there, and uint8.
+    *integer*: layers that can multiply codes (`QuantLayer.why_float`) become ``ConvInteger`` and
+    ``MatMulInteger``, whatever their ``arithmetic``; scale and bias are then applied to the sums
+    with the same bits as in `noisyq_fast.integer.products`. With ``arithmetic="integer"`` and
+    `fuse_` the operations between two convolutions have the same bits too; other layers (softmax,
+    layer norm, batch norm without `fuse_`) are float. Signed codes are stored as uint8, plus 128.
 
     Args:
-        model: as from `quantize_model_` and trained or calibrated, or from a post-training method,
-            also after `fuse_`. It stays as it is. It is written as it computes in evaluation.
+        model: a network from `quantize_model_`, trained or calibrated, or from a post-training
+            method, also after `fuse_`. It is not changed. The file computes what the model computes
+            in evaluation.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
             arguments), with the samples along the first axis of each tensor.
-        path: of the file, which is replaced if there is one.
+        path: the path of the file. An existing file is replaced.
         form: ``"qdq"`` or ``"integer"``.
-        dynamic_shapes: as for ``torch.export.export``, where other sizes than that of the batch
-            are to be free, such as the length of a text.
+        dynamic_shapes: as for ``torch.export.export``, if other sizes than that of the batch should
+            be dynamic, such as the length of a text.
 
     Returns:
-        what was written, and how it differs from the model on the example where onnxruntime is
-        installed.
+        A report of what was written and, if onnxruntime is installed, how the file differs from
+        the model on the example.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a model without quantized layers, with a quantizer that has no range yet, or
-            with a layer that cannot be traced or has no form in ONNX. The message names the layer.
+            with a layer that cannot be traced or expressed in ONNX. The message names the layer.
         ImportError: onnx or onnxscript is not installed.
         OSError: the file cannot be written.
 
@@ -183,7 +183,7 @@ def _on_cpu(x: Any) -> Any:
 def _traced(
     prepared: Prepared, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
-    """The graph, whose last outputs are the codes of inputs."""
+    """The exported graph; its last outputs are the codes of layer inputs."""
     model, running = prepared.model, [""]
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda _, __, name=name: running.append(name))
@@ -207,7 +207,7 @@ def _traced(
         return traced(args, kwargs, dynamic_shapes)
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(_any_batch, dict(bound))
-    # Where the model reads the size of its batch, or has none, that of the example is the one.
+    # If the model depends on its batch size, or has no batch, the sizes of the example are fixed.
     with contextlib.suppress(ValueError):
         two_args, two_kwargs = pytree.tree_map(_with_two_samples, (args, kwargs))
         several = traced(two_args, two_kwargs, shapes)
@@ -229,7 +229,7 @@ def _any_batch(x: Any) -> Any:
 
 
 def _with_two_samples(x: Any) -> Any:
-    """A batch of one would stay a batch of one."""
+    """Repeats a batch of one: `torch.export` would fix the size 1."""
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.shape[:1] == (1,) else x
 
 
@@ -274,7 +274,7 @@ def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torc
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what PyTorch says about packages that it could use and about its own parts."""
+    """Silences PyTorch's messages about optional packages and its internals."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.ERROR))
     try:
@@ -290,8 +290,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_and_pack(model: Any, prepared: Prepared) -> None:
-    """Gives initializers the names of weights, and those of 4 bits a type of 4 bits; then merges
-    and folds constants, but for codes."""
+    """Gives initializers the names of weights, and 4-bit ones a 4-bit type; then merges and folds
+    constants, except codes."""
     import onnx_ir.passes.common as common
     from onnxscript.optimizer import fold_constants
 
@@ -317,7 +317,7 @@ def _name_and_pack(model: Any, prepared: Prepared) -> None:
     def should_fold(node: Any) -> bool | None:
         return False if any(x is not None and x.name in codes for x in node.inputs) else None
 
-    # Not by rules that rewrite arithmetic, which would change bits.
+    # Without rules that rewrite arithmetic, which would change bits.
     common.InlinePass()(model)
     fold_constants(model, should_fold=should_fold)
     for tidy in (
@@ -337,11 +337,11 @@ def _name_and_pack(model: Any, prepared: Prepared) -> None:
 
 _BYTES = ".bytes"
 _LARGEST_FILE = 2**31 - 2**20
-"""Of a protobuf file, less what is in it beside the weights."""
+"""The size limit of a protobuf file, minus room for the graph."""
 
 
 def _pack(graph: Any, value: Any) -> None:
-    """Makes an initializer one of 4 bits, and bytes of it for products, which take no others."""
+    """Makes an initializer 4-bit, and casts it to bytes for products, which take nothing else."""
     import onnx_ir as ir
 
     byte = value.dtype

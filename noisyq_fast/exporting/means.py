@@ -1,5 +1,5 @@
-"""The mean over all pixels that ends a chain of `fuse_` is summed in a fixed order. Graphs that are
-traced have PyTorch's mean; that of an exported network is summed in the same order."""
+"""Means over all pixels at the end of a chain of `fuse_`, which are summed in a fixed order. Traced
+graphs have PyTorch's mean; here the exported mean gets the same order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEANS = (torch.mean, Tensor.mean, F.adaptive_avg_pool2d)
 
 
 class Means(TorchFunctionMode):
-    """Sees all means of a call of the model; `again` makes those of chains as they were."""
+    """Records all means of a call of the model; `again` replays those of chains in their order."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What the operators of quantized networks are in ONNX.
+"""The operators of quantized networks in ONNX.
 
 ``QuantizeLinear`` divides by the scale, rounds half to even, adds the zero point and saturates, as
-`noisyq_fast.grid` does: its codes are ours. ``ConvInteger`` and ``MatMulInteger`` sum exactly. Both
-factors are uint8: the kernels of some processors for other types saturate sums of two products.
+`noisyq_fast.grid` does: codes are the same. ``ConvInteger`` and ``MatMulInteger`` sum exactly. Both
+factors are uint8: on some processors the kernels of other types saturate sums of two products.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 OPSET = 21
-"""The first with 4-bit integers and a scale for each group."""
+"""The first opset with 4-bit integers and scales for groups."""
 
 
 def quantize_linear(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
 ) -> Tensor:
-    """The node, in a model that is traced. The codes have the dtype of the zero point; without one
-    they are int8: onnxruntime 1.32 cannot move int8 codes with one past a Reshape."""
+    """Adds ``QuantizeLinear`` to a traced model. Codes have the dtype of the zero point; without
+    one they are int8: onnxruntime 1.32 cannot move int8 codes with one past a Reshape."""
     attributes = {} if axis is None else {"axis": axis}
     if zero_point is None:
         attributes["output_dtype"] = _INT8
@@ -36,7 +36,7 @@ def dequantize_linear(
     axis: int | None,
     block_size: int | None = None,
 ) -> Tensor:
-    """The node, in a model that is traced; float32."""
+    """Adds ``DequantizeLinear`` to a traced model; float32."""
     attributes = {} if axis is None else {"axis": axis}
     attributes |= {} if block_size is None else {"block_size": block_size}
     inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
@@ -99,13 +99,13 @@ def _integer_linear(x, _, bias, *operands):
     turned = op.Transpose(weight, perm=[*last[:-2], last[-1], last[-2]])
     if zero_point.shape.rank() == 0:
         sums = op.MatMulInteger(codes, turned, zero_point, weight_zero_point)
-    else:  # one for each token: sum (c - z)(d - w) is sum c (d - w), less z sum (d - w)
+    else:  # one z per token: sum (c - z)(d - w) = sum c (d - w) - z sum (d - w)
         steps = op.Sub(op.Cast(turned, to=_INT32), op.Cast(weight_zero_point, to=_INT32))
         of_channel = op.ReduceSum(steps, op.Constant(value_ints=[-2]), keepdims=1)
         offset = op.Unsqueeze(op.Cast(zero_point, to=_INT32), op.Constant(value_ints=[-1]))
         sums = op.MatMulInteger(codes, turned, None, weight_zero_point)
         sums = op.Sub(sums, op.Mul(offset, of_channel))
-    if weight.shape.rank() > 2:  # a layer for each group
+    if weight.shape.rank() > 2:  # one linear layer per group
         weight_scale = op.Unsqueeze(weight_scale, op.Constant(value_ints=[-2]))
     missing = codes.shape.rank() - scale.shape.rank()
     if scale.shape.rank() and missing:
@@ -123,7 +123,7 @@ def _integer_linear(x, _, bias, *operands):
 
 
 _FLOAT, _UINT8, _INT8, _INT32 = 1, 2, 3, 6
-"""Types by the numbers that ONNX gives them."""
+"""Torch dtypes by ONNX's numbers of types."""
 
 
 def _opset() -> Any:

@@ -1,4 +1,4 @@
-"""A copy of a network in which stand-ins take the place of quantizers and of quantized weights."""
+"""A copy of a network with stand-ins in place of quantizers and quantized weights, for tracing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LARGEST_SUM = 2**31 - 1
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """On the CPU, in evaluation."""
+    """A copy of the model on the CPU, in evaluation mode."""
     return copy_of(model).cpu().eval()
 
 
@@ -38,18 +38,19 @@ class Prepared:
 
     Args:
         model: from `copied`; changed in place.
-        args, kwargs: with which it is called.
+        args, kwargs: the arguments of the example call.
         form: as for `export_onnx`.
 
     Attributes:
-        outputs: of the model as it was; in the integer form, with ``arithmetic="integer"``.
-        means: those over pixels.
-        codes: in the order of calls, the names of quantizers of inputs, and the codes they made.
-        weights: by name, those that are codes.
+        outputs: the outputs of the unchanged model; in the integer form, with
+            ``arithmetic="integer"``.
+        means: the means over pixels.
+        codes: in the order of calls, the names of input quantizers with their codes.
+        weights: by name, the weights that are codes.
         integers: names of layers that multiply codes.
-        floats: by names of layers, what of them is in float and why.
-        seen: when the model is called, the codes of its stand-ins as ``codes`` has those of
-            quantizers, and what they are more than these.
+        floats: by layer name, which part is in float and why.
+        seen: after a call of the prepared model, the codes of its stand-ins in the form of
+            ``codes``, with the offset (0 or 128) of their codes.
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], form: str) -> None:
@@ -77,8 +78,8 @@ class Prepared:
                 self.floats[name] = why_not_quantized(module) or "it was not converted"
 
     def _inputs(self, name: str, layer: QuantLayer) -> dict[str, Any]:
-        """The stand-ins of its quantizers, or why there is none. Those of other packages stay, and
-        are traced; so does one that is off."""
+        """The stand-ins of a layer's quantizers, or why there is none. Quantizers of other
+        packages, and disabled ones, are kept and traced."""
         found: dict[str, Any] = {}
         for key, quantizer in _of_inputs(layer).items():
             one, see = stand_ins.active(quantizer), self._see(f"{name}.{key}".lstrip("."))
@@ -93,7 +94,7 @@ class Prepared:
     def _see(self, name: str) -> stand_ins.See:
         return lambda codes, offset: self.seen.append((name, codes, offset))
 
-    # What the model does before.
+    # The unchanged model.
 
     def _run(
         self, args: tuple, kwargs: dict[str, Any], inputs: dict[str, dict[str, Any]]
@@ -135,7 +136,7 @@ class Prepared:
 
         vars(quantizer).update(forward=record_forward, codes=record_codes)
 
-    # What takes its place.
+    # Replacement by stand-ins.
 
     def _replace(
         self, name: str, layer: QuantLayer, inputs: dict[str, Any], used: list[Tensor]
@@ -174,12 +175,12 @@ class Prepared:
         return weights[(self._calls[name] - 1) % len(weights)]
 
     def start(self) -> None:
-        """What is done before each call of the model."""
+        """Resets the state before each call of the model."""
         self.seen.clear()
         self._calls.clear()
 
     def _why_no_product(self, layer: QuantLayer, inputs: dict[str, nn.Module | None]) -> str | None:
-        """Why a layer does not multiply codes; None where it does."""
+        """Why a layer does not multiply codes; None if it does."""
         if isinstance(layer, _ConvTransposeNd):
             return "ONNX has no transposed convolution of integers"
         if why := layer.why_float():
@@ -200,7 +201,7 @@ class Prepared:
     def _weights(
         self, name: str, layer: QuantLayer, used: list[Tensor], unsigned: bool
     ) -> Sequence[Weight | FloatWeight]:
-        """Those of each call; why they are no codes goes to ``floats``."""
+        """The weights of each call; adds to ``floats`` why they are not codes."""
         quantizer = stand_ins.active(layer.weight_quantizer)
         if quantizer is None or not used:
             reason = "it is not called on the example, or other code reads its weight"
@@ -249,7 +250,7 @@ def _recording(layer: QuantLayer, method: Callable, used: list[Tensor]) -> Calla
 
 
 def _values(layer: QuantLayer, of_call: Callable[[], nn.Module]) -> Callable:
-    """Stands for the method `quantized_weight`."""
+    """Replaces the method `quantized_weight`."""
 
     def values(weight: Tensor | None = None) -> Tensor:
         weight = layer.weights()[0] if weight is None else weight
@@ -259,7 +260,7 @@ def _values(layer: QuantLayer, of_call: Callable[[], nn.Module]) -> Callable:
 
 
 def _codes(layer: QuantLayer, of_call: Callable[[], Weight]) -> Callable:
-    """Stands for the method `weight_codes`."""
+    """Replaces the method `weight_codes`."""
 
     def codes(weight: Tensor | None = None) -> Codes:
         weight, made = layer.weights()[0] if weight is None else weight, of_call()
@@ -269,7 +270,7 @@ def _codes(layer: QuantLayer, of_call: Callable[[], Weight]) -> Callable:
 
 
 def _norm(layer: QuantLayer, weight: Any) -> Norm:
-    """The batch norm that follows, as constants where the scale of the input is one."""
+    """The batch norm after the layer, as constants if the scale of the input is constant."""
     norm: Any = layer.norm[0]
     scale = getattr(layer.input_quantizer, "scale", None)
     if scale is None:

@@ -1,4 +1,4 @@
-"""What stands for quantizers while a network is traced: constants, and few nodes each."""
+"""Stand-ins for quantizers while a network is traced: constants, with few nodes each."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from noisyq_fast.widths import ManyWidths
 
 _FLT_MAX = torch.finfo(torch.float32).max
 See = Callable[[Tensor, int], None]
-"""Takes the codes that a stand-in makes, and what they are more than those of the quantizer."""
+"""Called with the codes of a stand-in, and their offset from the quantizer's codes."""
 
 
 def active(quantizer: Quantizer | None) -> Quantizer | None:
-    """The one that computes, if any."""
+    """The quantizer that computes (the active one of `ManyWidths`), if any."""
     while isinstance(quantizer, ManyWidths) and quantizer.enabled:
         quantizer = quantizer.active
     return quantizer if quantizer is not None and quantizer.enabled else None
@@ -52,14 +52,14 @@ def learned_codes(quantizer: LearnedQuantizer, x: Tensor) -> Tensor:
 
 
 def of_input(quantizer: Any, see: See, unsigned: bool) -> nn.Module | None:
-    """A stand-in; None for a quantizer of another package, whose forward is traced.
+    """The stand-in of a quantizer; None for one of another package, whose forward is traced.
 
     Args:
-        see: called with the codes.
-        unsigned: whether codes are uint8, and signed ones 128 more than they are.
+        see: is called with the codes.
+        unsigned: whether codes are uint8, with 128 added to signed ones.
 
     Raises:
-        ValueError: a quantizer that has seen nothing.
+        ValueError: a quantizer without a range.
     """
     not_seen = "has no range yet; calibrate or train first, or load a checkpoint that has it"
     own = type(quantizer).fake_quantize
@@ -90,7 +90,7 @@ def of_input(quantizer: Any, see: See, unsigned: bool) -> nn.Module | None:
 
 
 def _grid_of_learned(quantizer: LearnedQuantizer) -> Grid | None:
-    """The grid with the same codes for the same scale; None where there is none."""
+    """The grid with the same codes for the same scale; None if there is none."""
     if quantizer.rule not in (rules.LSQ, rules.PACT, rules.SAT, rules.AQD, rules.AQD_ODD):
         return None
     kinds = (ODD,) if quantizer.rule == rules.AQD_ODD else (SIGNED, FULL, UNSIGNED)
@@ -99,7 +99,7 @@ def _grid_of_learned(quantizer: LearnedQuantizer) -> Grid | None:
 
 
 class _GridInput(nn.Module):
-    """Of a grid, with scales that stay."""
+    """The stand-in for a grid with fixed scales."""
 
     scale: Tensor
     zero: Tensor
@@ -169,8 +169,8 @@ class _GridInput(nn.Module):
         return levels.clamped(x, None if self.axis is None else self.axis % x.dim())
 
     def _clipped(self, x: Tensor, levels: Levels) -> Tensor:
-        """Within the ends of the grid, where those of the dtype are others: the ends have the first
-        and the last code, and rounding is monotone."""
+        """Clips ``x`` to the range of the grid if its codes do not fill the dtype. Rounding is
+        monotone, so the codes are then in range."""
         if self.saturates:
             return x
         if levels.scale.dim() == 0 and self.ends is not None:
@@ -182,7 +182,7 @@ class _GridInput(nn.Module):
         return levels.low * levels.scale, levels.high * levels.scale
 
     def is_elementwise(self) -> bool:
-        """Whether there is no QuantizeLinear with these codes."""
+        """Whether ``QuantizeLinear`` cannot give these codes."""
         return self.grid.kind == ODD
 
     def _zero_point(self, levels: Levels) -> Tensor | None:
@@ -201,7 +201,7 @@ class _GridInput(nn.Module):
 
 
 class _DynamicInput(_GridInput):
-    """Of a grid, with a range that is that of the input."""
+    """The stand-in for a grid with the dynamic range of the input."""
 
     def __init__(self, grid: Grid, axis: Any, see: See, unsigned: bool) -> None:
         super().__init__(None, axis, see, unsigned)
@@ -240,7 +240,7 @@ class _DynamicInput(_GridInput):
 
 
 class _RuleInput(nn.Module):
-    """Of a quantizer that learns, without a grid: by its equations."""
+    """The stand-in for a learned quantizer without a grid, by its equations."""
 
     parameters_: Tensor
     scale: Tensor
@@ -270,7 +270,7 @@ class _RuleInput(nn.Module):
 
 
 def is_elementwise(made: Any) -> bool:
-    """Whether a stand-in of an input ends in other nodes than `DequantizeLinear`."""
+    """Whether the stand-in of an input does not end in ``DequantizeLinear``."""
     return isinstance(made, _GridInput | _RuleInput) and made.is_elementwise()
 
 
@@ -281,10 +281,10 @@ class Weight(nn.Module):
     """A quantized weight, as codes with its output channels first.
 
     Attributes:
-        guarded: whether its values are clipped, to no effect: onnxruntime 1.32 rounds the other
-            factor of a product, if it is no `DequantizeLinear`, to 8 bits of its own.
-        bits: 4 or 8, of the type in the file.
-        largest: no ``|code - zero_point|`` is above it.
+        guarded: whether its values pass a ``Clip`` without effect. Without it, onnxruntime 1.32
+            would quantize the other factor of a product, if that is not a ``DequantizeLinear``.
+        bits: the bits of the type in the file, 4 or 8.
+        largest: an upper bound of ``|code - zero_point|``.
 
     Raises:
         ValueError: a weight without codes that fit into a byte. The message says why.
@@ -323,10 +323,10 @@ class Weight(nn.Module):
         return (y if self.low is None else y + self.low).to(self.dtype)
 
     def in_product(self, in_shape: Tensor) -> Codes:
-        """As integer products take it, with the codes in the shape of the layer's weight."""
+        """As `Codes` for integer products, in the shape of the layer's weight."""
         scale, zero_point = self.of_channels(), self.zero_point
         if zero_point is None:
-            # Attention cuts that of a matrix; a convolution takes one.
+            # Attention splits the zero points of a matrix; a convolution takes only one.
             shape = [len(self.codes)] if in_shape.dim() == 2 else []
             zero_point = torch.full(shape, self.offset, dtype=torch.uint8)
         return Codes(in_shape, scale, zero_point, self.largest, scale)
@@ -369,7 +369,7 @@ def code_ends(quantizer: Quantizer | None) -> tuple[int, int]:
 def _weight_codes(
     quantizer: Quantizer, by_channel: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Codes, scale, zero point, and what is added to their product."""
+    """Codes, scale, zero point, and the offset that is added to the dequantized codes."""
     values = quantizer(by_channel).detach()
     if not bool(values.isfinite().all()):
         raise ValueError("got a weight with a NaN or an infinity")
@@ -399,7 +399,7 @@ def _weight_codes(
 
 
 class Norm:
-    """A batch norm that `fuse_` has made part of a convolution, in evaluation: a line."""
+    """The evaluation-mode batch norm of a fused convolution: ``v * factor + term``."""
 
     def __init__(self, norm: Any, line: tuple[Tensor, Tensor] | None) -> None:
         self.norm, self.line = norm, line

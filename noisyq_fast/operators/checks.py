@@ -244,7 +244,7 @@ def learned_codes(
 def learned(
     x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Rule, int | None]:
-    return learned_codes(x, parameters, name, low, high, axis)  # gradient_scale concerns only the backward
+    return learned_codes(x, parameters, name, low, high, axis)  # gradient_scale is for the backward
 
 
 def learned_backward(
