@@ -1,5 +1,5 @@
-// Python sees integers: addresses, sizes, enumerators. Every check has been made by then, in
-// noisyq_fast/operators/quantize.py.
+// Python passes integers: addresses, sizes, enumerators. All arguments have been checked, in
+// noisyq_fast/operators/checks.py.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -133,9 +133,10 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("has_products", [](int dtype) { return cpu::has_products(DType{dtype}); }, "dtype"_a);
 
-  // Of the gradient of sums: v, factor, term, mean, slope, shift, tilt.
+  // For the gradient of sums: v, factor, term, mean, slope, shift, tilt.
   using OfSums = std::array<uintptr_t, 7>;
-  // Of a convolution: images, height, width, channels, outputs, and two of kernel, stride, padding.
+  // For a convolution: images, height, width, channels, outputs, and two of kernel, stride,
+  // padding.
   using Sizes = std::array<int64_t, 11>;
 
   m.def(

@@ -1,4 +1,4 @@
-// What the bindings share.
+// Common code of the bindings.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,7 +7,7 @@
 
 namespace noisyq {
 
-// Addresses cross from Python as integers.
+// Python passes addresses as integers.
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);

@@ -1,4 +1,4 @@
-// The CUDA kernels for Python. A launch that fails raises an error that says why.
+// The CUDA kernels for Python. A failed launch raises an error with the reason.
 #include <cuda_runtime_api.h>
 #include <pybind11/stl.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 void check(cuda::Status status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next call that looks for an error would find this one
+  cudaGetLastError();  // clears the error, which a later check would find otherwise
   throw std::runtime_error(cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 

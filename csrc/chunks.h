@@ -1,4 +1,4 @@
-// The order of sums, which noisyq_fast/rules.py states: where the chunks of a channel are.
+// The order of sums (noisyq_fast/rules.py): the position of the chunks of a channel in memory.
 #pragma once
 
 #include "kernels.h"

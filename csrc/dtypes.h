@@ -100,9 +100,9 @@ NOISYQ_INLINE float absmax_of(float, uint32_t bits) { return bit_cast<float>(bit
 NOISYQ_INLINE float absmax_of(BFloat16, uint16_t bits) { return to_float(BFloat16{bits}); }
 NOISYQ_INLINE float absmax_of(Float16, uint16_t bits) { return to_float(Float16{bits}); }
 
-// The bits as an integer that orders values above 0 like the values, and has the others below 0;
-// and those of -x. So a maximum with 0 is max(x, 0), or -min(x, 0), and NaN is above inf in one of
-// them.
+// The bits of x, and those of -x, as integers. These order positive values like the values, and are
+// negative for negative ones. So their maxima with 0 are max(x, 0) and -min(x, 0), and in one of
+// them NaN is above inf.
 NOISYQ_INLINE int32_t rising(float x) { return bit_cast<int32_t>(x); }
 NOISYQ_INLINE int16_t rising(BFloat16 x) { return static_cast<int16_t>(x.bits); }
 NOISYQ_INLINE int16_t rising(Float16 x) { return static_cast<int16_t>(x.bits); }
@@ -113,7 +113,7 @@ NOISYQ_INLINE int16_t falling(Float16 x) { return static_cast<int16_t>(x.bits ^ 
 template <class T>
 using SignedBits = decltype(rising(T{}));
 
-// The range whose two maxima these are. Where its low end is not finite, its high end is NaN.
+// The range with these two maxima. If its low end is not finite, its high end is NaN.
 template <class T>
 NOISYQ_INLINE Range extremes_of(T type, SignedBits<T> falling, SignedBits<T> rising) {
   const float low = -absmax_of(type, static_cast<Magnitude<T>>(falling));

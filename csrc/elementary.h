@@ -1,4 +1,4 @@
-// exp, ln and tanh as sums, products and quotients that are rounded once each: the same bits as
+// exp, ln and tanh from sums, products and quotients that are each rounded once: the same bits as
 // noisyq_fast/backends/elementary.py.
 #pragma once
 
@@ -8,11 +8,11 @@ namespace noisyq {
 
 // 1.5 * 2^23: float32 numbers of this size are integers, so adding it rounds, half to even.
 constexpr float kRounder = 12582912.0f;
-// ln 2, of which the first part times a small whole number is exact.
+// ln 2 in two parts; the first times a small integer is exact.
 constexpr float kLn2High = 0.693359375f;
 constexpr float kLn2Low = -2.12194440e-4f;
 
-// e^x = power * (1 + rest), where power is one of 2.
+// e^x = power * (1 + rest), where power is a power of 2.
 struct ExpParts {
   float power;
   float rest;
@@ -46,7 +46,7 @@ NOISYQ_INLINE float tanh_of(float x) {
   return x < 0.0f ? -t : t;
 }
 
-// Of normal numbers above 0; a NaN stays NaN.
+// ln x for normal numbers above 0; NaN stays NaN.
 NOISYQ_INLINE float log_of(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;

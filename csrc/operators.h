@@ -1,5 +1,5 @@
-// What happens to one element, from storage type to storage type: the loops of every backend apply
-// one of these. The levels belong to the element's channel. And what happens to its moving average.
+// Operations on one element, from storage type to storage type, which the loops of every backend
+// apply; the levels are those of the element's channel. And the update of a moving average.
 #pragma once
 
 #include "dtypes.h"
@@ -65,7 +65,7 @@ NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, float absmax)
   if (average.observed != nullptr) average.observed[channel] = 1.0f;
 }
 
-// Of an affine grid, whose averages are those of the low ends and then of the high ends.
+// For an affine grid, with the averages of all low ends, then of all high ends.
 NOISYQ_INLINE void observe(MovingAverage average, int64_t channel, int64_t channels, Range range) {
   if (average.running_absmax == nullptr || !is_observation(range.high - range.low)) return;
   float& low = average.running_absmax[channel];

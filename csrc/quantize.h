@@ -1,6 +1,6 @@
-// The arithmetic of the quantizer, one value at a time. This file is the only place where it is
-// written in C++, for the host and for CUDA; `noisyq_fast/backends/reference.py` says the same in
-// PyTorch, and every backend equals it to the last bit.
+// The arithmetic of the quantizer, one value at a time: the only C++ implementation, for the host
+// and for CUDA. `noisyq_fast/backends/reference.py` is the same in PyTorch, and every backend
+// equals it to the last bit.
 #pragma once
 
 #include <cfloat>
@@ -15,7 +15,7 @@
 
 namespace noisyq {
 
-// How the values of a group are rounded: y = clamp(rint(x / scale), low, high) * scale, and the
+// The rounding of a group: y = clamp(rint(x / scale), low, high) * scale, and the
 // code is clamp(...) + zero. `noisyq_fast/grid.py` has a table of the grids.
 struct Levels {
   float scale;
@@ -24,14 +24,13 @@ struct Levels {
   int zero;
 };
 
-// The smallest and the largest value of a group, of which 0 is one; only the absmax, as `high`, of
-// signed and full grids.
+// min(x, 0) and max(x, 0) of a group; on signed and full grids only the absmax, as `high`.
 struct Range {
   float low;
   float high;
 };
 
-// How many steps a range has, and the ends of the codes.
+// The number of steps of a range, and the smallest and largest code.
 struct Codes {
   float divisor;
   float low;
@@ -48,7 +47,7 @@ NOISYQ_INLINE float scale_of(float range, float divisor) {
   return scale < FLT_MIN ? FLT_MIN : scale;
 }
 
-// The range of an affine grid always holds 0. A NaN stays NaN.
+// The range of an affine grid always contains 0. A NaN stays NaN.
 NOISYQ_INLINE float affine_scale(float low, float high, float divisor) {
   return scale_of((high < 0.0f ? 0.0f : high) - (low > 0.0f ? 0.0f : low), divisor);
 }
@@ -76,7 +75,7 @@ NOISYQ_INLINE float rounded_of(float x, float scale) {
   return rintf(x / scale);
 }
 
-// Those of a range on any grid. Where low = 0, so is the zero point, and the scale that of `high`.
+// The levels of a range on any grid. If low = 0, the zero point is 0 and the scale that of `high`.
 NOISYQ_INLINE Levels levels_of(Range range, Codes codes) {
   const float scale = affine_scale(range.low, range.high, codes.divisor);
   const float zero = zero_point(range.low, scale);
@@ -105,12 +104,12 @@ NOISYQ_INLINE int code_of(float x, Levels levels) {
   return rounded == rounded ? static_cast<int>(code) + levels.zero : 0;
 }
 
-// One step of a moving average. NaN means "nothing seen yet": the first batch sets it.
+// One step of a moving average. NaN means "no data yet": the first batch sets it.
 NOISYQ_INLINE float averaged(float average, float batch, float averaging_constant) {
   return average == average ? average + averaging_constant * (batch - average) : batch;
 }
 
-// Otherwise the batch leaves the average as it was. `width` is the absmax, or high - low.
+// Otherwise the batch does not change the average. `width` is the absmax, or high - low.
 NOISYQ_INLINE bool is_observation(float width) { return width <= FLT_MAX; }
 
 }  // namespace noisyq

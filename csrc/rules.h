@@ -1,9 +1,9 @@
-// The rules of quantizers that learn, one value at a time: noisyq_fast/rules.py has their
-// equations, noisyq_fast/backends/reference_learned.py says the same in PyTorch.
+// The rules of learned quantizers, one value at a time. noisyq_fast/rules.py has their equations,
+// noisyq_fast/backends/reference_learned.py is the same in PyTorch.
 //
-// Each is a struct that is made from the parameters of a group, `stride` apart, and has
-//   code(x)              the code, a whole number,
-//   value(code)          what it stands for,
+// Each is a struct, constructed from the parameters of a group, `stride` apart, with
+//   code(x)              the code, an integer,
+//   value(code)          its dequantized value,
 //   derivatives(x)       dy/dx, and dy/d each of its `kParameters`.
 // A NaN stays NaN: it compares false.
 #pragma once
@@ -27,7 +27,7 @@ struct Derivatives {
 
 NOISYQ_INLINE float least(float scale) { return scale < FLT_MIN ? FLT_MIN : scale; }
 
-// 0 where the derivative is, even of a gradient that is not finite.
+// The product; 0 if the derivative is 0, even for a gradient that is not finite.
 NOISYQ_INLINE float chained(float grad, float derivative) {
   const float product = grad * derivative;
   return derivative == 0.0f ? 0.0f : product;
@@ -75,7 +75,7 @@ struct Clip {
   }
 };
 
-// With an exponent of weights, whose sign counts; of activations without.
+// For weights with an exponent and the sign of the weight; for activations without.
 template <bool kOdd>
 struct QIL {
   static constexpr int kParameters = kOdd ? 3 : 2;
@@ -91,7 +91,7 @@ struct QIL {
   NOISYQ_INLINE float distance(float x) const { return (kOdd ? fabsf(x) : x) - center; }
   NOISYQ_INLINE float sign(float x) const {
     if (!kOdd) return 1.0f;
-    const float positive = x > 0.0f ? 1.0f : x;  // of a zero and a NaN themselves
+    const float positive = x > 0.0f ? 1.0f : x;  // a zero or a NaN itself
     return x < 0.0f ? -1.0f : positive;
   }
   NOISYQ_INLINE float log_inside(float v) const {
@@ -193,7 +193,7 @@ struct DoReFa {
   }
 };
 
-// What body(null pointer to the rule) returns.
+// Returns body(null pointer of the rule's type).
 template <class Body>
 auto with_rule(RuleKind kind, const Body& body) {
   switch (kind) {

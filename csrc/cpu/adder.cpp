@@ -3,7 +3,7 @@
 //
 // Every sum has the reference's order, whatever the vectors and threads: the lanes of a vector are
 // channels, never terms of a sum. noisyq_fast/backends/native_cpu_adder.py lays the tensors out:
-// channels come last, and where vectors of them are read in blocks of kBlock that are filled up.
+// channels come last; tensors that are read by vectors have them in padded blocks of kBlock.
 #include <algorithm>
 
 #ifdef __x86_64__
@@ -19,14 +19,14 @@ namespace {
 constexpr int64_t kBlock = 16;  // channels, a multiple of kLanes
 constexpr int kTile = 8;        // outputs, or inputs, that share a weight while it is in a register
 
-// The elements of the kernel that meet an input: every stride-th row and column.
+// The elements of the kernel that an input is combined with: every stride-th row and column.
 struct Taps {
   int64_t rows, columns;    // how many
   int64_t w_row, w_column;  // from one to the next in the weights
   int64_t g_row;            // from one to the next row in the gradient
 };
 
-// Not by target_clones, which GCC applies after it has cut vectors to the width of the default.
+// Not target_clones: GCC applies it after it has split vectors to the default width.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define NOISYQ_WIDER_VECTORS
 #pragma GCC push_options
@@ -56,7 +56,7 @@ struct Loops {
   decltype(&narrow::weight_gradient_tile) weight_gradient;
 };
 
-// Those for the widest vectors of this processor.
+// The loops for the widest vectors of this processor.
 const Loops& loops() {
 #define NOISYQ_LOOPS(width)                                                                     \
   {                                                                                             \
@@ -144,13 +144,14 @@ void adder_input_gradient(const float* x, const float* w, const float* g, float*
   const auto every = [](int64_t from, int64_t to, int64_t stride) {
     return from < to ? (to - from + stride - 1) / stride : 0;
   };
-  // The first input that an element of the kernel meets.
+  // The first input that an element of the kernel is combined with.
   const auto first_of = [](int64_t element, int64_t padding, int64_t stride) {
     return ((element - padding) % stride + stride) % stride;
   };
   const int64_t work = pixels * s.inputs * s.outputs * kernel / phases / 8;
   parallel(useful_threads(work, threads), [&](Member member) {
-    // Inputs at the same place between strides meet the same elements, from (i, j) on.
+    // Inputs at the same offset modulo the stride are combined with the same elements, from (i, j)
+    // on.
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t i = phase / s.column_stride, j = phase % s.column_stride;
       const int64_t top = first_of(i, s.row_padding, s.row_stride);

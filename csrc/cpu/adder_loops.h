@@ -11,7 +11,7 @@ typedef float Stored __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 inline const Stored& at(const float* p) { return *reinterpret_cast<const Stored*>(p); }
 inline Stored& at(float* p) { return *reinterpret_cast<Stored*>(p); }
 
-// A NaN stays a NaN. GCC makes several instructions of the comparisons.
+// A NaN stays NaN. GCC compiles the comparisons to several instructions.
 inline Lanes clipped(Lanes x) {
   const Lanes one = Lanes{} + 1.0f;
 #if NOISYQ_LANES == 16

@@ -22,12 +22,12 @@ constexpr int kLanes = 16;  // of 32 bits
 constexpr int kGroup = 4;   // codes in each
 constexpr int kQuad = 4;    // lanes of 128 bits
 
-// Where the input channels are so many, a pixel's 16 codes are loaded at once, for products with
-// four registers of weights, of which each sums its four groups of codes apart. Else 4 codes, for
-// one.
+// From this number of input channels on, 16 codes of a pixel are loaded at once and multiplied with
+// four registers of weights, each of which sums its four groups of codes separately. Below it, 4
+// codes are multiplied with one register.
 constexpr int kWide = kQuad * kGroup;
 
-// The moments of 16 output channels, exact: whole numbers below 2^31, and below 2^53.
+// The moments of 16 output channels, exact: integers below 2^31, and below 2^53.
 struct Lanes {
   int32_t sum[kLanes] = {};
   double squares[kLanes] = {};
@@ -48,7 +48,7 @@ struct Task {
   uint8_t zero;
   const int8_t* weight;  // [blocks, kernel, width / 4, 16, 4]; wide: [.., width / 16, 4, 4, 4, 4]
   const int32_t* shift;  // [blocks, 16]: zero times the sum of the weights of a channel
-  // Codes that lie side by side, which the weights meet in order: where they begin, from a pixel.
+  // Runs of adjacent codes, in the order of the weights: where each begins, relative to a pixel.
   std::vector<int64_t> runs;
   int64_t run_length;
 };
@@ -99,7 +99,7 @@ void pad(const uint8_t* image, bool are_signed, const Task& task, uint8_t* out) 
   }
 }
 
-// Masked stores are slow, and seldom needed.
+// Masked stores are slow and rarely needed.
 NOISYQ_VNNI inline void store(__m512i sums, float* out, int64_t count) {
   const __m512 values = _mm512_cvtepi32_ps(sums);
   if (count >= kLanes) {
@@ -117,7 +117,7 @@ NOISYQ_VNNI inline void store(__m512i sums, int16_t* out, int64_t count) {
   }
 }
 
-// Takes in the sums of kPixels pixels.
+// Adds the sums of kPixels pixels to the moments.
 template <int kPixels>
 NOISYQ_VNNI inline void observe(const __m512i* v, Lanes* lanes) {
   __m512i sum = _mm512_loadu_si512(lanes->sum);
@@ -258,7 +258,7 @@ NOISYQ_VNNI void images(const Task& task, const uint8_t* x, bool are_signed, Out
       for (int64_t block = 0; block < task.blocks; ++block) {
         row<kObserves>(task, begin, block, width, line, lanes.data());
       }
-      // So that sums of 16 bits each stay below 2^31.
+      // Keeps the total of 16-bit sums below 2^31.
       since += width;
       if (kObserves && since + width > 65536) {
         carry(&lanes, how.outputs, moments);

@@ -1,7 +1,6 @@
-// The gradients of `convolve`: products of floats, or of bfloat16 whose sums are floats, by AVX512.
-// Images and gradients have their channels last. A few images at a time, so that what is made of
-// it, the gradient of its sums and its codes as floats, stays in a cache and is never written to
-// memory.
+// The gradients of `convolve` with AVX512: products of floats, or of bfloat16 with float sums.
+// Images and gradients have their channels last. A few images are computed at a time, so that their
+// temporaries (the gradient of the sums and the codes as floats) stay in a cache.
 #include <memory>
 #include <vector>
 
@@ -10,7 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-// Of these the compiler takes bfloat16's for its intrinsics only, which `PairOfBFloat16` has.
+// The compiler uses the bfloat16 target only for intrinsics, which are in `PairOfBFloat16`.
 #define NOISYQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #endif
 
@@ -104,7 +103,7 @@ Task task_of(const Convolution& how) {
     task.left = std::max(task.left, of.taps - 1 - of.offset);
     right = std::max(right, of.count + of.offset - task.width);
   }
-  // A second factor of the last word of a row is a column more, of zeros.
+  // The second factor of the last word of a row is an additional column of zeros.
   task.columns = task.left + task.width + std::max<int64_t>(right, 1);
   task.image_columns = how.width + 2 * how.padding[1] + how.stride[1];
   return task;
@@ -132,7 +131,7 @@ void pack(Weight weight, const Convolution& how, Member member, typename E::Word
   }
 }
 
-// A row of a gradient and the row of the kernel that it meets.
+// A row of a gradient and the row of the kernel that it is multiplied with.
 template <class E>
 struct Rows {
   const typename E::Word *gradient, *weight;
@@ -144,7 +143,7 @@ struct Steps {
   int64_t pixel, tap, block, out;
 };
 
-// The sums of kPixels neighbours and 16 or 32 channels. A gradient that is loaded meets all taps.
+// The sums of kPixels neighbours and 16 or 32 channels. Each loaded gradient is used for all taps.
 template <class E, int kTaps, int kPixels, int kBlocks>
 NOISYQ_AVX512 inline void tile(const std::vector<Rows<E>>& rows, int64_t column, Steps steps,
                                typename E::Value* out) {
@@ -264,7 +263,7 @@ NOISYQ_AVX512 inline __m512 load_sums(const int16_t* v) {
 }
 NOISYQ_AVX512 inline __m512 load_sums(const float* v) { return _mm512_loadu_ps(v); }
 
-// As `grads_of_sums`, of a row.
+// `grads_of_sums` for a row.
 template <class E, class V>
 NOISYQ_AVX512 void gradient_row(const typename E::Value* grad, const V* v, const GradOfSums& of,
                                 int64_t pixels, int64_t outputs, typename E::Value* out) {
@@ -293,7 +292,7 @@ NOISYQ_AVX512 void image_row(const Code* codes, int zero, int64_t count, Value* 
   }
 }
 
-// What a thread makes of an image, again and again, in the same memory.
+// The temporaries of a thread for its images, in memory that is reused.
 template <class E>
 class Images {
  public:
@@ -456,7 +455,8 @@ class Images {
     }
     of.gradient_step = task_.height * of.gradient_row;
     for (int64_t k = 0; k < how_.kernel[0]; ++k) {
-      // The rows of the gradient that meet one of the image, above which are `shift` rows.
+      // The rows of the gradient that are multiplied with rows of the image; `shift` rows are
+      // above.
       const int64_t shift = k - how_.padding[0], last = how_.height - 1 - shift;
       const int64_t first = shift < 0 ? (stride - 1 - shift) / stride : 0;
       const int64_t past = last < 0 ? 0 : std::min(task_.height, last / stride + 1);

@@ -1,4 +1,4 @@
-// How the loops are spread over threads and over the phases of an operator. Results do not depend
+// Distribution of the loops over threads and over the phases of an operator. Results do not depend
 // on the number of threads: the only reductions are integer maxima.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace noisyq::cpu {
 
-// y = Op(x) with levels that are known before.
+// y = Op(x) with given levels.
 template <class Op, class In, class Out, class Channels>
 void map(const In* x, Out* y, Layout layout, Channels levels, int threads) {
   const int64_t row_size = layout.channels * layout.inner;
@@ -27,13 +27,13 @@ void map(const In* x, Out* y, Layout layout, Channels levels, int threads) {
   });
 }
 
-// A bit for each element, Op(x), in the order of memory.
+// One bit per element, Op(x), in memory order.
 template <class Op, class In, class Channels>
 void map_to_bits(const In* x, uint8_t* bits, Layout layout, Channels levels, int threads) {
   const bool is_row = layout.outer == 1;
   const int64_t units = is_row ? layout.channels : layout.outer;
   const int64_t unit = is_row ? layout.inner : layout.channels * layout.inner;
-  // So many that a block begins with a byte.
+  // A multiple, so that each block begins with a byte of the mask.
   const int64_t block = 8 * std::max<int64_t>(1, 512 / std::max<int64_t>(1, unit));
   parallel(useful_threads(units * unit, threads), [&](Member member) {
     std::vector<uint8_t> bytes(std::min(block, units) * unit);
@@ -73,7 +73,7 @@ void map_contiguous_channels(const In* x, Out* y, Layout layout, Channels levels
   });
 }
 
-// Channels that are spread over the memory, or a single one: reduce, then map.
+// Channels that are not contiguous, or a single one: reduce, then map.
 template <class Op, class In, class Out, class Channels, class Observe>
 void map_spread_channels(const In* x, Out* y, Layout layout, Channels levels,
                          const Observe& observe, int threads) {
@@ -81,7 +81,7 @@ void map_spread_channels(const In* x, Out* y, Layout layout, Channels levels,
   using Key = typename Reduction::Key;
   const int64_t row_size = layout.channels * layout.inner;
   const int64_t keys = layout.channels * Reduction::kKeys;
-  // A cache line more for each thread, so that no two write to the same.
+  // Padded by a cache line per thread, so that no two threads write to the same line.
   const int64_t stride = keys + 64 / static_cast<int64_t>(sizeof(Key));
   std::vector<Key> partial(stride * threads, 0);
 
@@ -104,7 +104,7 @@ void map_spread_channels(const In* x, Out* y, Layout layout, Channels levels,
       }
     }
     member.wait_for_team();
-    // Backwards: what was reduced last is still in the cache.
+    // Backwards: the part that was reduced last is still in the cache.
     const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size));
     for (int64_t stop = end; stop > begin; stop -= block) {
       const int64_t start = std::max(begin, stop - block);
@@ -114,8 +114,8 @@ void map_spread_channels(const In* x, Out* y, Layout layout, Channels levels,
   });
 }
 
-// y = Op(x) with the levels of each channel's range, which `observe(channel, range)` sees once.
-// `levels` receives them.
+// y = Op(x) with the levels of each channel's range; `observe(channel, range)` is called once per
+// channel. `levels` receives the levels.
 template <class Op, class In, class Out, class Channels, class Observe>
 void map_with_own_range(const In* x, Out* y, Layout layout, Channels levels, const Observe& observe,
                         int threads) {

@@ -1,4 +1,4 @@
-// The levels of each channel on a grid, and the range of its values that they are made of.
+// The levels of each channel on a grid, and the range from which they are computed.
 #pragma once
 
 #include "../kernels.h"
@@ -7,7 +7,7 @@
 
 namespace noisyq::cpu {
 
-// An absmax, of grids that are symmetric.
+// The absmax, for symmetric grids.
 template <class T>
 struct AbsmaxReduction {
   using Key = Magnitude<T>;
@@ -21,7 +21,7 @@ struct AbsmaxReduction {
   }
 };
 
-// min(x, 0) and max(x, 0), of the others.
+// min(x, 0) and max(x, 0), for the others.
 template <class T>
 struct ExtremesReduction {
   using Key = SignedBits<T>;
@@ -68,7 +68,8 @@ struct ScalesAndZeros {
   }
 };
 
-// Calls body with what keeps the levels of the channels in `scale` and, of an affine grid, `zero`.
+// Calls body with an object that stores the levels of channels in `scale` and, for an affine grid,
+// `zero`.
 template <class Body>
 void with_grid(Grid grid, float* scale, float* zero, const Body& body) {
   const Codes codes = codes_on(grid);

@@ -1,5 +1,5 @@
-// Quantizers that learn: a map forward, a map and sums backward. All is done chunk by chunk, in
-// float; a chunk of other numbers, or one that does not lie together, is copied first.
+// Learned quantizers: a map forward, a map and sums backward, chunk by chunk and in float. Chunks
+// of other types, or that are not contiguous, are copied first.
 #include <vector>
 
 #include "../chunks.h"
@@ -28,7 +28,7 @@ void from_floats<int16_t>(const float* x, int16_t* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = static_cast<int16_t>(x[i] == x[i] ? x[i] : 0.0f);
 }
 
-// Elements of a chunk as floats: where they are, or copied to `buffer`.
+// Elements of a chunk as floats: in place, or copied to `buffer`.
 template <class T>
 const float* read(const Chunks& chunks, int64_t chunk, const T* x, float* buffer) {
   const int64_t c = chunks.channel(chunk), first = chunks.first(chunk);
@@ -43,7 +43,7 @@ const float* read(const Chunks& chunks, int64_t chunk, const T* x, float* buffer
   return buffer;
 }
 
-// Where a chunk is to be written to: its place, or `buffer`, from which `write` copies it there.
+// Where to write a chunk: in place, or to `buffer`, from which `write` copies it.
 template <class T>
 float* place(const Chunks& chunks, int64_t chunk, T* y, float* buffer) {
   if constexpr (std::is_same_v<T, float>) {

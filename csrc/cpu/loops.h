@@ -121,7 +121,7 @@ NOISYQ_EACH_VECTOR_WIDTH void zero_masked(const Word* grad, Word* out, const uin
   }
 }
 
-// A bit for each of `count` bytes that are 0 or 1, the first of eight the lowest.
+// Packs `count` bytes, each 0 or 1, into bits, the first of eight into the lowest.
 inline void pack_bits(const uint8_t* bytes, uint8_t* bits, int64_t count) {
   const auto packed = [](uint64_t eight) {
     return static_cast<uint8_t>(eight * 0x0102040810204080u >> 56);

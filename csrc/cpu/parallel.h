@@ -17,7 +17,7 @@ inline int useful_threads(int64_t elements, int threads) {
   return static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, threads));
 }
 
-// One member of a team of threads: it owns an even share of a range.
+// One member of a team of threads, with an equal share of a range.
 struct Member {
   int index;
   int team;

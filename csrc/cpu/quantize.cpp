@@ -29,16 +29,16 @@ void zero_masked_in_parallel(const void* grad, void* out, const uint8_t* bits, i
   });
 }
 
-// out = Op(x) with the range of each channel of x, which `average` takes in.
+// out = Op(x) with the range of each channel of x, with which `average` is updated.
 template <class Op, class T, class Out>
 void map_observed(const T* x, Out* out, Mask mask, float* scale, float* zero, Layout layout,
                   Grid grid, MovingAverage average, int threads) {
   const bool has_elements = layout.outer > 0;
-  // With its own range nothing is above an unsigned grid, and mostly, after a ReLU, nothing below.
+  // With its own range no value is above an unsigned grid; after a ReLU, none is below it either.
   std::atomic<bool> may_mask = grid.kind != GridKind::is_unsigned;
   const auto observed = [&](int64_t c, Range range) {
     if (!has_elements) return;
-    if (range.low != 0.0f) may_mask = true;  // of a NaN too
+    if (range.low != 0.0f) may_mask = true;  // true for NaN too
     if (grid.kind == GridKind::is_affine) {
       observe(average, c, layout.channels, range);
     } else {
@@ -56,7 +56,7 @@ void map_observed(const T* x, Out* out, Mask mask, float* scale, float* zero, La
   });
 }
 
-// out = Op(x) with a range that is given.
+// out = Op(x) with a given range.
 template <class Op, class T, class Out>
 void map_within(const T* x, const float* range, Out* out, Mask mask, float* scale, float* zero,
                 Layout layout, Grid grid, int threads) {
@@ -90,7 +90,7 @@ void fake_quantize_fixed_range(DType dtype, const void* x, const float* range, v
   });
 }
 
-// Codes are written as bytes: an int8 and a uint8 of the same whole number have the same bits.
+// Codes are written as bytes: an int8 and a uint8 with the same value have the same bits.
 
 void quantize(DType dtype, const void* x, void* codes, Mask mask, float* scale, uint8_t* zero,
               Layout layout, Grid grid, MovingAverage average, int threads) {

@@ -1,5 +1,5 @@
-// What follows an exact product of codes: passes over its sums, v, which are whole numbers, laid
-// out as [rows, channels]. `noisyq_fast/backends/reference_integer.py` says the same in PyTorch.
+// Passes over the exact sums v of products of codes, integers laid out as [rows, channels], for the
+// operations of a chain. `noisyq_fast/backends/reference_integer.py` is the same in PyTorch.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -14,8 +14,8 @@ namespace {
 
 using Wide = __int128;
 
-// A few rows taken as one, a period, so that the inner loops are long where channels are few. Bits
-// of a period fill whole bytes.
+// A few rows are taken as one period, so that inner loops are long even with few channels. The mask
+// bits of a period fill whole bytes.
 struct Periods {
   int64_t elements;
   int64_t channels;
@@ -59,7 +59,7 @@ void with_bool(bool value, const Body& body) {
   }
 }
 
-// Sums are int16 where that is wide enough, else float.
+// Sums are int16 if that is wide enough, else float.
 template <class Body>
 void with_sums(Sums v, const Body& body) {
   if (v.are_narrow) {
@@ -104,7 +104,7 @@ struct PartialMoments {
   }
 };
 
-// relu(v * factor + term + residual), without what is not asked for.
+// relu(v * factor + term + residual), with ReLU and residual optional.
 template <bool kRelu, bool kAdds, class V>
 NOISYQ_INLINE float mapped(V v, float factor, float term, float residual) {
   float x = static_cast<float>(v) * factor + term;
@@ -136,7 +136,7 @@ NOISYQ_EACH_VECTOR_WIDTH void bytes_of_period(const float* y, uint8_t* bytes, in
   for (int64_t k = 0; k < count; ++k) bytes[k] = !(y[k] > 0.0f);
 }
 
-// The gradient behind the ReLU: 0 where it gave 0.
+// The gradient before the ReLU: 0 where its output is 0.
 template <bool kRelu, class V>
 NOISYQ_INLINE float passed(float grad, V v, float factor, float term) {
   return kRelu && !(mapped<false, false>(v, factor, term, 0.0f) > 0.0f) ? 0.0f : grad;
@@ -195,7 +195,7 @@ void moments_of_sums(const float* v, int16_t* narrow, int64_t rows, int64_t chan
   const auto [sum, squares, low, high] = moments;
   const Periods periods(rows, channels);
   threads = periods.useful(threads);
-  // So many squares fit into 63 bits.
+  // The sum of this many squares fits into 63 bits.
   const double fit = 0x1p62 / (static_cast<double>(bound) * static_cast<double>(bound));
   const auto before_carry = static_cast<int64_t>(std::clamp(fit, 1.0, 0x1p40));
   std::vector<PartialMoments> parts(threads, PartialMoments(periods.period));

@@ -6,7 +6,7 @@
 namespace noisyq::cuda {
 namespace {
 
-// Channels up to this size stay on chip; it is what every architecture grants without asking.
+// Channels up to this size stay on chip: the shared memory that needs no opt-in.
 constexpr int kKeptBytes = 48 * 1024 - 256;
 constexpr int kMaxThreads = 512;
 
@@ -28,7 +28,7 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 4096, "kernel arguments are limited to 4 KB");
 
-// How a channel gets its levels, on the signed grid. `scale` may be null.
+// Computes the levels of a channel on the signed grid. `scale` may be null.
 template <class T>
 struct SignedChannel {
   struct Found {
@@ -72,7 +72,7 @@ struct ChannelOnGrid {
   }
 };
 
-// `kept` holds the channel where `keep`; otherwise it is read twice.
+// If `keep`, `kept` holds the channel; otherwise it is read twice.
 template <class Op, class T, class Out, int N, class Channel>
 __device__ __forceinline__ void quantize_packs(const T* x, Out* y, int64_t inner,
                                                const Channel& channel, bool keep,

@@ -1,5 +1,5 @@
-// Ranges that are given, in a walk over the memory as it lies, with a bit for each element that
-// tells whether it was clipped; and the gradient that those bits mask.
+// Quantization with given ranges, in memory order, with one bit per element that says whether it
+// was clipped; and the gradient that these bits mask.
 #include "groups.cuh"
 
 namespace noisyq::cuda {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: launches, 16-byte accesses, the maximum over a block.
+// Common code of the CUDA kernels: launches, 16-byte accesses, the maximum over a block.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Any grid and any layout, in two launches: one finds the range of each channel, one maps with
-// ranges that are given.
+// Any grid and any layout, in two launches: one reduces the range of each channel, one maps with
+// given ranges.
 #include "grids.cuh"
 #include "known.cuh"
 

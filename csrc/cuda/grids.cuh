@@ -1,5 +1,5 @@
-// The grid as an argument: kernels that take one compute on every grid, with the arithmetic of the
-// affine one, of which the others are cases. The signed grid has kernels of its own.
+// The grid as a kernel argument, for kernels that handle every grid with the arithmetic of the
+// affine one, of which the others are special cases. The signed grid has kernels of its own.
 #pragma once
 
 #include "groups.cuh"
@@ -49,7 +49,7 @@ struct AnyGrid {
   }
 };
 
-// The range of each channel in memory: all high ends, of an affine grid after all low ends.
+// The range of each channel in memory: all high ends; on an affine grid all low ends before these.
 struct Ranges {
   AnyGrid grid;
   float* range;
@@ -70,7 +70,7 @@ struct Ranges {
   }
 };
 
-// Which elements are marked, in `bits`; none where that is null.
+// Which elements are marked, in `bits`; none if that is null.
 struct Marks {
   uint8_t* bits;
   bool negative;

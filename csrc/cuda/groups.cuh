@@ -85,7 +85,7 @@ struct ChannelWalk {
     }
   }
 
-  // On to the next element; whether its channel is another.
+  // Moves on to the next element; returns whether its channel differs.
   __device__ __forceinline__ bool advance(Layout layout) {
     if constexpr (kChannels == Channels::any) {
       if (++within < layout.inner) return false;

@@ -1,4 +1,4 @@
-// Quantizers that learn: a map forward; backward a map and sums, with a block for each chunk.
+// Learned quantizers: a map forward; a map and sums backward, with one block per chunk.
 #include "../chunks.h"
 #include "../rules.h"
 #include "known.cuh"
@@ -63,9 +63,8 @@ __device__ __forceinline__ float folded(float lane, float upper_lane) {
 constexpr int kShare = kChunk / kThreads;
 constexpr int kLoads = 4;
 
-// dx, and the sum of each chunk for each parameter, times `factor`. All threads of a block make the
-// terms of a chunk; then a warp for each parameter adds them in their order, of which each thread
-// has two lanes.
+// dx, and the sum of each chunk for each parameter, times `factor`. All threads of a block compute
+// the terms of a chunk; then one warp per parameter adds them in order, two lanes per thread.
 template <class T, class Rule>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const T* grad, const T* x, T* dx, Rules<Rule> rules, float* sums, float factor,

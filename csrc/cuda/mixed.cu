@@ -1,6 +1,5 @@
-// Several channels that lie mixed in memory (channels_last activations, odd sizes), dynamic absmax:
-// a launch that reduces and one that maps, both of which walk over the memory as it lies, so that
-// accesses are wide.
+// Several channels that are interleaved in memory (channels_last activations, odd sizes), dynamic
+// absmax: a launch that reduces and one that maps, both in memory order, so that accesses are wide.
 #include "groups.cuh"
 
 namespace noisyq::cuda {
@@ -61,7 +60,7 @@ struct Maxima {
   }
 };
 
-// Whether the block is the last that gets here. It sees what all others did.
+// Whether the block is the last to get here; it then sees the writes of all others.
 __device__ __forceinline__ bool is_last_block(uint32_t* done) {
   __shared__ bool last;
   __threadfence();

@@ -8,7 +8,7 @@ namespace noisyq::cuda {
 namespace {
 
 constexpr int kResidentThreads = 1024;
-constexpr int kReservedBytes = 1024;  // static shared memory, and what the driver takes
+constexpr int kReservedBytes = 1024;  // static shared memory, and the driver's share
 
 template <class T, int N>
 __global__ void __launch_bounds__(kResidentThreads, 1)

@@ -1,5 +1,5 @@
-// Channels that are spread over the memory, or a single one (activations): a launch that reduces,
-// and one that maps. The partial maxima need no initial value and no atomics, so concurrent streams
+// Channels that are not contiguous, or a single one (activations): a launch that reduces, and one
+// that maps. The partial maxima need no initial value and no atomics, so concurrent streams
 // and replayed graphs cannot disturb each other.
 #include "walk.cuh"
 
