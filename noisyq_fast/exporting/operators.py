@@ -73,8 +73,8 @@ def _convolve_codes(codes, zero_point, weight, weight_zero_point, *geometry):
     }
     if weight_zero_point.shape.rank() == 0:
         return _float(op.ConvInteger(codes, weight, zero_point, weight_zero_point, **how))
-    # One for each channel, of which there may be but one here: sum (c - z)(d - w) is
-    # sum (c - z) d, less w sum (c - z).
+    # ConvInteger takes one zero point w, not one per channel: sum (c - z)(d - w) is computed as
+    # sum (c - z) d - w sum (c - z).
     ones = op.ConstantOfShape(op.Shape(weight), value=_tensor(1))
     sums, plain = (op.ConvInteger(codes, w, zero_point, **how) for w in (weight, ones))
     offset = _along_channels(op.Cast(weight_zero_point, to=_INT32), len(stride))
@@ -111,8 +111,8 @@ def _integer_linear(x, _, bias, *operands):
     if scale.shape.rank() and missing:
         axes = [-1 - i for i in range(missing)]
         scale = op.Unsqueeze(scale, op.Constant(value_ints=axes))
-    # Scales are positive. onnxruntime 1.32 would make one node of the products, with wrong values
-    # where each token has a scale.
+    # Abs has no effect, as scales are positive. Without it onnxruntime 1.32 would merge the
+    # products into one node, with wrong values if each token has a scale.
     y = op.Mul(_float(sums), op.Abs(op.Mul(scale, weight_scale)))
     if bias is not None:
         bias = _float(bias)

@@ -1,7 +1,7 @@
 """The Triton kernels (`kernels`, `masked`), launched on dense memory.
 
-With ``TRITON_INTERPRET=1`` in the environment they run in NumPy, on the CPU too. That is for tests
-without a GPU and very slow, so this backend then has to be asked for by name.
+With ``TRITON_INTERPRET=1`` in the environment they run in NumPy, on the CPU too: for tests without
+a GPU, and very slowly, so this backend then has to be requested by name.
 """
 
 import os
@@ -220,7 +220,7 @@ def dequantize_on_grid(
 
 
 class _Row(NamedTuple):
-    """A tensor to quantize by its own range, into ``y``, and what else is to be written of it."""
+    """A tensor to quantize with its own range, into ``y``, and the further outputs to write."""
 
     x: Tensor
     y: Tensor | None
@@ -256,7 +256,7 @@ def _fake_quantize(
 
 
 def _row_of_codes(x: Tensor, grid: Grid, axis: int | None) -> _Row:
-    """With room for codes, their scales and their zero points."""
+    """With empty outputs for codes, scales and zero points."""
     x, codes = dense(x, grid.code_dtype)
     scale, zero = (_for_each_channel(x, axis, dtype) for dtype in (torch.float32, torch.uint8))
     if x.numel() == 0:
@@ -274,7 +274,7 @@ def _written(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize_and_mask(row: _Row, masked: str, averaging_constant: float) -> Tensor:
-    # First the scales: the bits of a mask lie in the order of memory, and a channel may not.
+    # Scales first: the bits of a mask are in memory order, in which channels may be interleaved.
     y = row.y if masked == NOTHING else None
     _quantize_alone(row._replace(y=y), averaging_constant)
     return _mask(row, masked)
@@ -285,8 +285,8 @@ def _mask(row: _Row, masked: str) -> Tensor:
 
 
 def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
-    """On the signed grid: in one launch all tensors whose channels no programs share, in two
-    launches each other."""
+    """On the signed grid: one launch for all tensors whose channels are not shared by programs, two
+    launches for each other tensor."""
     together = []
     for row in rows:
         if row.x.numel() == 0:
@@ -301,7 +301,7 @@ def _quantize(rows: list[_Row], averaging_constant: float = 0.0) -> None:
 
 
 def _quantize_alone(row: _Row, averaging_constant: float = 0.0) -> None:
-    """On any grid."""
+    """Quantizes on any grid."""
     if row.x.numel() == 0:
         return
     tiling = row.tiling
@@ -359,7 +359,7 @@ def _fake_quantize_fixed_range(
 
 
 def _quantize_masked(row: _Row, masked: str, range_: Tensor | None = None) -> Tensor:
-    """The mask. By the range, if one is given, or else by the scale and the zero point."""
+    """The mask, from the range if one is given, else from the scale and the zero point."""
     x, y, qmax, axis, kind, scale, zero, *_ = row
     mask = x.new_empty(checks.packed_size(x), dtype=torch.uint8)
     if x.numel() > 0:
@@ -368,7 +368,7 @@ def _quantize_masked(row: _Row, masked: str, range_: Tensor | None = None) -> Te
         walk = channels, None if channels == 1 else inner
         arguments = *levels, y, mask, float(qmax), kind, masked, *walk
         tiling = _map_tiling(x, None)
-        # Each element of several channels has levels of its own, in registers.
+        # With several channels, each element has its own levels in registers.
         warps = tiling.warps * (1 if channels == 1 else 2)
         _launch_tiled(_masked_kernels().quantize_masked, tiling, x, *arguments, warps=warps)
     return mask
@@ -400,7 +400,7 @@ def _launch_tiled(
 
 
 def _launch(x: Tensor, kernel: Any, grid: tuple[int, ...], warps: int, *arguments: object) -> None:
-    """On the device of ``x``."""
+    """Launches on the device of ``x``."""
     with torch.cuda.device_of(x):
         try:
             kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)

@@ -1,4 +1,4 @@
-"""The arithmetic of one value in Triton, function by function that of ``csrc/quantize.h``.
+"""The arithmetic of one value in Triton, with the functions of ``csrc/quantize.h``.
 
 Kernels that use it are launched with ``enable_fp_fusion=False``: a fused multiply-add rounds once
 where the specification rounds twice.
@@ -23,7 +23,7 @@ ROUNDER = tl.constexpr(12582912.0)
 
 @triton.jit
 def to_float(x):
-    # bfloat16 by its bits, here and below: Triton's interpreter truncates in its own conversions.
+    # bfloat16 is converted by its bits, here and below: Triton's interpreter truncates.
     if x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True)
@@ -42,11 +42,11 @@ def from_float(x, dtype: tl.constexpr):
 
 @triton.jit
 def high_key(x, KIND: tl.constexpr):
-    """An integer of each value: their maximum is the range of a group, or its high end (`ends_of`).
-    They order like what they stand for, with NaN above inf."""
+    """An integer key for each value; the maximum key gives the range of a group, or its high end
+    (`ends_of`). Keys order like the values, with NaN above inf."""
     key = to_float(x).to(tl.int32, bitcast=True)
     if KIND == UNSIGNED:
-        # What is negative has no part in it. But -inf and a NaN of that sign make the range NaN.
+        # Negative values do not count, but -inf and a negative NaN make the range NaN.
         key = tl.where(key.to(tl.uint32, bitcast=True) >= 0xFF800000, 0x7FC00000, key)
     elif KIND != AFFINE:
         key &= 0x7FFFFFFF
@@ -55,14 +55,14 @@ def high_key(x, KIND: tl.constexpr):
 
 @triton.jit
 def low_key(x):
-    """Likewise of -x, for the low end of an affine grid."""
+    """The key of -x, for the low end of an affine grid."""
     return to_float(x).to(tl.int32, bitcast=True) ^ -0x80000000
 
 
 @triton.jit
 def ends_of(low_keys, high_keys, KIND: tl.constexpr):
-    """The low and the high end of the range whose largest keys these are. The high end is the range
-    of a grid that is not affine, and NaN where the low end is not finite."""
+    """The low and the high end of the range with these largest keys. For grids that are not affine
+    the high end is the range. It is NaN if the low end is not finite."""
     high = tl.maximum(high_keys, 0).to(tl.float32, bitcast=True)
     low = high
     if KIND == AFFINE:
@@ -73,7 +73,7 @@ def ends_of(low_keys, high_keys, KIND: tl.constexpr):
 
 @triton.jit
 def rounded_of(quotient):
-    """Half to even. What is too large for it is clamped either way; a NaN stays NaN."""
+    """Rounds half to even. Values too large for this method are clamped anyway; NaN stays NaN."""
     return (quotient + ROUNDER) - ROUNDER
 
 
@@ -104,7 +104,7 @@ def levels_of(low, high, qmax, KIND: tl.constexpr):
 
 @triton.jit
 def code_ends(zero, qmax, KIND: tl.constexpr):
-    """The smallest and the largest code, less that of 0."""
+    """The smallest and the largest code minus the zero point."""
     if KIND == AFFINE:
         low, high = -zero, 2 * qmax + 1 - zero
     elif KIND == UNSIGNED:
@@ -118,7 +118,7 @@ def code_ends(zero, qmax, KIND: tl.constexpr):
 
 @triton.jit
 def quantized(rounded, scale, zero, qmax, KIND: tl.constexpr, dtype: tl.constexpr):
-    """The value, or the code where the dtype is one of codes."""
+    """The value, or the code if the dtype is one of codes."""
     low, high = code_ends(zero, qmax, KIND)
     steps = tl.clamp(rounded, low, high, propagate_nan=tl.PropagateNan.ALL)
     if (dtype == tl.int8) or (dtype == tl.uint8):

@@ -1,7 +1,7 @@
-"""The Triton kernels: the walk over tiles, then one kernel for each way to walk.
+"""The Triton kernels: iteration over tiles, then one kernel for each kind of iteration.
 
 `tiling.Tiling` says which program works on which tiles. ``TILE`` of every kernel is its ``tile``;
-``sizes`` are its ``layout`` and the first of the tensor's programs, None for the only tensor.
+``sizes`` are its ``layout`` and the tensor's first program (None if there is only one tensor).
 """
 
 import triton
@@ -48,7 +48,7 @@ def channels_of_program(sizes, TILE: tl.constexpr):
 
 @triton.jit
 def tiles_of_program(sizes, TILE: tl.constexpr):
-    """How many tiles the channels of this program have."""
+    """The number of tiles of the channels of this program."""
     return tiles_along(sizes[0], TILE[0]) * tiles_along(sizes[2], TILE[2])
 
 
@@ -56,8 +56,8 @@ def tiles_of_program(sizes, TILE: tl.constexpr):
 def elements_of_tile(tile, sizes, TILE: tl.constexpr):
     """Offsets of the elements of a tile, and which of them exist."""
     outer, channels, inner, _ = sizes
-    # Triton compiles a size of 1 as a constant. So nothing is left of these divisions where outer
-    # or inner is 1, and accesses are wide: that is why the second remainder is taken.
+    # Triton compiles a size of 1 as a constant. So if outer or inner is 1 these divisions vanish
+    # and accesses are wide; the second remainder is taken for that reason.
     outer_tiles, inner_tiles = tiles_along(outer, TILE[0]), tiles_along(inner, TILE[2])
     o = (tile % outer_tiles).to(tl.int64) * TILE[0] + tl.arange(0, TILE[0])
     c, c_exists = channels_of_program(sizes, TILE)
@@ -69,7 +69,7 @@ def elements_of_tile(tile, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def load_ends(range_, channel, exists, KIND: tl.constexpr, channels):
-    """The range of channels: its low and its high end, of a grid that is not affine one twice."""
+    """The low and the high end of the range of channels; equal for grids that are not affine."""
     low = tl.load(range_ + channel, exists, 0.0)
     high = low
     if KIND == AFFINE:
@@ -155,8 +155,8 @@ def _record(
     sizes,
     TILE: tl.constexpr,
 ):
-    """The scale and the zero point of each channel, by its largest keys. One program for each
-    channel stores what the operator returns."""
+    """The scale and the zero point of each channel, from its largest keys. One program per channel
+    stores the outputs of the operator."""
     low, high = ends_of(low, high, KIND)
     scales, zeros = levels_of(low, high, qmax, KIND)
     if tl.program_id(1) == 0:
@@ -207,8 +207,8 @@ def quantize_tensor(
     sizes,
     TILE: tl.constexpr,
 ):
-    """The channels of this program, if they belong to this tensor. Those of one tile are read once
-    (``ON_CHIP``), others twice."""
+    """Quantizes the channels of this program, if they belong to this tensor. Channels of one tile
+    are read once (``ON_CHIP``), others twice."""
     channel_tile = channel_tile_of_program(sizes)
     if (channel_tile >= 0) & (channel_tile < tiles_along(sizes[1], TILE[1])):
         if ON_CHIP:
@@ -251,8 +251,8 @@ def quantize_channels(
     TILE: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
-    """Tuples of one argument for each tensor, of tensors whose channels no programs share, on the
-    signed grid."""
+    """Quantizes several tensors on the signed grid, whose channels are not shared by programs. Each
+    argument is a tuple with one value per tensor."""
     for i in tl.static_range(len(TILE)):
         quantize_tensor(
             x[i],
@@ -272,8 +272,8 @@ def quantize_channels(
 
 @triton.jit
 def reduce_partially(x, partial, KIND: tl.constexpr, sizes, TILE: tl.constexpr):
-    """Channels that several programs share: the largest keys, one row for each split; the rows of
-    the high keys come first."""
+    """Reduces channels that several programs share to their largest keys, one row per split; the
+    rows of the high keys come first."""
     channel, exists = channels_of_program(sizes, TILE)
     low, high = _largest_in_tiles(x, KIND, sizes, TILE)
     row = partial + tl.program_id(1).to(tl.int64) * sizes[1]
@@ -311,7 +311,7 @@ def quantize_reduced(
     sizes,
     TILE: tl.constexpr,
 ):
-    """The second launch, on the same grid: every program reduces the rows for itself."""
+    """Maps, in a second launch on the same grid; every program reduces the rows itself."""
     high = _largest_of_rows(partial, sizes, TILE)
     low = high
     if KIND == AFFINE:
@@ -338,7 +338,7 @@ def quantize_reduced(
 def quantize_fixed_range(
     x, range_, y, scale, zero, qmax, KIND: tl.constexpr, sizes, TILE: tl.constexpr
 ):
-    """With a range for each channel that is known before."""
+    """Quantizes with a given range for each channel."""
     channel, exists = channels_of_program(sizes, TILE)
     low, high = load_ends(range_, channel, exists, KIND, sizes[1])
     scales, zeros = levels_of(low, high, qmax, KIND)
@@ -350,7 +350,7 @@ def quantize_fixed_range(
 
 @triton.jit
 def dequantize(codes, scale, zero, y, sizes, TILE: tl.constexpr):
-    """Without a scale, only the steps."""
+    """Dequantizes; without a scale, only subtracts the zero point."""
     channel, channel_exists = channels_of_program(sizes, TILE)
     scales = 1.0
     if scale is not None:

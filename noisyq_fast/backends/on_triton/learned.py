@@ -1,4 +1,4 @@
-"""The Triton kernels of quantizers that learn (`learned_kernels`), launched on dense memory."""
+"""The Triton kernels of learned quantizers (`learned_kernels`), launched on dense memory."""
 
 from functools import cache
 from types import ModuleType
@@ -10,7 +10,7 @@ from noisyq_fast.backends.kernel_arguments import channel_layout, dense, like
 from noisyq_fast.backends.on_triton import _launch, _map, backend
 from noisyq_fast.rules import CHUNK, Rule
 
-# Of a program: each chunk has 64 sums of its own, so that a few share a warp.
+# Chunks per program: each chunk has 64 sums, so that a few chunks share a warp.
 _CHUNKS = 4
 
 

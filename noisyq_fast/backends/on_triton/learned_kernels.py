@@ -1,5 +1,5 @@
-"""The rules of quantizers that learn in Triton, function by function those of ``csrc/rules.h``, and
-their kernels. Tiles of the forward are as in `kernels`.
+"""The rules of learned quantizers in Triton, with the functions of ``csrc/rules.h``, and their
+kernels. Tiles of the forward are as in `kernels`.
 """
 
 # ruff: noqa: SIM109, as Triton compiles no ``in``
@@ -40,7 +40,7 @@ LN2_LOW = tl.constexpr(-2.12194440e-4)
 
 @triton.jit
 def exp_parts(x):
-    """e^x = power * (1 + rest), where power is one of 2."""
+    """e^x = power * (1 + rest), where power is a power of 2."""
     shifted = x * 1.44269504 + ROUNDER
     k = shifted - ROUNDER
     r = (x - k * LN2_HIGH) - k * LN2_LOW
@@ -80,7 +80,7 @@ def log_of(x):
     return tl.where(x == x, ln, x)
 
 
-# As csrc/rules.h. Parameters are ``p``, ``q`` and ``r``, as many as there are.
+# As csrc/rules.h. Parameters are ``p``, ``q`` and ``r``; a rule uses the first of these.
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _qil_power(v, r, RULE: tl.constexpr):
 
 @triton.jit
 def _dsq_place(x, p, q, scale, high):
-    """Steps from the low end, of which the cell and the place in it."""
+    """The distance from the low end in steps, as the cell and the position in it."""
     steps = tl.div_rn(clamp_to(x, p, q) - p, scale)
     cell = floor_of(steps)
     cell = tl.where(cell > high - 1.0, high - 1.0, cell)
@@ -200,7 +200,7 @@ def value_of(x, p, q, r, low, high, RULE: tl.constexpr):
 
 @triton.jit
 def derivatives_of(x, p, q, r, low, high, RULE: tl.constexpr):
-    """dy/dx, and dy/d each parameter, 0 for those that there are not."""
+    """dy/dx, and dy/d each parameter, 0 for those that the rule does not have."""
     scale = scale_of(p, q, low, high, RULE)
     by_q = tl.zeros_like(x)
     by_r = tl.zeros_like(x)
@@ -284,7 +284,7 @@ def _parameters(parameters, channel, exists, channels, COUNT: tl.constexpr):
 def quantize_learned(
     x, parameters, y, low, high, RULE: tl.constexpr, COUNT: tl.constexpr, sizes, TILE: tl.constexpr
 ):
-    """Values, or codes where ``y`` is int16."""
+    """Writes values, or codes if ``y`` is int16."""
     channel, is_channel = channels_of_program(sizes, TILE)
     p, q, r = _parameters(parameters, channel, is_channel, sizes[1], COUNT)
     p, q, r = p[None, :, None], q[None, :, None], r[None, :, None]
@@ -302,7 +302,7 @@ def quantize_learned(
 
 @triton.jit
 def _folded(lanes, CHUNKS: tl.constexpr):
-    """From ``[CHUNKS, LANES]`` to ``[CHUNKS]``: a sum of two is the same in any order."""
+    """Folds ``[CHUNKS, LANES]`` to ``[CHUNKS]``; a sum of two is the same in either order."""
     lanes = tl.sum(tl.reshape(lanes, [CHUNKS, 2, 32]), 1)
     lanes = tl.sum(tl.reshape(lanes, [CHUNKS, 2, 16]), 1)
     lanes = tl.sum(tl.reshape(lanes, [CHUNKS, 2, 8]), 1)
@@ -328,8 +328,8 @@ def learned_backward(
     COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """A program for each ``CHUNKS`` chunks of a channel, of ``size`` elements: dx, and the sums of
-    the chunks, ``[COUNT, channels, chunks]``. ``inner`` is None where channels lie together."""
+    """dx, and the sums of the chunks, ``[COUNT, channels, chunks]``; one program per ``CHUNKS``
+    chunks of a channel of ``size`` elements. ``inner`` is None if channels are contiguous."""
     channel = tl.program_id(1).to(tl.int64)
     p, q, r = _parameters(parameters, channel, True, channels, COUNT)
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
@@ -368,7 +368,7 @@ def learned_backward(
 
 @triton.jit
 def sum_chunks(values, sums, count, chunks):
-    """A program for each chunk of a row of ``count`` values."""
+    """Sums the chunks of rows of ``count`` values, one program per chunk."""
     row = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
     lanes = tl.zeros([1, LANES], tl.float32)

@@ -1,6 +1,6 @@
-"""The Triton kernels that tell which elements have no gradient, and mask gradients by it.
+"""The Triton kernels that compute the mask of elements without a gradient, and mask gradients.
 
-The bits that tell which those are lie in the order of memory, eight to a byte (`reference.pack`).
+The bits of a mask are in memory order, eight per byte (`reference.pack`).
 Arguments and tiles are otherwise as in `kernels`.
 """
 
@@ -41,8 +41,8 @@ def quantize_masked(
     sizes,
     TILE: tl.constexpr,
 ):
-    """With a range for each channel that is known before, or else its scale and zero point, over
-    memory as it lies. ``inner`` is None where all elements are of one."""
+    """Computes the mask, in memory order, from a given range of each channel or else from its scale
+    and zero point. ``inner`` is None if there is one channel."""
     GROUPS: tl.constexpr = (TILE[2] + 7) // 8
     elements = sizes[2]
     for tile in range(tl.program_id(1), tiles_along(elements, GROUPS * 8), tl.num_programs(1)):

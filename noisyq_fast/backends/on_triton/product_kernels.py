@@ -1,10 +1,10 @@
-"""The Triton kernels of products of codes: exact sums in int32 and, where scales are given, values.
+"""The Triton kernels of products of codes: exact sums in int32 and, if scales are given, values.
 
 A linear product is a convolution of images of one pixel. Images and weights have their channels
 last in memory. ``image`` is (rows, columns, channels); ``output`` is (pixels of all images, rows,
 columns, channels of a group); ``window`` is (stride, padding and dilation, each along rows and
-columns, and its columns), None in place of the columns where it is a single pixel; ``terms`` is (of
-a sum, of a pixel). ``TILE`` is (pixels, output channels, terms).
+columns, and its columns, None for a single pixel); ``terms`` is the number of terms (of a sum, of a
+pixel). ``TILE`` is (pixels, output channels, terms).
 """
 
 import triton
@@ -17,7 +17,7 @@ from noisyq_fast.backends.on_triton.sum_kernels import BELOW_NARROW
 
 @triton.jit
 def _pixels_of_tile(tile, output, window, TILE: tl.constexpr):
-    """Pixels of the output, which exist, their image, and where in it their windows begin."""
+    """Pixels of the output, which of them exist, their image, and the origin of their windows."""
     pixels, rows, columns, _ = output
     pixel = tile * TILE[0] + tl.arange(0, TILE[0])
     top = pixel // columns % rows * window[0] - window[2]
@@ -27,7 +27,7 @@ def _pixels_of_tile(tile, output, window, TILE: tl.constexpr):
 
 @triton.jit
 def _within(top, left, step, image, window):
-    """A pixel of each window: its place in the image, and whether it exists."""
+    """A pixel of each window: its position in the image, and whether it exists."""
     y, x = top, left
     if window[6] is not None:
         y, x = top + step // window[6] * window[4], left + step % window[6] * window[5]
@@ -36,7 +36,7 @@ def _within(top, left, step, image, window):
 
 @triton.jit
 def _zeros_of(zero, number, exists, OF_IMAGE: tl.constexpr):
-    """The code of 0: of all codes, or of the image of each pixel, along two axes."""
+    """The zero point, of all codes or of the image of each pixel, along two axes."""
     if zero is None:
         zeros = 0
     elif OF_IMAGE:
@@ -48,7 +48,7 @@ def _zeros_of(zero, number, exists, OF_IMAGE: tl.constexpr):
 
 @triton.jit
 def _store(sums, scale, weight_scale, term, out, rows, number, channel, channels, exists, OF_IMAGE):
-    """The sums, or their values, of which each operation is rounded once."""
+    """Stores the sums, or their values, each operation rounded once."""
     out += rows.to(tl.int64)[:, None] * channels + channel[None, :]
     row_exists, channel_exists = exists
     if scale is None:
@@ -66,7 +66,7 @@ def _store(sums, scale, weight_scale, term, out, rows, number, channel, channels
 
 @triton.jit
 def _add_to_moments(found, sums, rows_exist, channel, exists, channels):
-    """Of sums that fit into 16 bits, of up to 2^15 rows. All of it is exact, so in any order."""
+    """Moments of up to 2^15 rows of sums that fit into 16 bits; exact, so in any order."""
     sums = tl.where(rows_exist[:, None], sums, 0)
     square = sums * sums
     squares = tl.sum(square >> 16, 0).to(tl.int64) << 16
@@ -100,15 +100,15 @@ def multiply(
     TILE: tl.constexpr,
     OF_IMAGE: tl.constexpr,
 ):
-    """By products of matrices of signed bytes, for which 128 is subtracted from unsigned codes and
-    their zero points::
+    """Matrix products of signed bytes; 128 is subtracted from unsigned codes and their zero
+    points::
 
         sum (c - z) (d - w) = sum c d - z sum (d - w) - w sum c
 
-    ``weight`` are such d; ``weight_zero`` the w and ``weight_sum`` the sums of d - w, of each
-    output channel; None where all w are 0, and where z is. Programs are of a tile and of a group.
-    ``found``: of each channel the sum of all sums, that of their squares, and the largest -v and v,
-    both as numbers above 0; it begins with 0.
+    ``weight`` has the codes d; ``weight_zero`` has w and ``weight_sum`` the sums of d - w, for each
+    output channel; they are None if all w are 0, and if z is 0. One program per tile and group.
+    ``found`` receives, for each channel, the sum of all sums v, the sum of v^2, and the largest -v
+    and v, at least 0; it is 0 initially.
     """
     pixels_tile = tl.program_id(0) // tiles_along(output[3], TILE[1])
     rows, row_exists, number, top, left = _pixels_of_tile(pixels_tile, output, window, TILE)
@@ -172,7 +172,7 @@ def multiply_few(
     TILE: tl.constexpr,
     OF_IMAGE: tl.constexpr,
 ):
-    """Of groups of few channels: term by term, as it is written."""
+    """For groups of few channels: the sum term by term."""
     channels = output[3] * groups
     pixels_tile = tl.program_id(0) // tiles_along(channels, TILE[1])
     rows, row_exists, number, top, left = _pixels_of_tile(pixels_tile, output, window, TILE)

@@ -1,5 +1,5 @@
-"""Products of codes by the Triton kernels (`product_kernels`), where a bound proves that their sums
-fit into 32 bits; the reference computes the others, and those of other dimensions."""
+"""Products of codes by the Triton kernels (`product_kernels`), if a bound proves that their sums
+fit into 32 bits; the reference computes all others, and those of other dimensions."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,15 +17,15 @@ from noisyq_fast.backends.on_triton.tiling import product_tile
 
 _EXACT_INT = 2**31
 _MOST_PLACES = 2**31 - 2**15
-"""So many are counted in 32 bits, up to the end of the last tile."""
+"""The largest count that fits into 32 bits, up to the end of the last tile."""
 _SHIFT = 128
-"""Between an unsigned code and the signed byte that is multiplied in its place."""
+"""The difference between an unsigned code and the signed byte that is multiplied in its place."""
 _FEW = 16
-"""Channels of a group for which products of matrices are mostly padding."""
+"""Up to this number of channels per group, matrix products would be mostly padding."""
 
 
 class _Scales(NamedTuple):
-    """What sums are to be multiplied by, and what is added then."""
+    """The scales by which sums are multiplied, and the bias that is added."""
 
     of_codes: Tensor
     of_weight: Tensor
@@ -163,7 +163,7 @@ def integer_linear(
 
 
 def _is_taken(codes: Tensor, weight: Tensor) -> bool:
-    """Whether there is something to sum, and sums and rows are counted in 32 bits."""
+    """Whether there are terms, and sums and rows fit into 32 bits."""
     if codes.numel() == 0 or weight.numel() == 0:
         return False
     largest = weight[0].numel() * _largest(codes) * _largest(weight)
@@ -171,7 +171,7 @@ def _is_taken(codes: Tensor, weight: Tensor) -> bool:
 
 
 def _largest(codes: Tensor) -> int:
-    """No code less its zero point has a larger magnitude."""
+    """An upper bound of ``|code - zero_point|``."""
     return 128 if codes.dtype == torch.int8 else 255
 
 
@@ -188,8 +188,8 @@ def _convolve(
     dtype: torch.dtype,
     found: Tensor | None = None,
 ) -> Tensor | None:
-    """With the channels last in memory. None where images are smaller than the window, or places
-    in one do not fit into 32 bits."""
+    """The codes with the channels last in memory. None if images are smaller than the window, or
+    positions in one do not fit into 32 bits."""
     images, _, *sizes = codes.shape
     outputs, _, *window = weight.shape
     of_output = [
@@ -220,7 +220,7 @@ def _multiply(
     scales: _Scales | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Every row is an image of one pixel."""
+    """A linear product: each row is an image of one pixel."""
     rows = codes.shape[:-1]
     if _is_of_images(zero_point, scales):
         if zero_point is not None:
@@ -235,7 +235,7 @@ def _multiply(
 
 
 def _of_rows(x: Tensor, rows: torch.Size) -> Tensor:
-    """A value for each of ``rows``, of one for each index of its first axes."""
+    """Expands values of the first axes to one for each of ``rows``."""
     return x.reshape([*x.shape, *[1] * (len(rows) - x.dim())]).expand(rows).reshape(-1)
 
 
@@ -268,7 +268,7 @@ def _launch(
         kernel, columns = _kernels().multiply, of_group
         operands = _signed(weight, weight_zero_point, codes.dtype == torch.uint8)
     tile = product_tile(pixels, columns, of_sum, on_triton._limits(codes.device))
-    # Moments take registers.
+    # Moments need registers.
     warps = max(tile[0] * tile[1] // (2048 if found is None else 1024), min(tile[0] // 16, 4))
     on_triton._launch(
         codes,
@@ -296,8 +296,8 @@ def _is_of_images(zero_point: Tensor | None, scales: _Scales | None) -> bool:
 def _signed(
     weight: Tensor, zero_point: Tensor | None, codes_are_unsigned: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of a weight [outputs, terms] as signed bytes: these, their zero points, and the sums of each
-    output channel; without the latter where they are not needed."""
+    """A weight ``[outputs, terms]`` as signed bytes, its zero points, and the sums of each output
+    channel, if they are needed."""
     if weight.dtype == torch.uint8:
         weight = (weight ^ _SHIFT).view(torch.int8)
         if zero_point is None:

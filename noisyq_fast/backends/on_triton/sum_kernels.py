@@ -1,8 +1,8 @@
-"""The Triton kernels of what follows products of codes (`reference_integer`).
+"""The Triton kernels of chains after products of codes (`reference_integer`).
 
-Sums have their channels last in memory: tiles are those of `kernels`, of (rows, channels, 1),
-except where bits are written, which lie in the order of memory. Of what is summed up each program
-writes its part, a row for each quantity, and a second kernel adds these in a fixed order.
+Sums have their channels last in memory: tiles are those of `kernels`, of (rows, channels, 1);
+kernels that write bits iterate in memory order. In reductions each program writes partial results,
+one row per quantity, and a second kernel adds these in a fixed order.
 """
 
 import triton
@@ -31,7 +31,7 @@ from noisyq_fast.backends.on_triton.kernels import (
 
 INFINITY = tl.constexpr(float("inf"))
 BELOW_NARROW = tl.constexpr(2**15)
-"""No sum of 16 bits is as large."""
+"""Above every sum of 16 bits."""
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _of_channels(x, channel, exists):
 
 @triton.jit
 def _row_of(partial, row, sizes):
-    """A row of a program; those of a quantity come one after another."""
+    """A program's row; the rows of a quantity are adjacent."""
     row = row * tl.num_programs(1) + tl.program_id(1)
     return partial + tl.cast(row, tl.int64) * sizes[1]
 
@@ -50,8 +50,8 @@ def _row_of(partial, row, sizes):
 def moments_partially(sums, kept, wholes, ends, WIDE: tl.constexpr, sizes, TILE: tl.constexpr):
     """``wholes``: the sum of v and, in two parts, that of v^2; ``ends``: the largest -v and v.
 
-    Sums of 16 bits are added up in 32, with the lower 16 bits of a square apart from the upper
-    ones: up to 2^15 tiles a program.
+    Sums of 16 bits are accumulated in 32, with the lower and upper 16 bits of squares apart: exact
+    up to 2^15 tiles per program.
     """
     DTYPE: tl.constexpr = tl.int64 if WIDE else tl.int32
     BITS: tl.constexpr = 32 if WIDE else 16
@@ -129,7 +129,7 @@ def moments(wholes, ends, total, squares, low, high, rows, channels, TILE: tl.co
 
 @triton.jit
 def moments_of_products(found, total, squares, low, high, channels, TILE: tl.constexpr):
-    """The same of what `product_kernels.multiply` has found."""
+    """The same from the ``found`` of `product_kernels.multiply`."""
     channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
     exists = channel < channels
     found += channel
@@ -161,8 +161,8 @@ def _power_of_2(exponent):
 
 @triton.jit
 def _double_of(above, below):
-    """``above * 2^64 + below`` in float64, rounded once: of the upper 63 bits and of whether
-    anything follows. What is above is less than 2^53."""
+    """``above * 2^64 + below`` in float64, rounded once: from the upper 63 bits and whether any
+    lower bit is set. ``above`` is less than 2^53."""
     exponent = (above.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023
     shift = tl.where(above > 0, exponent + 2, 2)
     left, right = (64 - shift).to(tl.uint64), shift.to(tl.uint64)
@@ -198,9 +198,9 @@ def normalization(
     channels,
     TILE: tl.constexpr,
 ):
-    """``eps`` is given by the bits of a float64. ``running``, where it ``TRACKS``: the running mean
-    and variance, how many batches they are of, the bias of the layer, the bits of n / (n - 1), and
-    how much of the old and of the new is kept."""
+    """``eps`` is passed as the bits of a float64. ``running``, if ``TRACKS``: the running mean and
+    variance, the number of batches, the bias of the layer, the bits of n / (n - 1), and the weights
+    of the old and the new statistics."""
     channel, exists = _channels_to_finish(channels, TILE)
     s1 = tl.load(total + channel, exists, 0)
     n = tl.zeros_like(s1) + count
@@ -243,7 +243,7 @@ def normalization(
 
 @triton.jit
 def _with_keys_of(values, exists, low, high):
-    """The largest keys, with those of values that exist."""
+    """Updates the largest keys with the values that exist."""
     is_nan = (values != values) & exists
     values = tl.where(exists, values, 0.0)
     low = tl.maximum(low, tl.where(is_nan, 0x7FC00000, low_key(values)))
@@ -275,7 +275,7 @@ def ends_of_line(low, high, factor, term, range_, RELU: tl.constexpr, channels, 
 def observe(
     ends, running, observed, batch, averaging_constant, KIND: tl.constexpr, TILE: tl.constexpr
 ):
-    """Of a tensor as a whole; ``TILE`` is 1."""
+    """The range per tensor; ``TILE`` is 1."""
     one = tl.arange(0, TILE)
     low, high = tl.load(ends + one), tl.load(ends + 1 + one)
     if KIND != AFFINE:
@@ -299,8 +299,8 @@ def map_sums(
     sizes,
     TILE: tl.constexpr,
 ):
-    """Over memory as it lies, eight elements a byte of ``zeros``. ``partial``: the largest keys of
-    the low and the high end."""
+    """In memory order, eight elements per byte of ``zeros``. ``partial``: the largest keys of the
+    low and the high end."""
     GROUPS: tl.constexpr = (TILE[2] + 7) // 8
     elements = sizes[2]
     low = tl.zeros([GROUPS, 8], tl.int32)
@@ -385,7 +385,7 @@ def codes_of_sums(
 
 @triton.jit
 def _behind(grad, v, offsets, exists, factors, terms, RELU: tl.constexpr):
-    """The gradient behind the ReLU."""
+    """The gradient before the ReLU: 0 where its output is 0."""
     g = to_float(tl.load(grad + offsets, exists, 0.0))
     if RELU:
         g = tl.where(v * factors + terms > 0.0, g, 0.0)

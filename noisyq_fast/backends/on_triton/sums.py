@@ -1,5 +1,5 @@
-"""What follows products of codes, by the Triton kernels (`sum_kernels`); where there are no
-elements, by the reference."""
+"""Chains after products of codes, by the Triton kernels (`sum_kernels`); without elements, by the
+reference."""
 
 import struct
 from functools import cache
@@ -41,7 +41,7 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
 
 
 def moments_of_products(found: Tensor) -> tuple[Tensor, ...]:
-    """Those of each channel, of what a product has found of its sums."""
+    """The moments of each channel, from the ``found`` of a product."""
     channels = found.shape[1]
     total, squares = (found.new_empty(channels, *n) for n in ((), (2,)))
     low, high = found.new_empty(2, channels, dtype=torch.float32).unbind()
@@ -228,23 +228,24 @@ def _tiling(sums: Tensor) -> Tiling:
 
 
 def _reduction_tiling(sums: Tensor) -> Tiling:
-    """By few programs, so that what they found is soon put together."""
+    """A tiling with few programs, so that combining their partial results is quick."""
     return fewer_splits(_tiling(sums), on_triton._limits(sums.device))
 
 
 def _bits(x: float) -> int:
-    """Those of a float64: Triton's own floats are float32."""
+    """The bits of a float64: Triton passes Python floats as float32."""
     (bits,) = struct.unpack("q", struct.pack("d", x))
     return bits
 
 
 def _launch(kernel: object, tiling: Tiling, x: Tensor, *arguments: object) -> None:
-    # Sums in 64 bits take many registers.
+    # 64-bit sums need many registers.
     on_triton._launch_tiled(kernel, tiling, x, *arguments, warps=2 * tiling.warps)
 
 
 def _finish(kernel: object, x: Tensor, *arguments: object, channels: int | None = None) -> None:
-    """Puts together what the programs of a launch found: a value each, or one of each channel."""
+    """Combines the partial results of the programs of a launch, each one value or one per
+    channel."""
     if channels is None:
         on_triton._launch(x, kernel, (1,), 4, x, *arguments, 1024)
     else:

@@ -1,6 +1,6 @@
-"""How the work on a tensor is cut into tiles and spread over the programs of a GPU.
+"""Tilings: how the work on a tensor is divided into tiles and over the programs of a GPU.
 
-Pure functions of sizes. Results do not depend on what they return: the only reduction is a maximum.
+Pure functions of sizes. Quantized results do not depend on them: the only reduction is a maximum.
 """
 
 from dataclasses import dataclass, replace
@@ -9,23 +9,23 @@ from math import prod
 
 Box = tuple[int, int, int]
 
-# Programs that a processor should have at least, so that some load while others compute.
+# Programs per processor, at least, so that some load while others compute.
 _PROGRAMS_PER_PROCESSOR = 4
-# Of a reduction.
+# The same for a reduction.
 _TILES_PER_PROGRAM = 8
-# What a program reads in one piece, where the layout allows: two sectors of device memory. Not
+# Bytes that a program reads contiguously, if the layout allows: two sectors of device memory. Not
 # more, because all programs of a channel tile read each other's partial absmax of every channel.
 _RUN_BYTES = 64
 
 
 @dataclass(frozen=True)
 class TileLimits:
-    """What one GPU holds.
+    """Limits of a GPU.
 
     Attributes:
-        processors: how many multiprocessors it has.
+        processors: the number of multiprocessors.
         on_chip: the most elements that a program keeps in registers between absmax and map.
-        streamed: elements of a tile that a program passes through.
+        streamed: elements of a tile that a program only passes through.
     """
 
     processors: int
@@ -37,15 +37,15 @@ class TileLimits:
 class Tiling:
     """A dense tensor, cut into tiles for a grid of ``(channel_tiles, splits)`` programs.
 
-    Program ``(p, s)`` works on the channels of channel tile ``p``, and of the tiles that these
-    channels have along outer and inner, it takes every ``splits``-th, from the ``s``-th on.
+    Program ``(p, s)`` works on the channels of channel tile ``p``. Of the tiles of these channels
+    along outer and inner, it takes every ``splits``-th, starting with the ``s``-th.
 
     Attributes:
         layout: sizes of the tensor's memory as (outer, channels, inner).
         tile: sizes of a tile in the same order, powers of two. Tiles may reach over the end.
         channel_tiles: tiles along the channels.
         tiles: tiles of one channel tile: along outer times along inner.
-        splits: programs that share one channel tile.
+        splits: the number of programs that share one channel tile.
     """
 
     layout: Box
@@ -66,7 +66,7 @@ class Tiling:
 
 @lru_cache(maxsize=4096)
 def map_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
-    """For a map, with nothing to know before.
+    """The tiling of a map that needs no reduction before.
 
     Args:
         layout: (outer, channels, inner), of at least one element.
@@ -83,10 +83,10 @@ def map_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
 
 @lru_cache(maxsize=4096)
 def absmax_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
-    """For a map that needs each channel's absmax before.
+    """The tiling of a map that needs each channel's absmax before.
 
-    One tile a program where channels fit on chip; one program a channel tile where those are
-    enough to fill the machine; otherwise programs share channel tiles, and need a second launch.
+    One tile per program if channels fit on chip; one program per channel tile if these are enough
+    to fill the GPU; otherwise programs share channel tiles, and need a second launch.
 
     Example:
         >>> absmax_tiling((1, 512, 4608), 4, TileLimits(processors=132))
@@ -99,8 +99,8 @@ def absmax_tiling(layout: Box, itemsize: int, limits: TileLimits) -> Tiling:
 
 @lru_cache(maxsize=4096)
 def fewer_splits(tiling: Tiling, limits: TileLimits) -> Tiling:
-    """For a reduction, of which each program leaves a part: no more of them than processors, until
-    they have several tiles each.
+    """The tiling of a reduction with one partial result per program: no more programs than
+    processors, until each has several tiles.
 
     Example:
         >>> limits = TileLimits(processors=132)
@@ -114,8 +114,8 @@ def fewer_splits(tiling: Tiling, limits: TileLimits) -> Tiling:
 
 @lru_cache(maxsize=4096)
 def product_tile(rows: int, columns: int, terms: int, limits: TileLimits) -> Box:
-    """A tile of a product of matrices, as (rows, columns, terms): the largest of which there are
-    enough to fill the machine.
+    """The tile of a matrix product, as (rows, columns, terms): the largest with enough tiles to
+    fill the GPU.
 
     Example:
         >>> product_tile(128 * 32 * 32, 64, 576, TileLimits(processors=132))
@@ -141,7 +141,7 @@ def _tiling(layout: Box, itemsize: int, limits: TileLimits, limit: int) -> Tilin
     run = max(_RUN_BYTES // (itemsize * inner_tile), 1)
     channel_tile = min(_power_of_2(channels), run, limit // inner_tile)
     outer_tile = min(_power_of_2(outer), limit // (inner_tile * channel_tile))
-    # Channels that leave room in the tile, and are more than enough for all processors.
+    # Channels leave room in the tile, and there are more than enough for all processors.
     while (
         _tiles(channels, channel_tile) > programs
         and inner_tile * channel_tile * outer_tile < limits.streamed
@@ -164,5 +164,5 @@ def _tiles(size: int, tile: int) -> int:
 
 
 def _power_of_2(size: int) -> int:
-    """The smallest power of two that is not below ``size``."""
+    """The smallest power of two that is at least ``size``."""
     return 1 << (size - 1).bit_length()
