@@ -33,6 +33,13 @@ REPORT = Report(
     section=_section,
     across=data_size.sections,
     draw=figures.draw_all,
+    figures={
+        "figure1": "baseline and quant-w4a4 at one noise and seed",
+        "figure2": "two levels of noise",
+        "figure3": "the baseline, and two settings of quant, dropout or prune",
+        "memorisation": "two levels of noise",
+    },
+    score=("test accuracy, %", "test_accuracy"),
     folder="report",
     csv="summary.csv",
     more={"widths.csv": widths.summary},

@@ -26,6 +26,10 @@ class Report:
     across: Callable[[list[Study]], list[str]]
     """The sections on several studies together."""
     draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], list[Path]]
+    figures: Mapping[str, str]
+    """Those of each study, by the names of their files, with the runs that they take."""
+    score: tuple[str, str]
+    """The title and the name of the main one."""
     folder: str
     """Where it is written, in the directory of the runs."""
     csv: str

@@ -189,7 +189,10 @@ class ActionUnits(Task):
 
     @staticmethod
     def summary(result: dict[str, Any]) -> str:
-        return f"test F1 {result['test_f1']:.2%} (mean of {len(result['thresholds'])} AUs)"
+        truth = result.get("test_f1_truth")
+        by_truth = "" if truth is None else f", {truth:.2%} by the truth"
+        aus = len(result["thresholds"])
+        return f"test F1 {result['test_f1']:.2%} by the annotators' labels{by_truth} ({aus} AUs)"
 
     def label_arrays(self) -> dict[str, np.ndarray]:
         indices = self.parts["trained"]

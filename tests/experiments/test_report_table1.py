@@ -313,7 +313,10 @@ def test_command_writes_tables_and_the_figure(three_seeds, capsys):
         "table1-1.png",
     }
     text = (out / "report.md").read_text()
-    assert text == capsys.readouterr().out[: len(text)]
+    shown = capsys.readouterr().out
+    assert "  test F1 against the annotators, %     noise 1\n" in shown
+    assert "\ntable1-2.png: not drawn, takes the baseline and another method, with all" in shown
+    assert "\nunfinished, left out: killed\n" in shown
     assert "## Unfinished runs, left out\n\n- killed\n" in text
     assert text.endswith("\nOther runs, left out: 1; report.py figures is for them.\n")
     assert (out / "table1-1.png").stat().st_size > 5000
