@@ -10,6 +10,7 @@ import torch
 from comparison import OURS, Call, Comparison, time_in_turns
 from torch import Tensor
 
+from experiments.training.cuda_graph import WARM_UP, on_side_stream, record
 from noisyq_fast import current_backend, use_backend
 from noisyq_fast.backends import BACKENDS
 
@@ -96,22 +97,15 @@ class Replay:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            call()
+        self.graph, _ = record(call)
 
     def __call__(self) -> None:
         self.graph.replay()
 
 
 def warm_up(call: Call) -> None:
-    """Compiles and allocates, on another stream, as a later capture asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    """Compiles and allocates."""
+    on_side_stream(call, times=WARM_UP)
     torch.cuda.synchronize()
 
 

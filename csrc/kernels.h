@@ -175,6 +175,38 @@ void grads_of_sums(DType dtype, const void* grad, Sums v, int64_t rows, int64_t 
                    const float* slope, const float* shift, const float* tilt, void* out,
                    int threads);
 
+// The gradient of v, given that of y: as `grads_of_sums` makes it. Where `v` is null, `grad`
+// itself.
+struct GradOfSums {
+  const void* grad;
+  Sums v;
+  bool relu;
+  const float *factor, *term, *mean, *slope, *shift, *tilt;
+};
+
+// The input of a convolution: (codes - zero) * scale.
+struct ConvolvedCodes {
+  const void* codes;
+  bool are_signed;
+  int zero;
+  float scale;
+};
+
+// [outputs, channels, kernel], with a stride of each axis.
+struct Weight {
+  const float* values;
+  int64_t strides[4];
+};
+
+// Whether `convolve_backward` multiplies values of a type on this machine.
+bool has_products(DType dtype);
+
+// The gradients of `convolve` by its input, like `grad`, and by its weight, [outputs, kernel,
+// channels], each where it is not null. Channels and outputs in 16s, a kernel of 1 or 3 columns, no
+// dilation. Products of values of `dtype`, that of `grad`; sums of floats.
+void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weight weight,
+                       const Convolution& how, void* dx, float* dw, int threads);
+
 // A convolution without groups and dilation.
 struct AdderShape {
   int64_t images, rows, columns, inputs;  // of x

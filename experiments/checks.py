@@ -1,6 +1,22 @@
-"""The error that every option of the command line gives for a value it does not take."""
+"""The names that options of the command line take, and the error that every option gives for a
+value it does not take."""
 
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from typing import Annotated as Choice
+else:
+
+    class Choice:
+        """The type of an option that takes one of the names in a table, `Choice[str, table]`: a
+        Literal of them, for the command line. A type checker, which cannot read the table, sees
+        text."""
+
+        def __class_getitem__(cls, parameters: tuple[type, Iterable[str]]) -> Any:
+            _, names = parameters
+            return Literal[tuple(names)]
+
 
 MOST_EPOCHS = 1_000_000
 _LONGEST_NAME = 150  # bytes

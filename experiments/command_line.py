@@ -33,7 +33,7 @@ def parse(arguments: list[str]) -> RunConfig:
     """The options in `arguments`; a ValueError tells those that there are not, and those that do
     not go together."""
     require_known(arguments)
-    command = tyro.cli(
+    command: Any = tyro.cli(
         _command(),
         args=arguments,
         description=_description(),
@@ -135,7 +135,7 @@ def filled(paragraphs: list[str]) -> str:
 
 def paragraphs_of(documented: type) -> list[str]:
     """Of its docstring, each in one line, but for those that are indented."""
-    paragraphs = inspect.getdoc(documented).split("\n\n")
+    paragraphs = (inspect.getdoc(documented) or "").split("\n\n")
     return [text if text.startswith("  ") else " ".join(text.split()) for text in paragraphs]
 
 

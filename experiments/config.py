@@ -6,14 +6,13 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tyro.extras import literal_type_from_choices
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments import methods, tasks
 from experiments.checks import (
     MOST_EPOCHS,
     PLAIN_NAME,
+    Choice,
     flag,
     is_plain_name,
     require,
@@ -27,15 +26,21 @@ from noisyq_fast.backends import AUTO, BACKENDS
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
 _TASK_OPTIONS = [task.OPTIONS for task in tasks.TASKS.values()]
+_METHODS = (methods.BASELINE, *methods.METHODS)
+_LOSSES = (methods.OWN_LOSS, *methods.LOSSES)
+_DATASETS = tuple(name for options in _TASK_OPTIONS for name in options.DATASETS)
+_NOISE_KINDS = tuple(name for options in _TASK_OPTIONS for name in options.NOISE_KINDS)
+_SCHEDULES = tuple(SCHEDULES)
+_BACKENDS = (AUTO, *BACKENDS)
 _CHOICES = {
-    "method": (methods.BASELINE, *methods.METHODS),
-    "loss": (methods.OWN_LOSS, *methods.LOSSES),
-    "dataset": tuple(name for options in _TASK_OPTIONS for name in options.DATASETS),
-    "noise_kind": tuple(name for options in _TASK_OPTIONS for name in options.NOISE_KINDS),
-    "schedule": tuple(SCHEDULES),
+    "method": _METHODS,
+    "loss": _LOSSES,
+    "dataset": _DATASETS,
+    "noise_kind": _NOISE_KINDS,
+    "schedule": _SCHEDULES,
     "device": DEVICES,
     "precision": PRECISIONS,
-    "backend": (AUTO, *BACKENDS),
+    "backend": _BACKENDS,
 }
 _MOST_THREADS = 16 * (os.cpu_count() or 1)
 # None of these changes a number in the results; the data are identified by their checksum.
@@ -55,8 +60,11 @@ WITHOUT_EFFECT = {
 TOLD_BY_METHODS = {"method", "loss"}
 LEGACY = {
     name: value
-    for owner in (*_TASK_OPTIONS, *methods.METHODS.values())
-    for name, value in owner.LEGACY.items()
+    for legacy in (
+        *(options.LEGACY for options in _TASK_OPTIONS),
+        *(method.LEGACY for method in methods.METHODS.values()),
+    )
+    for name, value in legacy.items()
 }
 """Options that came later, with the value that older runs had: names of runs leave it out."""
 
@@ -64,15 +72,11 @@ _NO_METHOD = methods.Options()
 _NO_TASK = tasks.Options()
 
 
-def _choice(option: str) -> Any:
-    return literal_type_from_choices(_CHOICES[option])
-
-
 @dataclass(frozen=True)
 class Data:
     """Which samples a network learns from."""
 
-    dataset: _choice("dataset") = "digits"
+    dataset: Choice[str, _DATASETS] = "digits"
     """digits: 1,797 images of 8x8 from scikit-learn. cifar10: 60,000 of 32x32. synthetic-au: 10,496
     drawn faces of 64x64, labelled by annotators who disagree. bp4d, disfa: filmed faces with 12 and
     8 coded action units, for who has a licence."""
@@ -104,7 +108,7 @@ class Noise:
     annotators disagree, from 0; at 1 a ninth of their labels are wrong. Human labels come with
     their own. If not given: 0.4; 1 for synthetic-au."""
 
-    noise_kind: _choice("noise_kind") | None = None
+    noise_kind: Choice[str, _NOISE_KINDS] | None = None
     """symmetric: re-drawn uniformly over all classes, the true one included. symmetric_exclusive:
     the true one excluded. asymmetric: flipped to the class it is most often mistaken for. pair:
     flipped to the next class. instance: flipped by what the image looks like. aggregate, random1,
@@ -134,7 +138,7 @@ class Training:
     lr: float | None = None
     """First learning rate. If not given: 0.001; 0.0001 for inception_v3."""
 
-    schedule: _choice("schedule") | None = None
+    schedule: Choice[str, _SCHEDULES] | None = None
     """steps: the learning rate falls to 0.1, 0.01, 0.001 and 0.0005 of the first after 40, 60, 80
     and 90 % of the epochs. cosine: it falls to 0 along a half cosine. exponential: by 1 % an epoch.
     constant: it stays. If not given: steps; of faces cosine for small, exponential for
@@ -155,10 +159,10 @@ class Training:
 class Machine:
     """What computes the run."""
 
-    device: _choice("device") = "auto"
+    device: Choice[str, DEVICES] = "auto"
     """auto: a GPU where there is one."""
 
-    precision: _choice("precision") = "fp32"
+    precision: Choice[str, PRECISIONS] = "fp32"
     """bf16: convolutions and linear layers in bfloat16 (autocast); weights stay float32."""
 
     compile: bool = False
@@ -171,7 +175,7 @@ class Machine:
     """CPU threads, up to 16 for each core of the machine. They can change the last digits. If not
     given: what suits the data set."""
 
-    backend: _choice("backend") = AUTO
+    backend: Choice[str, _BACKENDS] = AUTO
     """What computes the quantizer; auto: NOISYQ_BACKEND, or else the fastest. Every choice gives
     the same numbers."""
 
@@ -196,12 +200,12 @@ class RunConfig(Machine, Training, Noise, Data):
     them. "The paper" is arXiv 2303.11803, beside a method the one where it was published.
     """
 
-    method: _choice("method") | None = None
+    method: Choice[str, _METHODS] | None = None
     """What is done against wrong labels; baseline: nothing. Each method's own options are below;
     given beside another method, they combine the two, as in --method quant --weight-decay 0.01. If
     not given: the methods whose options are given, or else baseline."""
 
-    loss: _choice("loss") | None = None
+    loss: Choice[str, _LOSSES] | None = None
     """What is minimized. cross_entropy: the usual; of faces weighted, with half a Dice loss. Each
     of the others is a method too, with options of its own: --loss gce is --method gce, but can
     stand beside another --method. If not given: that of the method, or else cross_entropy."""
@@ -324,7 +328,7 @@ class RunConfig(Machine, Training, Noise, Data):
         """What is done, short, for names of runs."""
         return label_of(self.methods, self.task, self.epochs)
 
-    def resolved(self, gpu: bool, threads: int) -> RunConfig:
+    def resolved(self, gpu: bool, threads: int) -> FilledConfig:
         """These options, with what was left to a default filled in, for a machine with or without a
         GPU and so many CPU threads."""
         device = self.device
@@ -338,18 +342,16 @@ class RunConfig(Machine, Training, Noise, Data):
         if options.SELECTS_EPOCH:
             # Trains to the end, unless told otherwise, and goes back to the best epoch.
             whole = max(1, epochs)
-            asked = on["early_stopping"].patience if "early_stopping" in on else whole
-            on = on | {"early_stopping": EarlyStopping(min(asked, whole))}
+            on = on | {"early_stopping": EarlyStopping(min(_patience(on) or whole, whole))}
         defaults = self._usual(options, on) | {"threads": self._recipe(options).threads or threads}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         of_tasks = {tasks.of_dataset(self.dataset): options}
-        return dataclasses.replace(
-            self,
-            device=device,
-            options=dataclasses.replace(self.options, **on),
-            of_tasks=dataclasses.replace(self.of_tasks, **of_tasks),
-            **missing,
-        )
+        filled: dict[str, Any] = {
+            "device": device,
+            "options": dataclasses.replace(self.options, **on),
+            "of_tasks": dataclasses.replace(self.of_tasks, **of_tasks),
+        }
+        return cast("FilledConfig", dataclasses.replace(self, **filled, **missing))
 
     @property
     def usual(self) -> dict[str, Any]:
@@ -388,9 +390,32 @@ class RunConfig(Machine, Training, Noise, Data):
         return identity | {"methods": list(self.methods)}
 
 
+if TYPE_CHECKING:
+
+    class FilledConfig(RunConfig):
+        noise: float
+        noise_kind: str
+        validation: float
+        epochs: int
+        batch_size: int
+        lr: float
+        schedule: str
+        threads: int
+else:
+    FilledConfig = RunConfig
+    """Options whose defaults `RunConfig.resolved` has filled in: to a type checker these are not
+    None. (The noise of labels that people gave still is.)"""
+
+
 def label_of(on: dict[str, methods.Method], task: type[tasks.Task], epochs: int | None) -> str:
     """The label of a run with these methods."""
-    stopping = on.get("early_stopping")
-    if stopping and task.OPTIONS.SELECTS_EPOCH and stopping.patience >= (epochs or 1):
+    patience = _patience(on)
+    if patience and task.OPTIONS.SELECTS_EPOCH and patience >= (epochs or 1):
         on = {name: method for name, method in on.items() if name != "early_stopping"}  # all do so
     return methods.label(on)
+
+
+def _patience(on: dict[str, methods.Method]) -> int | None:
+    """Of early stopping, if it is on."""
+    stopping = on.get("early_stopping")
+    return stopping.patience if isinstance(stopping, EarlyStopping) else None

@@ -3,8 +3,11 @@
 import dataclasses
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import noisyq_fast
+from experiments.methods import Method
+from experiments.tasks import Part
 from experiments.training import data_parallel
 from experiments.training.loop import Trainer
 
@@ -12,7 +15,7 @@ from experiments.training.loop import Trainer
 def header(trainer: Trainer, path: Path) -> str:
     """On what the trainer trains, what it trains, how, and where ``path`` of the run is."""
     config, task, model = trainer.config, trainer.task, trainer.model
-    trained, held_out, tested = map(task.count, ("trained", "held_out", "test"))
+    trained, held_out, tested = map(task.count, get_args(Part))
     wrong = task.wrong_labels()
     labels = f"{wrong:.1%} of their labels are wrong" if wrong is not None else "as they were coded"
     parts = [f"{trained:,} {task.SAMPLES} to train on ({labels})"]
@@ -44,7 +47,7 @@ def header(trainer: Trainer, path: Path) -> str:
     )
 
 
-def _described(item: tuple[str, object]) -> str:
+def _described(item: tuple[str, Method]) -> str:
     """A method and its options."""
     name, method = item
     options = dataclasses.asdict(method)

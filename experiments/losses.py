@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +39,12 @@ def imitation(logits: Tensor, others: Tensor, temperature: float = 1.0) -> Tenso
     goes to the logits of the other network."""
     own, other = ((z / temperature).log_softmax(1) for z in (logits, others.detach()))
     return temperature**2 * F.kl_div(own, other, log_target=True, reduction="batchmean")
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, of which there is at least one."""
+    nothing: Any = 0
+    return sum(terms, nothing)
 
 
 class CrossEntropy(Loss):

@@ -106,6 +106,12 @@ def write(report: Report, runs: Path, out: Path) -> None:
     names = titles(found)
     summaries = list(map(report.summary, found))
     sections = list(map(report.section, names, found, summaries)) + report.across(found)
+    shown = list(zip(names, found, summaries, strict=True))
+    # A $ in a name is a $.
+    with _told_as_out(), matplotlib.rc_context({"text.parse_math": False}):
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = report.draw(shown, out)
+    sections.append(drawn.section())
     if unfinished:
         folders = [folder.name for folder in unfinished]
         sections.append(bullets_section("Unfinished runs, left out", folders))
@@ -115,7 +121,6 @@ def write(report: Report, runs: Path, out: Path) -> None:
         sections.append(of_others)
     text = "\n\n".join(sections) + "\n"
     with _told_as_out():
-        out.mkdir(parents=True, exist_ok=True)
         _write_csv([comparison.by_run(study) for study in found], names, out / "runs.csv")
         _write_csv(summaries, names, out / report.csv)
         for name, table_of in report.more.items():
@@ -124,15 +129,16 @@ def write(report: Report, runs: Path, out: Path) -> None:
                 _write_csv(tables, names, out / name)
         with atomic(out / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
-        shown = list(zip(names, found, summaries, strict=True))
-        with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a $
-            drawn = report.draw(shown, out)
-    print(screen.overview(report, shown, drawn))
+    print(screen.overview(report, shown))
+    if drawn.missing:
+        print("not drawn:")
+    for reason in drawn.missing:
+        print(f"  {escaping.one_line(reason)}")
     for folder in unfinished:
         print(f"unfinished, left out: {escaping.one_line(folder.name)}")
     if others:
         print(of_others)
-    files = ["report.md", "runs.csv", report.csv, *(path.name for path in drawn)]
+    files = ["report.md", "runs.csv", report.csv, *(path.name for path in drawn.files)]
     print(f"written to {out}: {', '.join(files)}")
 
 

@@ -21,7 +21,7 @@ import torch
 import noisyq_fast
 from experiments import command_line, tasks, terminal
 from experiments.checks import require_once
-from experiments.config import RunConfig
+from experiments.config import FilledConfig, RunConfig
 from experiments.header import header
 from experiments.methods import BASELINE
 from experiments.storage.identity import RunIdentity
@@ -51,7 +51,7 @@ class Run:
     weights: Weights | None
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> FilledConfig:
         return self.identity.config
 
 
@@ -63,18 +63,18 @@ def prepare(config: RunConfig) -> Run:
         except (ValueError, RuntimeError) as error:
             reason = str(error).removeprefix("use_backend: ")
             raise ValueError(f"--backend: got {config.backend}: {reason}") from error
-    config = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
-    data = _read(config)
-    weights = Weights.read(config.weights) if config.weights else None
+    filled = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
+    data = _read(filled)
+    weights = Weights.read(filled.weights) if filled.weights else None
     beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
     if data_parallel.started() > 1:
         beside["processes"] = data_parallel.started()  # whose sums have other last digits
-    identity = RunIdentity(config, beside)
-    path = config.out / config.name if config.name else folder_of(config.out, identity.name)
+    identity = RunIdentity(filled, beside)
+    path = filled.out / filled.name if filled.name else folder_of(filled.out, identity.name)
     return Run(identity, path, data, weights)
 
 
-def _read(config: RunConfig) -> Any:
+def _read(config: FilledConfig) -> Any:
     """The data of the run; what is wrong with them names the option that says where they are."""
     try:
         return config.task.read(config)
@@ -194,9 +194,12 @@ def _result(run: Run, trainer: Trainer) -> dict[str, Any]:
 def _at_best_validation(history: list[EpochMetrics], score: str) -> float | None:
     """The test score of the best epoch on held-out samples; None unless all had both."""
     test = f"test_{score}"
-    if not history or any(None in (m.scores[test], m.validation_score) for m in history):
+    if not history or any(metrics.scores[test] is None for metrics in history):
         return None
-    return max(history, key=lambda metrics: metrics.validation_score).scores[test]
+    scores = [m.validation_score for m in history if m.validation_score is not None]
+    if len(scores) < len(history):
+        return None
+    return history[scores.index(max(scores))].scores[test]
 
 
 def check_device(wanted: str) -> None:

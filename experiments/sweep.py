@@ -13,17 +13,15 @@ import os
 import shlex
 import shutil
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from tyro.extras import literal_type_from_choices
 
 from experiments import run, terminal
-from experiments.checks import option_names, require, require_once, require_whole
+from experiments.checks import Choice, option_names, require, require_once, require_whole
 from experiments.command_line import filled, paragraphs_of, parse_into, require_known
-from experiments.sweeping.engines import ENGINES, Task
+from experiments.sweeping.engines import ENGINES, Rounds, Task
 from experiments.sweeping.grid import RUN_OPTIONS, Grid, narrowed
 from experiments.sweeping.planning import tasks
 from experiments.sweeping.progress import Progress, is_finished, state
@@ -71,7 +69,7 @@ class SweepConfig:
     out: Path = Path("runs")
     """Directory in which the runs make their folders."""
 
-    engine: literal_type_from_choices(ENGINES) = "local"
+    engine: Choice[str, ENGINES] = "local"
     """local: processes on this machine. ray: tasks of Ray (pip install 'noisyq_fast[ray]'), on the
     cluster that RAY_ADDRESS names or that runs on this machine, or else on a new one of this
     machine alone. Several machines must share, under the same paths, --out, the data, this project
@@ -152,12 +150,14 @@ def _list(what: str, tasks: list[Task]) -> None:
 
 def report_of(task: Task) -> str:
     """The command of report.py that compares such runs as this finished one."""
+    assert task.identity is not None
     return task.identity.config.task.report().command
 
 
 def carry_out(config: SweepConfig, todo: list[Task]) -> tuple[list[Task], list[Task]]:
     """Runs what is not finished; gives the tasks that failed and those that other processes run."""
-    failed, busy = [], []
+    failed: list[Task] = []
+    busy: list[Task] = []
     left = [task for task in todo if not is_finished(task)]
     if not left:
         return failed, busy
@@ -177,7 +177,7 @@ def carry_out(config: SweepConfig, todo: list[Task]) -> tuple[list[Task], list[T
     return failed, [task for task in busy if not is_finished(task)]  # by now
 
 
-def _engine(config: SweepConfig, tasks: list[Task]) -> Iterator[list[tuple[Task, int | OSError]]]:
+def _engine(config: SweepConfig, tasks: list[Task]) -> Rounds:
     if config.engine == "ray":
         return ENGINES["ray"](tasks, gpus_per_run=config.gpus_per_run)
     jobs = config.jobs

@@ -2,32 +2,32 @@
 
 from importlib import metadata as _metadata
 
-from noisyq_fast.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
-from noisyq_fast.attention import QuantMultiheadAttention
 from noisyq_fast.backends import current_backend, use_backend
 from noisyq_fast.calibration import bitsplit, calibrate, dfq, easyquant, ocs
-from noisyq_fast.convert import dequantize_model_, quantize_model_, register_layer
+from noisyq_fast.conversion.classes import register_layer
+from noisyq_fast.conversion.convert import dequantize_model_, quantize_model_
 from noisyq_fast.data_parallel import sync_ranges_
 from noisyq_fast.environment import info
 from noisyq_fast.exporting import Export, export_onnx
+from noisyq_fast.files.integer_files import load_integers, save_integers
 from noisyq_fast.grid import Grid
-from noisyq_fast.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import fuse_
 from noisyq_fast.integer.only import IntegerOnly
-from noisyq_fast.integer_files import load_integers, save_integers
-from noisyq_fast.layers import (
+from noisyq_fast.layers.adder import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
+from noisyq_fast.layers.attention import QuantMultiheadAttention
+from noisyq_fast.layers.convolution import (
     QuantConv1d,
     QuantConv2d,
     QuantConv3d,
     QuantConvTranspose1d,
     QuantConvTranspose2d,
     QuantConvTranspose3d,
-    QuantEmbedding,
-    QuantLayer,
-    QuantLinear,
 )
-from noisyq_fast.ops import (
+from noisyq_fast.layers.grouped import GroupedLinear, QuantGroupedLinear
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.layers.linear import QuantEmbedding, QuantLinear
+from noisyq_fast.operators.quantize import (
     dequantize,
     fake_quantize,
     fake_quantize_ema,

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.grid import Grid
 from noisyq_fast.integer.deferred import Deferred
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers import LearnedQuantizer, MovingAbsMax
 
 _INFINITY = float("inf")

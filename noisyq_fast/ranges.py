@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Quantizer
 
 _lock = threading.Lock()

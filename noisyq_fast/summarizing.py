@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from noisyq_fast.adder import AdderConv2d, AdderLinear
-from noisyq_fast.convert import check_not_lazy, why_not_quantized
+from noisyq_fast.conversion.classes import check_not_lazy, why_not_quantized
 from noisyq_fast.counting import Work, count, parameters_of
 from noisyq_fast.integer.batch_norm import ExactBatchNorm
-from noisyq_fast.layers import INTEGER, QuantEmbedding, QuantLayer
+from noisyq_fast.layers.adder import AdderConv2d, AdderLinear
+from noisyq_fast.layers.layer import INTEGER, QuantLayer
+from noisyq_fast.layers.linear import QuantEmbedding
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import in_evaluation
 

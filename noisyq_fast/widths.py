@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from noisyq_fast import checks
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 FLOAT = 32

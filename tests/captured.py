@@ -1,17 +1,9 @@
 """CUDA graphs of calls."""
 
-import torch
+from experiments.training.cuda_graph import WARM_UP, on_side_stream, record
 
 
 def captured(call):
-    """A graph of the call, warmed up on another stream, and what the call returned."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = call()
-    return graph, returned
+    """A graph of the call, warmed up, and what the call returned."""
+    on_side_stream(call, times=WARM_UP)
+    return record(call)

@@ -7,8 +7,9 @@ from torch import nn
 from torch._decomp import decomposition_table
 
 import noisyq_fast
-from noisyq_fast import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear, checks
+from noisyq_fast import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
 from noisyq_fast.backends import native_cpu_adder, reference_adder
+from noisyq_fast.operators import checks
 
 OPERATORS = ("adder_conv2d", "adder_conv2d_input_gradient", "adder_conv2d_weight_gradient")
 # Images, channels, rows, columns; outputs and the kernel; stride; padding. Also channels that fill

@@ -1,5 +1,6 @@
 """The choice of a backend, what is said about it, and processes that fork."""
 
+import inspect
 import os
 import re
 import shutil
@@ -8,12 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
+import emulated_cuda
 import pytest
 import torch
 
 import noisyq_fast
 from noisyq_fast import backends
-from noisyq_fast.backends import BACKENDS
+from noisyq_fast.backends import BACKENDS, kernel_arguments
 from noisyq_fast.backends.backend import Backend
 
 
@@ -135,6 +137,7 @@ def test_the_reference_computes_every_operator():
     # What chains of integer layers consist of is called without an operator.
     of_chains = {"convolve_sums", "moments", "normalization", "map_sums", "codes_of_sums"}
     of_chains |= {"grads_of_norm", "grads_of_sums", "ends_of_line", "observe", "float_steps"}
+    of_chains |= {"grads_of_convolution"}
     computed = set(BACKENDS["reference"].functions)
     assert computed == declared | of_chains
     for backend in BACKENDS.values():
@@ -195,6 +198,29 @@ def test_a_checkout_that_was_not_installed_can_be_imported(tmp_path):
     )
     assert done.stdout.startswith(f"{tmp_path / 'noisyq_fast'}"), done.stderr
     assert "0+unknown reference\n" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emulated-cuda"])
+def test_kernels_name_their_arguments(backend):
+    if (reason := BACKENDS[backend].unavailable()) is not None:
+        pytest.skip(reason)
+    kernels = kernel_arguments.core if backend == "cpu" else emulated_cuda.MODULE.kernels
+    functions = {name: f for name, f in vars(kernels).items() if inspect.isbuiltin(f)}
+    assert "zero_clipped" in functions
+    assert not [name for name, f in functions.items() if "arg0" in f.__doc__]
+    with pytest.raises(TypeError, match="elements: "):
+        kernels.zero_clipped(0)
+
+
+@pytest.mark.parametrize("source", ["bindings.cpp", "bindings_cuda.cpp"])
+def test_names_of_arguments_are_those_of_the_parameters(source):
+    """In their order: called by keyword, a kernel would take another for one that is not."""
+    text = (Path(__file__).parents[1] / "csrc" / source).read_text()
+    bindings = [part for part in text.split("m.def(")[1:] if "[](" in part]
+    assert len(bindings) > 10
+    for binding in bindings:
+        parameters = re.sub("<.*?>", "", binding.split("[](")[1].split(") {")[0])
+        assert re.findall(r'"(\w+)"_a', binding) == re.findall(r"(\w+)(?:,|$)", parameters), binding
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_threads():

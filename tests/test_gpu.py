@@ -25,7 +25,7 @@ from noisyq_fast import (
 )
 from noisyq_fast.backends import BACKENDS
 from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
-from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 
 pytestmark = pytest.mark.usefixtures("gpu_backend")
 
@@ -249,7 +249,9 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_errors_are_those_of_the_cpu_and_come_before_a_launch(call, monkeypatch):
-    monkeypatch.setattr("noisyq_fast._declare.select", lambda *_: pytest.fail("reached a backend"))
+    monkeypatch.setattr(
+        "noisyq_fast.operators.declare.select", lambda *_: pytest.fail("reached a backend")
+    )
     errors = []
     for device in ("cpu", "cuda:0"):
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -267,7 +269,7 @@ SANITIZED = """
 import torch
 from torch import nn
 from noisyq_fast import *
-from noisyq_fast.learned import fake_quantize_learned
+from noisyq_fast.operators.learned import fake_quantize_learned
 for shape in ((5, 1027), (3, 20_001), (4, 6, 9, 11)):
     for dtype in (torch.float32, torch.bfloat16):
         for axis in (None, 0, 1):

@@ -11,7 +11,7 @@ from noisyq_fast import (
     fake_quantize_many,
     quantize,
 )
-from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
+from noisyq_fast.operators.checks import STRAIGHT_THROUGH_ESTIMATORS
 
 
 def test_identity_passes_the_very_gradient_and_saves_nothing(backend):

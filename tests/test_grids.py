@@ -13,8 +13,8 @@ from test_numerics import ROUND_TO, assert_like, front
 import noisyq_fast
 from noisyq_fast import Grid, dequantize, fake_quantize, fake_quantize_ema, quantize
 from noisyq_fast.backends import BACKENDS, reference
-from noisyq_fast.checks import STRAIGHT_THROUGH_ESTIMATORS
 from noisyq_fast.grid import KINDS
+from noisyq_fast.operators.checks import STRAIGHT_THROUGH_ESTIMATORS
 
 # With a width: of an odd grid 8 bits would not fit into int8.
 grids = st.tuples(bits, st.sampled_from(KINDS)).filter(lambda grid: grid != (8, "odd"))

@@ -28,8 +28,8 @@ from noisyq_fast import (
     quantize_model_,
     save_integers,
 )
+from noisyq_fast.files.packing import pack_codes, packed_size, unpack_codes
 from noisyq_fast.grid import KINDS, Grid, most_bits
-from noisyq_fast.packing import pack_codes, packed_size, unpack_codes
 
 X = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -94,7 +94,7 @@ def test_packed_codes_come_back(data):
 def test_parts_of_many_codes_are_packed_like_all(monkeypatch):
     codes = torch.arange(1000).remainder(7).sub(3).to(torch.int8)
     whole = pack_codes(codes, Grid(3))
-    monkeypatch.setattr("noisyq_fast.packing._AT_ONCE", 64)
+    monkeypatch.setattr("noisyq_fast.files.packing._AT_ONCE", 64)
     assert torch.equal(pack_codes(codes, Grid(3)), whole)
     assert torch.equal(unpack_codes(whole, Grid(3), codes.shape), codes)
 

@@ -290,11 +290,11 @@ def test_a_subclass_stays_what_it_is():
 
 @pytest.fixture
 def registered():
-    before = dict(noisyq_fast.convert._LAYERS)
+    before = dict(noisyq_fast.conversion.classes._LAYERS)
     register_layer(Shifted, QuantShifted)
     yield
-    noisyq_fast.convert._LAYERS.clear()
-    noisyq_fast.convert._LAYERS.update(before)
+    noisyq_fast.conversion.classes._LAYERS.clear()
+    noisyq_fast.conversion.classes._LAYERS.update(before)
 
 
 @pytest.mark.usefixtures("registered")

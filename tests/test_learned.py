@@ -8,7 +8,7 @@ from every_operator import RULES
 
 from noisyq_fast import use_backend
 from noisyq_fast.backends import elementary, on_triton, reference_learned
-from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 
 EVERY_SIZE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -3e38, 1.3, -1.3]
 SMALL = [

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from noisyq_fast import quantize_model_, usage
+from noisyq_fast import quantize_model_
+from noisyq_fast.layers import usage
 
 pytestmark = pytest.mark.usefixtures("both_arithmetics")
 

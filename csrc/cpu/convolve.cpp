@@ -48,6 +48,9 @@ struct Task {
   uint8_t zero;
   const int8_t* weight;  // [blocks, kernel, width / 4, 16, 4]; wide: [.., width / 16, 4, 4, 4, 4]
   const int32_t* shift;  // [blocks, 16]: zero times the sum of the weights of a channel
+  // Codes that lie side by side, which the weights meet in order: where they begin, from a pixel.
+  std::vector<int64_t> runs;
+  int64_t run_length;
 };
 
 // Weights as the dot products read them. Wide, register q has output 4 i + q in its lane i.
@@ -154,20 +157,16 @@ NOISYQ_VNNI inline void narrow_tile(const Task& task, const uint8_t* image, int6
                                     Lanes* lanes) {
   __m512i sums[kPixels];
   for (int p = 0; p < kPixels; ++p) sums[p] = _mm512_setzero_si512();
-  const int64_t step = task.how.stride[1] * task.width;
-  const Convolution& how = task.how;
-  const int8_t* weight = task.weight + block * how.kernel[0] * how.kernel[1] * task.width * kLanes;
-  for (int64_t ky = 0; ky < how.kernel[0]; ++ky) {
-    for (int64_t kx = 0; kx < how.kernel[1]; ++kx) {
-      const uint8_t* x =
-          image + (ky * how.dilation[0] * task.padded_width + kx * how.dilation[1]) * task.width;
-      for (int64_t c = 0; c < task.width; c += kGroup, weight += kLanes * kGroup) {
-        const __m512i w = _mm512_loadu_si512(weight);
-        for (int p = 0; p < kPixels; ++p) {
-          int32_t four;
-          memcpy(&four, x + p * step + c, sizeof four);
-          sums[p] = _mm512_dpbusd_epi32(sums[p], _mm512_set1_epi32(four), w);
-        }
+  const int64_t step = task.how.stride[1] * task.width, length = task.run_length;
+  const int8_t* weight = task.weight + block * task.runs.size() * length * kLanes;
+  for (const int64_t run : task.runs) {
+    const uint8_t* x = image + run;
+    for (int64_t c = 0; c < length; c += kGroup, weight += kLanes * kGroup) {
+      const __m512i w = _mm512_loadu_si512(weight);
+      for (int p = 0; p < kPixels; ++p) {
+        int32_t four;
+        memcpy(&four, x + p * step + c, sizeof four);
+        sums[p] = _mm512_dpbusd_epi32(sums[p], _mm512_set1_epi32(four), w);
       }
     }
   }
@@ -181,25 +180,17 @@ NOISYQ_VNNI inline void wide_tile(const Task& task, const uint8_t* image, int64_
   for (int p = 0; p < kPixels; ++p) {
     for (int q = 0; q < kQuad; ++q) sums[p][q] = _mm512_setzero_si512();
   }
-  const int64_t step = task.how.stride[1] * task.width;
-  const Convolution& how = task.how;
-  const int8_t* weight = task.weight + block * how.kernel[0] * how.kernel[1] * task.width * kLanes;
-  for (int64_t ky = 0; ky < how.kernel[0]; ++ky) {
-    for (int64_t kx = 0; kx < how.kernel[1]; ++kx) {
-      const uint8_t* x =
-          image + (ky * how.dilation[0] * task.padded_width + kx * how.dilation[1]) * task.width;
-      for (int64_t c = 0; c < task.width; c += kWide, weight += kLanes * kWide) {
-        __m512i w[kQuad];
-        for (int q = 0; q < kQuad; ++q) {
-          w[q] = _mm512_loadu_si512(weight + q * kLanes * kGroup);
-        }
-        for (int p = 0; p < kPixels; ++p) {
-          const __m512i codes = _mm512_broadcast_i32x4(
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + p * step + c)));
-          for (int q = 0; q < kQuad; ++q) {
-            sums[p][q] = _mm512_dpbusd_epi32(sums[p][q], codes, w[q]);
-          }
-        }
+  const int64_t step = task.how.stride[1] * task.width, length = task.run_length;
+  const int8_t* weight = task.weight + block * task.runs.size() * length * kLanes;
+  for (const int64_t run : task.runs) {
+    const uint8_t* x = image + run;
+    for (int64_t c = 0; c < length; c += kWide, weight += kLanes * kWide) {
+      __m512i w[kQuad];
+      for (int q = 0; q < kQuad; ++q) w[q] = _mm512_loadu_si512(weight + q * kLanes * kGroup);
+      for (int p = 0; p < kPixels; ++p) {
+        const __m512i codes = _mm512_broadcast_i32x4(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + p * step + c)));
+        for (int q = 0; q < kQuad; ++q) sums[p][q] = _mm512_dpbusd_epi32(sums[p][q], codes, w[q]);
       }
     }
   }
@@ -288,7 +279,8 @@ bool has_dot_products() {
 
 void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight,
               const Convolution& how, bool narrow, void* out, Moments moments, int threads) {
-  Task task{how};
+  Task task{};
+  task.how = how;
   task.is_wide = how.channels % kWide == 0;
   task.width = (how.channels + kGroup - 1) / kGroup * kGroup;
   task.blocks = (how.outputs + kLanes - 1) / kLanes;
@@ -302,6 +294,14 @@ void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight
     int32_t total = 0;
     for (int64_t k = 0; k < terms; ++k) total += weight[o * terms + k];
     shift[o] = total * task.zero;
+  }
+  const bool are_near = how.dilation[1] == 1;
+  task.run_length = are_near ? how.kernel[1] * task.width : task.width;
+  for (int64_t ky = 0; ky < how.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < (are_near ? 1 : how.kernel[1]); ++kx) {
+      const int64_t pixel = ky * how.dilation[0] * task.padded_width + kx * how.dilation[1];
+      task.runs.push_back(pixel * task.width);
+    }
   }
   task.weight = weights.data();
   task.shift = shift.data();

@@ -134,12 +134,15 @@ def _read_members(members: tarfile.TarFile) -> dict[str, bytes]:
     for count, member in enumerate(members, 1):
         if count > _MOST_MEMBERS:
             raise ValueError(f"it has more than {_MOST_MEMBERS} members")
+        assert isinstance(member, _Member)
         member.require_size(_LARGEST_BATCH)  # which another header can have changed
         name = Path(member.name).name
         if name in blobs:
             raise ValueError(f"it has two members {name}")
         if member.isfile() and name in BATCH_MD5:
-            blobs[name] = members.extractfile(member).read()
+            file = members.extractfile(member)
+            assert file is not None  # as it is one
+            blobs[name] = file.read()
     return blobs
 
 
@@ -147,7 +150,7 @@ class _Member(tarfile.TarInfo):
     """A member whose size is checked before tarfile reads or skips it."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Member":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
         member = super().frombuf(buf, encoding, errors)
         is_file = member.type in tarfile.REGULAR_TYPES
         member.require_size(_LARGEST_BATCH if is_file else _LARGEST_HEADER)
@@ -165,7 +168,7 @@ class _Unpacked(gzip.GzipFile):
     def __init__(self, packed: io.BytesIO) -> None:
         super().__init__(fileobj=packed)
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int) -> bytes:  # type: ignore[override]  # tarfile always gives a size
         if self.tell() + size > _LARGEST_UNPACKED:
             raise ValueError(f"it unpacks to more than {_LARGEST_UNPACKED:,} bytes")
         return super().read(size)

@@ -56,5 +56,5 @@ class Dataset:
             self.test_images,
             self.test_labels,
         ):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()

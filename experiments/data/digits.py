@@ -20,7 +20,7 @@ def load(data_dir: Path | None = None, download: bool = False) -> Dataset:
         name="digits",
         train_images=images[~is_test],
         train_labels=labels[~is_test],
-        train_indices=torch.arange((~is_test).sum()),
+        train_indices=torch.arange(int((~is_test).sum())),
         test_images=images[is_test],
         test_labels=labels[is_test],
         class_names=tuple(str(digit) for digit in range(10)),

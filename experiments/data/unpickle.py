@@ -12,7 +12,7 @@ import io
 import math
 import pickletools
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,7 +72,9 @@ class _Array:
             case _:
                 raise ValueError("an array has a state that numpy does not write")
 
-    def fill(self, data: bytes | bytearray, dtype: _Dtype, shape: tuple, order: str) -> None:
+    def fill(
+        self, data: bytes | bytearray, dtype: _Dtype, shape: tuple, order: Literal["C", "F"]
+    ) -> None:
         lengths = len(shape) <= _MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
         if self.value is not None or not lengths:
             raise ValueError("an array has a state that numpy does not write")
@@ -224,7 +226,7 @@ class _Machine:
                 *axes,
             ):
                 array.fill(data, dtype, shape, "F" if order == "F" else "C")
-                if order == "K":
+                if order == "K" and array.value is not None:
                     array.value = array.value.transpose(tuple(*axes))
                 return array
             case _Named(), _:

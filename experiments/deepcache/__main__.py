@@ -78,6 +78,7 @@ def compare_on_frames(config: FramesConfig) -> None:
     torch.set_num_threads(1)
     trainer = _trained(config.folder)
     task = trainer.task
+    assert isinstance(task, ActionUnits)
     if config.frames is None:
         chosen = task.parts["test"][: config.count]
         pictures, labels = task.frames.images[task.frames.row[chosen]], task.frames.given[chosen]

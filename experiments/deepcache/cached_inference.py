@@ -109,7 +109,7 @@ class CachedInference:
             shape = list(frame.shape)
             raise ValueError(f"frame: got {frame.dtype} {shape}, takes uint8 [H, W, C]")
         same = self.previous is not None and torch.equal(frame, self.previous)
-        reuse = Reuse.whole(tuple(frame.shape[:2])) if same else self._matched(frame)
+        reuse = Reuse.whole((frame.shape[0], frame.shape[1])) if same else self._matched(frame)
         if not same:
             self.age = 0 if reuse is None else self.age + 1
         inputs = self.prepare(frame[None])
@@ -129,7 +129,7 @@ class CachedInference:
         """What of a frame was in the one before, which is another."""
         if self.previous is None or self.previous.shape != frame.shape:
             return None
-        size = tuple(frame.shape[:2])
+        size = frame.shape[0], frame.shape[1]
         if self.age >= self.expires or min(size) < self.block:
             return None
         before, now = (picture.permute(2, 0, 1).float() for picture in (self.previous, frame))
@@ -217,7 +217,7 @@ class _Run(fx.Interpreter):
         return _convolved_in_part(layer, x, before, region, window)
 
     def _layer(self, n: fx.Node) -> nn.Module | None:
-        return self.module.get_submodule(n.target) if n.op == "call_module" else None
+        return self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
 
     def _is_in_place(self, n: fx.Node) -> bool:
         """Whether a node changes its input."""
@@ -229,14 +229,15 @@ class _Run(fx.Interpreter):
         self, n: fx.Node, layer: nn.Module | None, window: Window | None, size: tuple[int, ...]
     ) -> Reuse | None:
         """What of a node's output is as it was; `size` is that of its pictures."""
-        inputs = [self._input_region(node) for node in n.all_input_nodes]
-        if None in inputs or len(size) != 2:
+        regions = [self._input_region(node) for node in n.all_input_nodes]
+        inputs = [region for region in regions if region is not None]
+        if len(inputs) < len(regions) or len(size) != 2:
             return None
         if window is not None:
-            return inputs[0].through(window, size)
+            return inputs[0].through(window, (size[0], size[1]))
         if not _is_pointwise(n, layer):
             return None
-        region = inputs[0]
+        region: Reuse | None = inputs[0]
         for other in inputs[1:]:
             region = region and region.and_(other)
         return region
@@ -245,7 +246,7 @@ class _Run(fx.Interpreter):
         if n not in self.unchanged:
             return self.regions[n]
         shape = self.values[n][0].shape if n in self.values else ()
-        return Reuse.whole(tuple(shape[2:])) if len(shape) == 4 else None
+        return Reuse.whole((shape[2], shape[3])) if len(shape) == 4 else None
 
     def _count(self, n: fx.Node, value: Tensor, share: float) -> None:
         layer = self._layer(n)
@@ -261,7 +262,9 @@ class _Run(fx.Interpreter):
 def _window(n: fx.Node, layer: nn.Module | None) -> Window | None:
     """What an output of a convolution, pooling or strided index sees; None of other nodes."""
     if n.op == "call_function" and n.target in _POOLS:
-        layer = _POOLS[n.target](*n.args[1:], **n.kwargs)
+        given: Any = n.args[1:]
+        named: Any = n.kwargs
+        layer = _POOLS[n.target](*given, **named)
     if n.op == "call_function" and n.target is operator.getitem:
         return _strided(n.args[1])
     if type(layer) not in _WINDOWS:
@@ -283,12 +286,15 @@ def _strided(index: Any) -> Window | None:
         return None
     if not all(isinstance(i, slice) and i.start in (None, 0) and i.stop is None for i in index):
         return None
-    samples, channels, *strides = (i.step or 1 for i in index)
-    return Window((1, 1), tuple(strides), (0, 0)) if samples == channels == 1 else None
+    samples, channels, down, right = (i.step or 1 for i in index)
+    return Window((1, 1), (down, right), (0, 0)) if samples == channels == 1 else None
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if not isinstance(value, tuple | list):
+        return value, value
+    vertical, horizontal = value
+    return vertical, horizontal
 
 
 def _is_pointwise(n: fx.Node, layer: nn.Module | None) -> bool:
@@ -298,7 +304,8 @@ def _is_pointwise(n: fx.Node, layer: nn.Module | None) -> bool:
     if n.op == "call_method":
         return n.target in _POINTWISE_METHODS
     if n.target is F.pad:
-        return n.args[1][:4] == (0, 0, 0, 0) and not n.kwargs and len(n.args) == 2
+        widths = n.args[1] if len(n.args) == 2 and not n.kwargs else None
+        return isinstance(widths, tuple) and widths[:4] == (0, 0, 0, 0)
     if n.target is torch.cat:
         return (*n.args[1:], *n.kwargs.values()) == (1,)
     return n.target in _POINTWISE_FUNCTIONS

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from experiments.checks import flag
 from experiments.methods.adder import Adder
@@ -102,12 +103,19 @@ LOSSES = {name: method for name, method in METHODS.items() if method.REPLACES ==
 OWN_LOSS = "cross_entropy"
 """The name of the loss that a task has by itself."""
 
-Options = dataclasses.make_dataclass(
-    "Options",
-    [(name, method, method()) for name, method in METHODS.items()],
-    frozen=True,
-)
-"""The options of all methods, each method's under its name."""
+if TYPE_CHECKING:
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        def __init__(self, **options: Method) -> None: ...
+        def __getattr__(self, name: str) -> Method: ...
+else:
+    Options = dataclasses.make_dataclass(
+        "Options",
+        [(name, method, method()) for name, method in METHODS.items()],
+        frozen=True,
+    )
+    """The options of all methods, each method's under its name."""
 
 
 def chosen(names: Collection[str | None], options: Options) -> dict[str, Method]:

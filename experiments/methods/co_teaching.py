@@ -59,7 +59,7 @@ class CoTeachingProcedure(Procedure):
     """Two networks that differ in their initial weights."""
 
     NETWORKS: ClassVar[int] = 2
-    PASSES: ClassVar[Passes] = Passes(2, 2)
+    PASSES: Passes = Passes(2, 2)
     CHANGES: ClassVar[bool] = True
 
     def __init__(self, parts: Parts, rate: float, rise: int) -> None:
@@ -76,8 +76,8 @@ class CoTeachingProcedure(Procedure):
         with self.parts.autocast():
             logits = [forward(batch.inputs).float() for forward in self.forwards]
             losses = [
-                loss.samples(scores, batch.labels, batch.indices)
-                for loss, scores in zip(self.losses, logits, strict=True)
+                self.loss(number).samples(scores, batch.labels, batch.indices)
+                for number, scores in enumerate(logits)
             ]
         picked = [picks(own.detach(), self.left_out) for own in losses]
         means = [kept_mean(losses[n], *picked[1 - n]) for n in range(2)]

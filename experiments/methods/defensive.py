@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.checks import require
-from experiments.losses import Changed, Loss
+from experiments.losses import Changed, Loss, total
 from experiments.methods.method import Method
 from experiments.models.layers import LAYERS
 from noisyq_fast import GroupedLinear
@@ -49,12 +49,12 @@ class Defensive(Method):
     def loss(self, loss: Loss, model: nn.Module, task: Any) -> Loss:
         def added() -> Tensor:
             layers = (layer for layer in model.modules() if isinstance(layer, LAYERS))
-            return self.defensive / 2 * sum(penalty(matrices(layer)) for layer in layers)
+            return self.defensive / 2 * total(penalty(matrices(layer)) for layer in layers)
 
         return Changed(loss, added=added)
 
 
-def matrices(layer: nn.Module) -> Tensor:
+def matrices(layer: LAYERS) -> Tensor:
     """The weight of a convolution or linear layer as matrices `[groups, O, I]`."""
     weight = layer.weight
     if isinstance(layer, GroupedLinear):

@@ -95,7 +95,7 @@ def _put_weights_back(model: nn.Module, *_: object) -> None:
         vars(layer).pop("weight", None)
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
+def layers(model: nn.Module) -> list[LAYERS]:
     """The convolutions and linear layers."""
     return [module for module in model.modules() if isinstance(module, LAYERS)]
 

@@ -53,6 +53,8 @@ class ELR(Method):
 class EarlyLearning(Loss):
     """Cross-entropy and the regularizer; the targets stay as they are in evaluation mode."""
 
+    targets: Tensor
+
     def __init__(self, factor: float, kept: float, count: int, classes: int) -> None:
         super().__init__()
         self.factor = factor

@@ -69,6 +69,8 @@ class GeneralizedCrossEntropy(Loss):
 class TruncatedGCE(GeneralizedCrossEntropy):
     """Constant for the samples that are not `kept`."""
 
+    kept: Tensor
+
     def __init__(self, q: float, threshold: float, count: int) -> None:
         super().__init__(q)
         self.threshold = threshold

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from experiments.models.latent_classifier import activations, add_latent_layer_,
 from experiments.training.evaluation import accuracy
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
 from experiments.training.retrieval import mean_average_precision, nearest, packed
+
+if TYPE_CHECKING:
+    from experiments.tasks import Part
 
 Use = Literal["relabel", "leave_out", "tell"]
 
@@ -124,7 +127,7 @@ class HashVotes(Procedure):
         )
         return votes(neighbours, given, self.parts.task.classes, options.hash_agreement)
 
-    def _described(self, part: str) -> tuple[Tensor, Tensor]:
+    def _described(self, part: "Part") -> tuple[Tensor, Tensor]:
         """The features and the packed codes of all samples of a part."""
         network = self.networks[0].eval()
         both = self.parts.logits(lambda inputs: torch.cat(activations(network, inputs), 1), part)
@@ -140,7 +143,7 @@ class HashVotes(Procedure):
             return super().step(replace(batch, labels=torch.where(suspect, votes, batch.labels)))
         with self.parts.autocast():
             logits = self.forwards[0](batch.inputs).float()
-            losses = self.losses[0].samples(logits, batch.labels, batch.indices)
+            losses = self.loss().samples(logits, batch.labels, batch.indices)
         loss = torch.where(suspect, 0.0, losses).mean()
         self.follow(loss * batch.share)
         return StepResult(loss.detach(), logits.detach())

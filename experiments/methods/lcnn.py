@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from experiments.checks import require
-from experiments.losses import Changed, Loss
+from experiments.losses import Changed, Loss, total
 from experiments.methods.method import Method
 from experiments.models.lookup import LookupConv2d
 from experiments.models.replacing import inner_convolutions
@@ -71,12 +71,14 @@ class LCNN(Method):
         plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
         if not plain or isinstance(layer.padding, str):
             raise ValueError(f"lcnn: layer {name}: got {layer}, takes no groups and no dilation")
+        geometry: Any = layer.kernel_size, layer.stride, layer.padding
+        size, stride, padding = geometry
         return LookupConv2d(
             layer.in_channels,
             layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
+            size,
+            stride,
+            padding,
             bias=layer.bias is not None,
             vectors=max(1, round(self.lcnn_dictionary * layer.in_channels)),
             sparsity=self.lcnn_sparsity,
@@ -87,7 +89,7 @@ class LCNN(Method):
             return loss
 
         def added() -> Tensor:
-            return self.lcnn_lambda * sum(layer.threshold_penalty() for layer in lookups(model))
+            return self.lcnn_lambda * total(layer.threshold_penalty() for layer in lookups(model))
 
         return Changed(loss, added=added)
 

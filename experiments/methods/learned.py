@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 import noisyq_fast
-from experiments.checks import require, require_choice, require_whole
+from experiments.checks import Choice, require, require_choice, require_whole
 from experiments.methods.method import Method
 from experiments.models.residual import Residual
 from experiments.training.schedules import phases
 from noisyq_fast import AQD, DSQ, LSQ, PACT, QIL, SAT, Quantizer
-from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.layers.grouped import PER_GROUP
 from noisyq_fast.quantizers.lsq import GRADIENTS
 from noisyq_fast.quantizers.pact import GRADIENTS as PACT_GRADIENTS
 from noisyq_fast.quantizers.sat import ROUNDINGS
@@ -84,7 +84,7 @@ class LearnedSteps(LearnedQuant):
     lsq_symmetric: bool = False
     """As many codes of weights below 0 as above, as in popular implementations."""
 
-    lsq_gradient: Literal[GRADIENTS] = "paper"
+    lsq_gradient: Choice[str, GRADIENTS] = "paper"
     """The factor of a step's gradient: the paper's; over all elements, the batch included; or
     none."""
 
@@ -100,7 +100,10 @@ class LearnedSteps(LearnedQuant):
         return {"lsq_bits": self.lsq_bits, "lsq_symmetric": self.lsq_symmetric}
 
     def quantizers(self) -> tuple[Quantizer, Quantizer]:
-        options = {"symmetric": self.lsq_symmetric, "gradient": self.lsq_gradient}
+        options: dict[str, Any] = {
+            "symmetric": self.lsq_symmetric,
+            "gradient": self.lsq_gradient,
+        }
         return LSQ(self.bits, **options), LSQ(self.bits, **options)
 
 
@@ -128,10 +131,10 @@ class ClippedActivations(LearnedQuant):
     pact_start: float = 8.0
     """Where clipping begins; with few bits and short training a smaller one, such as 3."""
 
-    pact_gradient: Literal[PACT_GRADIENTS] = "sat"
+    pact_gradient: Choice[str, PACT_GRADIENTS] = "sat"
     """Of a clipping level, that of SAT or PACT's own."""
 
-    pact_rounding: Literal[tuple(ROUNDINGS)] = "modified"
+    pact_rounding: Choice[str, ROUNDINGS] = "modified"
     """Of weights: modified (the authors' default, biased, with a 0), centered (unbiased, without
     one) or original (that of DoReFa-Net)."""
 

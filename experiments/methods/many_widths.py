@@ -5,20 +5,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import noisyq_fast
-from experiments.checks import require, require_choice, require_whole
-from experiments.losses import imitation
+from experiments.checks import Choice, require, require_choice, require_whole
+from experiments.losses import imitation, total
 from experiments.methods.learned import ClippedActivations
 from experiments.methods.method import Method
 from experiments.training import data_parallel
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
 from noisyq_fast import PACT, SAT, ManyWidths, set_bits, single_width, split_norms_
-from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.layers.grouped import PER_GROUP
 from noisyq_fast.quantizers.sat import ROUNDINGS
 from noisyq_fast.widths import FLOAT
 
@@ -32,9 +32,9 @@ class ManyWidthsMethod(Method):
     REPLACES: ClassVar[str | None] = "procedure"
     STARTS_FROM_FLOAT: ClassVar[bool] = True
     LABELS: ClassVar[frozenset[str]] = frozenset({"classes"})
-    NOT_WITH: ClassVar[Mapping[str, str]] = {
-        name: "which has one width" for name in ("quant", "lsq", "pact", "qil", "dsq", "aqd")
-    } | {"prune": "whose filters would be those of one width"}
+    NOT_WITH: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("quant", "lsq", "pact", "qil", "dsq", "aqd"), "which has one width"
+    ) | {"prune": "whose filters would be those of one width"}
     NAME: ClassVar[str]
     RESCALES: ClassVar[bool]
     FIRST: ClassVar[tuple[int, ...]] = ()
@@ -134,7 +134,7 @@ class AdaBits(ManyWidthsMethod):
     """The width by which the run is judged; the largest if it is not given. Those of all are in
     result.json."""
 
-    adabits_rounding: Literal[tuple(ROUNDINGS)] = "modified"
+    adabits_rounding: Choice[str, ROUNDINGS] = "modified"
     """Of weights, as by pact: modified, the default of the authors' code, is biased, so that few
     bits learn little in a short training; the authors now recommend centered."""
 
@@ -176,11 +176,11 @@ class Quantizable(ManyWidthsMethod):
     """The width by which the run is judged, 32 for float; the largest beside that if it is not
     given. Those of all are in result.json."""
 
-    quantizable_targets: Literal[TARGETS] = TARGETS[0]
+    quantizable_targets: Choice[str, TARGETS] = TARGETS[0]
     """What widths learn: labels at float only; labels at all of them too; or in a chain, from the
     next wider one, as in any-precision networks (arXiv 1911.07346)."""
 
-    quantizable_rounding: Literal[tuple(ROUNDINGS)] = "original"
+    quantizable_rounding: Choice[str, ROUNDINGS] = "original"
     """Of weights, as by pact. With modified, which is biased, the smaller widths learn next to
     nothing from float."""
 
@@ -219,7 +219,8 @@ class AtEveryWidth(Procedure):
         tested: int,
         losses: Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], list[Tensor]],
     ) -> None:
-        self.widths = list(widths)
+        self.bits = list(widths)
+        self.widths = self.bits
         self.tested = tested
         self.losses_of = losses
         self.PASSES = Passes(len(self.widths), len(self.widths))
@@ -230,19 +231,19 @@ class AtEveryWidth(Procedure):
     def step(self, batch: Batch) -> StepResult:
         own = partial(self.losses[0], labels=batch.labels, indices=batch.indices)
         seen: list[Tensor] = []
-        total = torch.zeros((), device=batch.inputs.device)
+        summed = torch.zeros((), device=batch.inputs.device)
         self.optimizers[0].zero_grad()
-        for width in self.widths:
+        for width in self.bits:
             with set_bits(self.networks[0], width):
                 with self.parts.autocast():
                     logits = self.forwards[0](batch.inputs).float()
-                    loss = sum(self.losses_of([*seen, logits], own))
+                    loss = total(self.losses_of([*seen, logits], own))
                 (loss * batch.share).backward()
             seen.append(logits.detach())
-            total = total + loss.detach()
+            summed = summed + loss.detach()
         data_parallel.sum_gradients_(self.networks[0])
         self.optimizers[0].step()
-        return StepResult(total, seen[self.widths.index(self.tested)])
+        return StepResult(summed, seen[self.bits.index(self.tested)])
 
     @contextmanager
     def at_width(self, width: float) -> Iterator[nn.Module]:
@@ -253,5 +254,6 @@ class AtEveryWidth(Procedure):
 
 def _stay_at(model: nn.Module, width: int) -> None:
     for module in model.modules():
-        if hasattr(module, "set_width"):
-            module.set_width(width)
+        set_width = getattr(module, "set_width", None)
+        if callable(set_width):
+            set_width(width)

@@ -60,7 +60,7 @@ class MixupProcedure(Procedure):
         order = torch.rand(len(batch.inputs), device=device).argsort()
         with self.parts.autocast():
             logits = self.forwards[0](mixed_inputs(batch.inputs, share, order)).float()
-            loss = mixed_loss(self.losses[0], logits, batch, share, order)
+            loss = mixed_loss(self.loss(), logits, batch, share, order)
         self.follow(loss * batch.share)
         return StepResult(loss.detach(), None)
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from experiments.losses import imitation
+from experiments.losses import imitation, total
 from experiments.methods.method import Method
 from experiments.training.procedure import Batch, Parts, Passes, Procedure, StepResult
 
@@ -36,7 +36,7 @@ class Mutual(Procedure):
     """Networks that differ in their initial weights, and learn from each other."""
 
     NETWORKS: ClassVar[int] = 2
-    PASSES: ClassVar[Passes] = Passes(2, 2)
+    PASSES: Passes = Passes(2, 2)
 
     def step(self, batch: Batch) -> StepResult:
         with self.parts.autocast():
@@ -55,6 +55,6 @@ class Mutual(Procedure):
 def differences(logits: Sequence[Tensor]) -> list[Tensor]:
     """For each network the mean of `KL(p_other || p_own)` over the others."""
     return [
-        sum(imitation(own, other) for other in logits if other is not own) / (len(logits) - 1)
+        total(imitation(own, other) for other in logits if other is not own) / (len(logits) - 1)
         for own in logits
     ]

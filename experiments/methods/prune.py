@@ -93,7 +93,7 @@ class Prune(Method):
 
     def _next(self, layers: dict[str, nn.Conv2d], steps: list[Filters]) -> Filters:
         share = self.prune * (len(steps) + 1) / self.prune_steps
-        chosen = {}
+        chosen: Filters = {}
         for names in [layers] if self.prune_scope == "global" else [[name] for name in layers]:
             gone = sum(len(filters.get(name, [])) for filters in steps for name in names)
             left = sum(layers[name].out_channels for name in names)
@@ -167,7 +167,7 @@ def remove_filters(model: nn.Module, filters: Filters, example: Tensor) -> None:
         layer = model.get_submodule(name)
         graph.get_pruning_group(layer, torch_pruning.prune_conv_out_channels, indices).prune()
     if channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _dependencies(model: nn.Module, example: Tensor) -> Any:

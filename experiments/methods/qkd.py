@@ -62,7 +62,7 @@ class Distillation(Procedure):
     """The student, and then the teacher."""
 
     NETWORKS: ClassVar[int] = 2
-    PASSES: ClassVar[Passes] = Passes(2, 1)
+    PASSES: Passes = Passes(2, 1)
     CHANGES: ClassVar[bool] = True
 
     def __init__(self, parts: Parts, temperature: float) -> None:

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 import noisyq_fast
-from experiments.checks import require, require_choice, require_whole
+from experiments.checks import Choice, require, require_choice, require_whole
 from experiments.methods.method import Method
 from noisyq_fast.grid import KINDS, SIGNED, most_bits
-from noisyq_fast.grouped import PER_GROUP
-from noisyq_fast.layers import ARITHMETICS, FLOAT, INTEGER
+from noisyq_fast.layers.grouped import PER_GROUP
+from noisyq_fast.layers.layer import ARITHMETICS, FLOAT, INTEGER
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Quant(Method):
     averaging_constant: float = 0.01
     """Weight of a batch in the moving average of each input's range."""
 
-    weight_grid: Literal[KINDS] = SIGNED
+    weight_grid: Choice[str, KINDS] = SIGNED
     """Which levels weights have. signed: the paper's, as many below 0 as above. full: one more
     below. unsigned: from 0. affine: from the least to the largest value. odd: as many below 0 as
     above, without 0, of 2 to 7 bits; the first and the last layer stay signed."""
 
-    activation_grid: Literal[KINDS] = SIGNED
+    activation_grid: Choice[str, KINDS] = SIGNED
     """The same for inputs. After a ReLU unsigned has twice the levels of signed: its b bits are b +
     1 signed ones. The first layer stays signed where the others are unsigned."""
 
-    arithmetic: Literal[ARITHMETICS] = FLOAT
+    arithmetic: Choice[str, ARITHMETICS] = FLOAT
     """How products are computed. float: of fake-quantized floats. integer: of codes, exactly, with
     exact statistics of batch norms: the same forward on every machine, and faster."""
 

@@ -49,7 +49,7 @@ class SAM(Method):
 class SAMProcedure(Procedure):
     """Two passes a step."""
 
-    PASSES: ClassVar[Passes] = Passes(2, 2)
+    PASSES: Passes = Passes(2, 2)
 
     def __init__(self, parts: Parts, rho: float, adaptive: bool) -> None:
         super().__init__(parts)
@@ -87,4 +87,4 @@ def climb_(parameters: Iterable[nn.Parameter], rho: float, adaptive: bool) -> No
     pairs = list(zip(moved, scales, strict=True))
     norm = torch.stack([(scale * p.grad).square().sum() for p, scale in pairs]).sum().sqrt()
     for parameter, scale in pairs:
-        parameter += rho / (norm + _TINY) * scale.square() * parameter.grad
+        parameter.add_(rho / (norm + _TINY) * scale.square() * parameter.grad)

@@ -99,7 +99,7 @@ class ManyWidths(Procedure):
         self.distils = distils
         self.PASSES = Passes(len(self.widths_of_step()), len(self.widths_of_step()))
 
-    def widths_of_step(self) -> list[float]:
+    def widths_of_step(self) -> Sequence[float]:
         """Those that take part in the next step, the widest first."""
         return self.widths
 

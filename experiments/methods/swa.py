@@ -123,7 +123,7 @@ def measure_anew_(
     for quantizer in ranges:
         quantizer.reset()
     # The attributes that are the weight of a batch.
-    places = [(norm, "momentum") for norm in norms]
+    places: list[tuple[nn.Module, str]] = [(norm, "momentum") for norm in norms]
     places += [(quantizer, "averaging_constant") for quantizer in ranges]
     before = [getattr(*place) for place in places]
     model.train()

@@ -110,7 +110,10 @@ def ghosts(batch: Batch, size: int) -> list[Batch]:
     whole = round(own / batch.share)
     ends = ghost_ends(own, whole, size)
     parts = (x.tensor_split(ends[:-1]) for x in (batch.indices, batch.inputs, batch.labels))
-    return [Batch(*part, share=len(part[0]) / whole) for part in zip(*parts, strict=True)]
+    return [
+        Batch(indices, inputs, labels, share=len(indices) / whole)
+        for indices, inputs, labels in zip(*parts, strict=True)
+    ]
 
 
 def ghost_ends(own: int, whole: int, size: int) -> list[int]:

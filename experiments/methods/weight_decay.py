@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from experiments.checks import require, require_choice
-from experiments.losses import Changed, Loss
+from experiments.losses import Changed, Loss, total
 from experiments.methods.method import Method
 from experiments.models.layers import decayed
 
@@ -53,7 +53,7 @@ class WeightDecay(Method):
             return loss
 
         def penalty() -> Tensor:
-            squares = sum(weight.square().sum() for weight in decayed(model))
+            squares = total(weight.square().sum() for weight in decayed(model))
             return self.weight_decay * squares
 
         return Changed(loss, added=penalty)

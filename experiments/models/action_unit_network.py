@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from experiments.models.heads import PerAUHead, SharedHead
-from noisyq_fast.grouped import PER_GROUP
+from noisyq_fast.layers.grouped import PER_GROUP
 
 
 class ActionUnitNetwork(nn.Module):

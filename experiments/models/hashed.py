@@ -2,12 +2,14 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from experiments.models.layers import LAYERS
 
 _PRIMES = np.array([2246822519, 3266489917, 668265263, 374761393], dtype=np.uint32)
 _SIGN = 0x9E3779B9
@@ -27,6 +29,11 @@ class HashedWeight(nn.Module):
     on every run, on GPUs too. What belongs to which value is computed again wherever the layer is
     made, so checkpoints do not have it.
     """
+
+    bucket: Tensor
+    sign: Tensor
+    order: Tensor
+    counts: Tensor
 
     def __init__(self, shape: Sequence[int], buckets: int, seed: int) -> None:
         super().__init__()
@@ -76,7 +83,10 @@ class _Shared(torch.autograd.Function):
         return values, None, None, None, None
 
 
-def hash_weight_(layer: nn.Module, compression: float, seed: int) -> nn.Module:
+Layer = TypeVar("Layer", bound=LAYERS)
+
+
+def hash_weight_(layer: Layer, compression: float, seed: int) -> Layer:
     """Gives the weight of a layer, which stays the same object, ``compression`` times fewer values.
     They start as the first of the weight's, and so distributed like it; the bias stays.
 

@@ -30,12 +30,14 @@ def add_latent_layer_(model: nn.Module, bits: int) -> nn.Module:
 
 def activations(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The features that the classifier sees, and the latent units between 0 and 1."""
-    seen = []
+    seen: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple[Tensor], latent: Tensor) -> None:
         seen.extend((args[0], latent.sigmoid()))
 
-    hook = model.classifier.latent.register_forward_hook(see)
+    classifier = model.classifier
+    assert isinstance(classifier, LatentClassifier)
+    hook = classifier.latent.register_forward_hook(see)
     try:
         model(inputs)
     finally:

@@ -1,6 +1,7 @@
 """Convolutions by lookups in a dictionary (LCNN, Bagherinezhad et al. 2016, arXiv 1611.06473)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ class Thresholded(nn.Module):
     Entries go in training. What has gone is remembered, so that neither the momentum of the
     optimizer nor a decay that moves the entry below brings it back.
     """
+
+    kept: Tensor
 
     def __init__(self, shape: torch.Size, threshold: float) -> None:
         super().__init__()
@@ -62,13 +65,18 @@ class LookupConv2d(nn.Sequential):
         parametrize.register_parametrization(self.combination, "weight", thresholded)
 
     @property
+    def _parametrization(self) -> Any:
+        parametrizations: Any = self.combination.parametrizations
+        return parametrizations.weight
+
+    @property
     def thresholded(self) -> Thresholded:
-        return self.combination.parametrizations.weight[0]
+        return self._parametrization[0]
 
     @property
     def entries(self) -> nn.Parameter:
         """P as it is trained, with the entries that have gone."""
-        return self.combination.parametrizations.weight.original
+        return self._parametrization.original
 
     def lookups(self) -> int:
         """How many entries of P are kept, by all filters together."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
 from experiments.models.slimmable import (
     FirstChannelsBlock,
+    QuantSlimConv2d,
+    QuantSlimLinear,
     SlimBasicBlock,
     SlimConv2d,
     SlimLinear,
@@ -21,6 +24,7 @@ from noisyq_fast import QuantConv2d, Quantizer, QuantLayer, QuantLinear, disable
 from noisyq_fast.running import in_evaluation
 
 _CLASSES = {SlimConv2d: (nn.Conv2d, QuantConv2d), SlimLinear: (nn.Linear, QuantLinear)}
+_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {SlimBasicBlock: FirstChannelsBlock}
 
 
 def narrowed(model: nn.Module, width: float, example: Tensor) -> nn.Module:
@@ -41,11 +45,11 @@ def narrowed(model: nn.Module, width: float, example: Tensor) -> nn.Module:
     for module, count in inputs.items():
         if isinstance(module, SlimNorm):
             _narrow_norm_(module, count)
-        else:
+        elif isinstance(module, SlimConv2d | SlimLinear):
             _narrow_layer_(module, count)
     for parent in list(model.modules()):
-        if type(parent) is SlimBasicBlock:
-            parent.__class__ = FirstChannelsBlock
+        if type(parent) in _BLOCKS:
+            parent.__class__ = _BLOCKS[type(parent)]
         for name, child in parent._modules.items():
             if isinstance(child, SlimNorm) and child.widths.private:
                 parent._modules[name] = child.active
@@ -74,14 +78,14 @@ def _narrow_norm_(norm: SlimNorm, channels: int) -> None:
     norm.of_widths = nn.ModuleList([norm.active])
     norm.widths = Widths((1.0,), norm.widths.divisor, norm.widths.private)
     norm.set_width(1)
-    if not norm.widths.private:
-        norm.weight, norm.bias = (_first(part, channels) for part in (norm.weight, norm.bias))
+    if norm.weight is not None and norm.bias is not None:
+        norm.weight, norm.bias = _first(norm.weight, channels), _first(norm.bias, channels)
 
 
 def _narrow_layer_(layer: SlimConv2d | SlimLinear, inputs: int) -> None:
     count = layer.active
-    if isinstance(layer, QuantLayer):
-        if layer.keeps_channels():
+    if isinstance(layer, QuantSlimConv2d | QuantSlimLinear):
+        if layer.weight_quantizer is not None and layer.keeps_channels():
             _narrow_quantizer_(layer.weight_quantizer, count)
         layer.input_quantizer = layer.active_quantizer
         del layer.narrower
@@ -90,25 +94,27 @@ def _narrow_layer_(layer: SlimConv2d | SlimLinear, inputs: int) -> None:
     unit = "channels" if isinstance(layer, nn.Conv2d) else "features"
     setattr(layer, f"out_{unit}", count)
     setattr(layer, f"in_{unit}", inputs)
-    for name in ("widths", "slims", "place", "active"):
+    for name in ("plan", "slims", "place", "active"):
         delattr(layer, name)
     ordinary, quantized = next(both for cls, both in _CLASSES.items() if isinstance(layer, cls))
+    become: Any = layer
     if isinstance(layer, QuantLayer):
-        layer.__class__, layer._float_class = quantized, ordinary
+        become.__class__, become._float_class = quantized, ordinary
     else:
-        layer.__class__ = ordinary
+        become.__class__ = ordinary
 
 
 def _narrow_quantizer_(quantizer: Quantizer, count: int) -> None:
     """Keeps the numbers of the first output channels alone."""
     for module in quantizer.modules():
         for name, parameter in module._parameters.items():
-            setattr(module, name, _first(parameter, count))
+            if parameter is not None:
+                setattr(module, name, _first(parameter, count))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer[:count].clone())
 
 
-def _first(parameter: nn.Parameter, *counts: int) -> nn.Parameter:
+def _first(parameter: Tensor, *counts: int) -> nn.Parameter:
     """The first indices of the first dimensions, as a parameter of its own."""
     part = parameter.detach()[tuple(map(slice, counts))].clone()
     return nn.Parameter(part, parameter.requires_grad)

@@ -1,5 +1,7 @@
 """Batch norm in front of a linear layer for each group."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,11 +42,14 @@ class FoldedNormLinear(NormalizedLinear):
         if norm.training:
             mean, var = batch_statistics(norm, x.flatten(1))
         else:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             mean, var = norm.running_mean, norm.running_var
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         shift = norm.bias - mean * scale
         per_input = linear.groups, 1, linear.in_features
         weight = linear.weight * scale.view(per_input)
-        bias = linear.bias + (linear.weight * shift.view(per_input)).sum(-1)
+        own: Any = linear.bias
+        bias = own + (linear.weight * shift.view(per_input)).sum(-1)
         # By name: a hook, such as that of dropout, may replace the positional arguments.
         return linear(x, parameters=(weight, bias))

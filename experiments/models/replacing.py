@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from noisyq_fast.first_last import by_execution, by_registration
+from noisyq_fast.conversion.first_last import by_execution, by_registration
 
 
 def inner_convolutions(model: nn.Module, example: Tensor | None) -> dict[str, nn.Conv2d]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.models.resnet20 import BasicBlock
-from noisyq_fast import QuantConv2d, Quantizer, QuantLayer, QuantLinear, register_layer, usage
-from noisyq_fast.first_last import by_execution
+from noisyq_fast import QuantConv2d, Quantizer, QuantLayer, QuantLinear, register_layer
+from noisyq_fast.conversion.first_last import by_execution
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.layers import usage
 from noisyq_fast.running import in_evaluation
 from noisyq_fast.widths import NormOfWidths
 
@@ -70,16 +71,18 @@ class _Slim(nn.Module):
     """A convolution or linear layer of which the first output channels are active, on as many
     input channels as come."""
 
-    widths: Widths
+    plan: Widths
     slims: bool
     """Whether its output has fewer channels at smaller widths: that of the network has not."""
     place: int
     active: int
+    weight: Tensor
+    bias: Any  # a tensor or None
 
     def set_width(self, width: float) -> None:
-        self.place = self.widths.place(width)
+        self.place = self.plan.place(width)
         count = len(self.weight)
-        self.active = self.widths.channels(count, width) if self.slims else count
+        self.active = self.plan.channels(count, width) if self.slims else count
 
     def used(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The parts of weight and bias that meet an input."""
@@ -97,7 +100,7 @@ class SlimLinear(_Slim, nn.Linear):
         return F.linear(x, *self.used(x))
 
 
-class _QuantSlim(QuantLayer):
+class _QuantSlim(QuantLayer, _Slim):
     """Each width has an activation range of its own, but for what is learned where widths are not
     private: that is shared, like the scales and shifts of batch norms. Scales of weights are those
     of the part that is used, or the first ones of those that the quantizer keeps for each channel.
@@ -107,14 +110,14 @@ class _QuantSlim(QuantLayer):
         super().set_quantizers_(weight, activation)
         own = self.input_quantizer
         learns = own is not None and any(True for _ in own.parameters())
-        shared = own is None or (learns and not self.widths.private)
-        others = [] if shared else [own] * (self.widths.places - 1)
+        shared = learns and not self.plan.private
+        others = [] if own is None or shared else [own] * (self.plan.places - 1)
         self.narrower = nn.ModuleList(quantizer.like() for quantizer in others)
 
     def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().check_granularity(weight, activation)
         size = None if weight is None else weight.group_size
-        uneven = [n for n in self.widths.counts(self.weight.shape[1]) if size and n % size]
+        uneven = [n for n in self.plan.counts(self.weight.shape[1]) if size and n % size]
         if uneven:
             raise ValueError(
                 f"weight_group_size: got {size}, which does not divide the {uneven[0]} input "
@@ -130,7 +133,9 @@ class _QuantSlim(QuantLayer):
         """That of inputs at the width which is set."""
         if self.place == 0 or len(self.narrower) == 0:
             return self.input_quantizer
-        return self.narrower[self.place - 1]
+        quantizer = self.narrower[self.place - 1]
+        assert isinstance(quantizer, Quantizer)
+        return quantizer
 
     def statistics(self) -> list[nn.Module]:
         quantizer = self.active_quantizer
@@ -165,12 +170,16 @@ class _QuantSlim(QuantLayer):
             codes = _first_channels(self.weight_codes(self.weight[:, : x.shape[1]]), self.active)
         else:
             codes = self.weight_codes(weight)
-        return self.active_quantizer.codes(x), codes, bias
+        quantizer = self.active_quantizer
+        assert quantizer is not None  # or it would compute in floats
+        return quantizer.codes(x), codes, bias
 
 
 def _first_channels(codes: Codes, count: int) -> Codes:
-    parts = {name: getattr(codes, name) for name in ("codes", "scale", "zero_point", "source")}
-    return replace(codes, **{k: x if x is None else x[:count] for k, x in parts.items()})
+    names = ("codes", "scale", "zero_point", "source")
+    parts = {name: getattr(codes, name) for name in names}
+    first: dict[str, Any] = {k: x if x is None else x[:count] for k, x in parts.items()}
+    return replace(codes, **first)
 
 
 class QuantSlimConv2d(_QuantSlim, QuantConv2d, SlimConv2d):
@@ -191,6 +200,8 @@ class SlimNorm(NormOfWidths):
 
     def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, widths: Widths) -> None:
         super().__init__()
+        self.weight: nn.Parameter | None
+        self.bias: nn.Parameter | None
         self.widths = widths
         count = norm.num_features
         self.of_widths = nn.ModuleList(
@@ -225,7 +236,7 @@ class SlimNorm(NormOfWidths):
                 f"width: got {self.width:g} in evaluation mode, whose statistics were not "
                 f"measured; takes one of {known}"
             )
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             return norm(x)
         both = self.weight[: x.shape[1]], self.bias[: x.shape[1]]
         weight, bias = (part.view(-1, *[1] * (x.ndim - 2)) for part in both)
@@ -261,6 +272,7 @@ class FirstChannelsBlock(BasicBlock):
 class SlimBasicBlock(FirstChannelsBlock):
     @property
     def output_channels(self) -> int:
+        assert isinstance(self.conv2, _Slim)
         return self.conv2.active
 
 
@@ -310,7 +322,7 @@ def make_slimmable_(
     last = by_execution(model, products, example).last
     for name, layer in layers.items():
         if name in products:
-            layer.widths, layer.slims = plan, name not in last
+            layer.plan, layer.slims = plan, name not in last
         else:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, SlimNorm(layer, plan))
@@ -358,4 +370,9 @@ def slim_modules(model: nn.Module) -> list[_Slim | SlimNorm]:
 def statistics(model: nn.Module) -> list[nn.Module]:
     """The batch norms and quantizers that are used at the width which is set."""
     found = slim_modules(model)
-    return [m for module in found if hasattr(module, "statistics") for m in module.statistics()]
+    return [
+        m
+        for module in found
+        if isinstance(module, _QuantSlim | SlimNorm)
+        for m in module.statistics()
+    ]

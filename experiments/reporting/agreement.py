@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ def check(config: Fields, result: Fields) -> None:
     _check_methods(config, result)
 
 
-def check_seconds(path: Path, epochs: list[Fields], result: Fields) -> None:
+def check_seconds(path: Path | zipfile.Path, epochs: list[Fields], result: Fields) -> None:
     """The same for the epochs in metrics.jsonl: those of two runs never take the same time."""
     took = result.number("seconds", POSITIVE)
     seconds = sum(epoch.number("seconds", POSITIVE) for epoch in epochs)
@@ -64,7 +65,7 @@ def _methods(config: Fields, asked: str) -> dict[str, Method]:
     with _told(config):
         on = {
             name: method(
-                **method.LEGACY
+                **dict(method.LEGACY)
                 | {f.name: content[f.name] for f in fields(method) if f.name in content}
             )
             for name, method in METHODS.items()

@@ -19,12 +19,13 @@ REPORT = Report(
     Runs are compared only where everything but method, noise and seed is the same; a directory with
     several such setups gives several studies. Writes report.md (accuracy, memorisation,
     calibration, the gain over the baseline with its confidence interval, costs, and which runs are
-    missing), runs.csv (one line a run), summary.csv (means over seeds) and the figures: figure 1
-    (loss curves), figure 2 (accuracy and gain over noise, the published curves dashed), figure 3
-    (settings of quantization, dropout and pruning), memorisation over noise, and gain against
-    memorisation. Studies that differ in --train-size alone, three or more, also give accuracy over
-    the number of training images, with a line that is fitted over its logarithm. Networks of many
-    widths also have tables of each width, in channels or in bits, and widths.csv.
+    missing), runs.csv (one line a run), summary.csv (means over seeds) and the figures, as PNG and
+    SVG: figure 1 (loss curves), figure 2 (accuracy and gain over noise, the published gains
+    dashed), figure 3 (the settings of each method), memorisation over noise, and gain against
+    memorisation; report.md says why one is missing. Studies that differ in --train-size alone,
+    three or more, also give accuracy over the number of training images, with a line that is fitted
+    over its logarithm. Networks of many widths also have tables of each width, in channels or in
+    bits, and widths.csv.
     """,
     name="classification",
     run=FinishedRun,
@@ -33,12 +34,6 @@ REPORT = Report(
     section=_section,
     across=data_size.sections,
     draw=figures.draw_all,
-    figures={
-        "figure1": "baseline and quant-w4a4 at one noise and seed",
-        "figure2": "two levels of noise",
-        "figure3": "the baseline, and two settings of quant, dropout or prune",
-        "memorisation": "two levels of noise",
-    },
     score=("test accuracy, %", "test_accuracy"),
     folder="report",
     csv="summary.csv",

@@ -4,7 +4,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +12,16 @@ from scipy.stats import linregress
 
 from experiments.reporting import escaping
 from experiments.reporting.comparison import quantile
-from experiments.reporting.drawing import PERCENT, color, legend, panels, save, short
+from experiments.reporting.drawing import (
+    PERCENT,
+    Drawn,
+    Style,
+    handle,
+    legend,
+    panels,
+    short,
+    styles,
+)
 from experiments.reporting.runs import Study, titles
 from experiments.reporting.tables import cell, markdown
 
@@ -52,6 +60,11 @@ def over_sizes(studies: Iterable[Study]) -> list[tuple[str, list[Line]]]:
 
     Studies on all images are left out: their files do not tell how many those are.
     """
+    return [(title, lines) for title, _, lines in _with_studies(studies)]
+
+
+def _with_studies(studies: Iterable[Study]) -> list[tuple[str, Study, list[Line]]]:
+    """The same, with the runs of all sizes in one study."""
     groups = defaultdict(list)
     for study in studies:
         if study.setup.get(_SIZE) is not None:
@@ -66,7 +79,7 @@ def over_sizes(studies: Iterable[Study]) -> list[tuple[str, list[Line]]]:
             if lines := _lines(together):
                 found.append((together, lines))
     names = titles([study for study, _ in found])
-    return [(name, lines) for name, (_, lines) in zip(names, found, strict=True)]
+    return [(name, *both) for name, both in zip(names, found, strict=True)]
 
 
 def _lines(study: Study) -> list[Line]:
@@ -116,40 +129,43 @@ def _table(lines: Sequence[Line]) -> str:
     )
 
 
-def draw(studies: Iterable[Study], folder: Path) -> list[Path]:
+def draw(studies: Iterable[Study], drawn: Drawn) -> None:
     """A figure for each title."""
-    found = over_sizes(studies)
-    drawn = []
-    for number, (title, lines) in enumerate(found, 1):
+    found = _with_studies(studies)
+    for number, (title, study, lines) in enumerate(found, 1):
         figure = growth(lines)
-        figure.suptitle(short(title), fontsize="medium")
+        trained = f"{study.setup.get('model', 'resnet20')}, {study.setup['epochs']} epochs"
+        figure.suptitle(f"{short(title)}\n{trained}", fontsize="medium")
         suffix = f"-{number}" if len(found) > 1 else ""
-        drawn.append(save(figure, folder / f"data-size{suffix}.png"))
-    return drawn
+        drawn.add(f"data-size{suffix}", figure)
 
 
 def growth(lines: Sequence[Line]) -> Figure:
     """Each run, and the fits; a panel for each noise."""
     noises = sorted({line.noise for line in lines})
+    shown = styles(dict.fromkeys(line.label for line in lines))
     figure, (axes,) = panels(len(noises))
     for axis, noise in zip(axes, noises, strict=True):
         for line in lines:
             if line.noise == noise:
-                _draw(axis, line)
+                _draw(axis, line, shown[line.label])
         sizes = sorted({size for line in lines for size in line.sizes})
         axis.set_xscale("log")
         axis.set_xticks(sizes, map(str, sizes))
         axis.minorticks_off()
-        axis.set(title=f"noise {noise:g}", xlabel="training images", ylabel="test accuracy, %")
-    for label in dict.fromkeys(line.label for line in lines):
-        axes[0].plot([], [], color=color(label), label=label)  # for the legend, if in any panel
-    legend(figure, axes[0])
+        axis.set_title(f"{PERCENT * noise:g} % noise")
+        axis.set(xlabel="training images", ylabel="test accuracy, %")
+    handles = []
+    for label, style in shown.items():
+        counts = [len(line.sizes) for line in lines if line.label == label]
+        handles.append(handle(label, counts, style))
+    legend(figure, handles)
     return figure
 
 
-def _draw(axis: Axes, line: Line) -> None:
+def _draw(axis: Axes, line: Line, style: Style) -> None:
     ends = np.array([min(line.sizes), max(line.sizes)])
     fitted = PERCENT * (line.a + line.b * np.log(ends))
-    drawn_in = color(line.label)
-    axis.scatter(line.sizes, PERCENT * np.array(line.accuracies), s=12, color=drawn_in)
-    axis.plot(ends, fitted, color=drawn_in)
+    accuracies = PERCENT * np.array(line.accuracies)
+    axis.scatter(line.sizes, accuracies, s=12, color=style.color, marker=style.marker)
+    axis.plot(ends, fitted, color=style.color, linestyle=style.linestyle)

@@ -3,7 +3,9 @@
 import re
 
 # What marks up a text; an underscore does between words, a colon and a dot in addresses.
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~#!@$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.I)
+_MARKUP = re.compile(
+    r"[\\`*\[\]<>&|~#!@$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE
+)
 _FORMULA = ("=", "+", "-", "@")
 
 

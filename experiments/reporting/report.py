@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from experiments.reporting.drawing import Drawn
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.runs import Study
 
@@ -25,9 +26,7 @@ class Report:
     section: Callable[[str, Study, pl.DataFrame], str]
     across: Callable[[list[Study]], list[str]]
     """The sections on several studies together."""
-    draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], list[Path]]
-    figures: Mapping[str, str]
-    """Those of each study, by the names of their files, with the runs that they take."""
+    draw: Callable[[list[tuple[str, Study, pl.DataFrame]], Path], Drawn]
     score: tuple[str, str]
     """The title and the name of the main one."""
     folder: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from experiments.methods import BASELINE, METHODS
 from experiments.reporting import packed
@@ -15,13 +16,20 @@ from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.packed import Folder
 from experiments.reporting.reading import Fields, exists
 
+Run = TypeVar("Run", bound=FinishedRun)
+
+
+def in_order(noises: Iterable[float | None]) -> list[float | None]:
+    """Ascending; first where nobody knows it."""
+    return sorted(noises, key=lambda noise: -math.inf if noise is None else noise)
+
 
 @dataclass(frozen=True)
-class Study:
+class Study(Generic[Run]):
     """Finished runs that differ in method, noise and seed only."""
 
     setup: dict[str, Any]
-    runs: list[FinishedRun]
+    runs: list[Run]
 
     @property
     def labels(self) -> list[str]:
@@ -31,7 +39,7 @@ class Study:
     @property
     def noises(self) -> list[float | None]:
         """The shares of noise, ascending."""
-        return sorted({run.noise for run in self.runs})
+        return in_order({run.noise for run in self.runs})
 
     @property
     def seeds(self) -> list[tuple[int, int]]:

@@ -1,6 +1,4 @@
-"""What a report says on the screen: the main score of each study, and why something is missing."""
-
-from pathlib import Path
+"""What a report says on the screen: the main score of each study, and why there is no gain."""
 
 import polars as pl
 
@@ -14,25 +12,13 @@ _MOST_NOISES = 8
 _WIDEST_LABEL = 40
 
 
-def overview(
-    report: Report, studies: list[tuple[str, Study, pl.DataFrame]], drawn: list[Path]
-) -> str:
-    """Of each study a table, and what it is not enough for."""
-    names = {path.name for path in drawn}
+def overview(report: Report, studies: list[tuple[str, Study, pl.DataFrame]]) -> str:
+    """Of each study a table, and why there is no gain."""
     parts = []
-    for number, (title, study, summary) in enumerate(studies, 1):
-        suffix = f"-{number}" if len(studies) > 1 else ""
-        figures = {f"{name}{suffix}.png": takes for name, takes in report.figures.items()}
-        missing = [
-            f"{name}: not drawn, takes {takes}"
-            for name, takes in figures.items()
-            if name not in names
-        ]
+    for title, study, summary in studies:
         seeds = len(study.seeds)
         head = f"{one_line(title)}: {len(study.runs)} runs, {seeds} seed{'s' if seeds > 1 else ''}"
-        parts.append(
-            "\n".join([head, *_table(report, study, summary), *_no_gain(summary), *missing])
-        )
+        parts.append("\n".join([head, *_table(report, study, summary), *_no_gain(summary)]))
     return "\n\n".join(parts)
 
 

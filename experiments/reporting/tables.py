@@ -94,7 +94,7 @@ def grid(
 
 def _budget(rows: pl.DataFrame) -> str:
     names = ("forward_passes_mean", "backward_passes_mean")
-    return " + ".join(cell(rows[name].mean(), ".4g") for name in names)
+    return " + ".join(cell(mean_of(rows[name]), ".4g") for name in names)
 
 
 def costs(
@@ -110,7 +110,7 @@ def costs(
     for label in study.labels:
         rows = summary.filter(label=label)
         values = [
-            cell(rows[f"{measure}_mean"].mean(), form, factor)
+            cell(mean_of(rows[f"{measure}_mean"]), form, factor)
             for measure, factor, form in columns.values()
         ]
         body.append([label, *values])
@@ -134,6 +134,12 @@ def gain_cell(row: Row | None, name: str = "gain", form: str = "+.1f") -> str:
     if row is None:
         return cell(None, form)
     return cell(row[name], form, 100, row[f"{name}_half_width"], row["pairs"])
+
+
+def mean_of(numbers: pl.Series) -> float | None:
+    """None where there are none."""
+    mean: Any = numbers.mean()
+    return mean
 
 
 def cell(

@@ -9,7 +9,7 @@ from experiments.methods import BASELINE
 from experiments.reporting import comparison, tables
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.runs import Study
-from experiments.reporting.tables import Row, cell, gain_cell, markdown, mean_cell
+from experiments.reporting.tables import Row, cell, gain_cell, markdown, mean_cell, mean_of
 from noisyq_fast.widths import FLOAT
 
 _POINT = ["label", "noise"]
@@ -95,7 +95,7 @@ def _costs(table: pl.DataFrame) -> str:
         for title, (measure, factor, form) in _COSTS.items():
             if f"{measure}_mean" in table.columns:
                 of_label = table.filter(label=label)
-                means = [of_label.filter(width=w)[f"{measure}_mean"].mean() for w in widths]
+                means = [mean_of(of_label.filter(width=w)[f"{measure}_mean"]) for w in widths]
                 body.append([label, title, *(cell(mean, form, factor) for mean in means)])
     return markdown(["cost", "", *map(_title, widths)], body)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.config import LEGACY, TOLD_BY_METHODS, WITHOUT_EFFECT, RunConfig
+from experiments.config import LEGACY, TOLD_BY_METHODS, WITHOUT_EFFECT, FilledConfig
 from experiments.reporting import agreement
 from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields
 from experiments.storage.files import refuse_link
@@ -23,7 +23,7 @@ _NOT_COMPARED = WITHOUT_EFFECT | TOLD_BY_METHODS | {"device"}
 class RunIdentity:
     """The options of a run and what else its numbers depend on, such as checksums of its data."""
 
-    config: RunConfig
+    config: FilledConfig
     beside: dict[str, Any]
 
     @property

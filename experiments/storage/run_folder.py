@@ -60,7 +60,7 @@ class RunFolder:
         """The outcome, as result.json."""
         self._write_text("result.json", _json(result, indent=2))
 
-    def write_labels(self, labels: dict[str, np.ndarray]) -> None:
+    def write_labels(self, labels: dict[str, Any]) -> None:
         """The given labels and what is known of the true ones, as noisy_labels.npz."""
         with atomic(self.path / "noisy_labels.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **labels)

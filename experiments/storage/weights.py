@@ -112,7 +112,7 @@ class Weights:
 
 def _computed_with(config: RunConfig) -> dict[str, Any]:
     """The options that change what the network makes of a picture, beside its weights."""
-    options = {}
+    options: dict[str, Any] = {}
     for method in config.methods.values():
         options |= method.evaluation_options()
     return options | config.task_options.evaluation_options()

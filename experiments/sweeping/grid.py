@@ -23,14 +23,13 @@ OWN = {"out", "name", "restart"}
 _LARGEST = 1 << 20  # bytes of a file
 _MOST_RUNS = 100_000
 
+_OWNERS: tuple[type[RunConfig | tasks.TaskOptions | methods.Method], ...] = (
+    RunConfig,
+    *(task.OPTIONS for task in tasks.TASKS.values()),
+    *methods.METHODS.values(),
+)
 RUN_OPTIONS = {
-    option.name.replace("_", "-")
-    for owner in (
-        RunConfig,
-        *(task.OPTIONS for task in tasks.TASKS.values()),
-        *methods.METHODS.values(),
-    )
-    for option in dataclasses.fields(owner)
+    option.name.replace("_", "-") for owner in _OWNERS for option in dataclasses.fields(owner)
 } - {"options", "of_tasks", *OWN}
 
 
@@ -68,7 +67,7 @@ class Grid:
         elif scale not in layers:
             raise ValueError(f"no scale {scale}, it has {', '.join(layers) or 'none'}")
         layer = _layer("", tables, ("base", "grid", "variants", "follow"))
-        for name, content in layers.get(scale, {}).items():
+        for name, content in (layers[scale] if scale else {}).items():
             merge = name != "variants" and name in layer
             layer[name] = layer[name] | content if merge else content
         grid = cls(**layer)
@@ -117,7 +116,7 @@ def _combinations_count(options: Options) -> int:
 
 def _layer(place: str, tables: Any, sections: tuple[str, ...]) -> dict[str, Any]:
     prefix = f"{place}." if place else ""
-    layer = {}
+    layer: dict[str, Any] = {}
     for name, content in _table(place, tables).items():
         if name not in sections:
             raise ValueError(_unknown(prefix + name, name, (*sections, "scales")))

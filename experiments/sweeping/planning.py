@@ -46,18 +46,18 @@ def _task(options: Options, extra: tuple[str, ...]) -> Task:
     config = _config(options, extra)
     with _threads(config.threads):
         prepared = run.prepare(config)
-    config = prepared.config
+    filled = prepared.config
     # What changes the name and can depend on the machine or the process.
-    found = {"threads": config.threads, "device": config.device}
-    own = config.task_options
+    found = {"threads": filled.threads, "device": filled.device}
+    own = filled.task_options
     found |= {name: getattr(own, name) for name in own.ON_THE_MACHINE}
     found = {name: value for name, value in found.items() if name not in option_names(extra)}
     return Task(
         arguments=(*_arguments(options | found), *extra),
         folder=prepared.path,
-        epochs=config.epochs,
-        threads=config.threads,
-        gpu=config.device != "cpu",
+        epochs=filled.epochs,
+        threads=filled.threads,
+        gpu=filled.device != "cpu",
         script=Path(run.__file__).resolve(),
         directory=Path.cwd(),
         identity=prepared.identity,

@@ -12,7 +12,7 @@ _LARGEST = 2**26  # bytes of metrics
 def is_finished(task: Task) -> bool:
     """Whether the run's folder has its result. What is wrong with one, the run itself tells."""
     try:
-        return task.identity.result(task.folder) is not None
+        return task.identity is not None and task.identity.result(task.folder) is not None
     except (ValueError, OSError):
         return False
 
@@ -28,7 +28,7 @@ def epochs_done(task: Task) -> int:
 def state(task: Task) -> str:
     """How far the run is, or what is wrong with its folder."""
     try:
-        if task.identity.result(task.folder):
+        if task.identity is not None and task.identity.result(task.folder):
             return "finished"
     except (ValueError, OSError) as error:
         return f"error: {error}"

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tyro.extras import literal_type_from_choices
-
-from experiments.checks import require, require_choice, require_whole
+from experiments.checks import Choice, require, require_choice, require_whole
 from experiments.data.au import AU_DATASETS, SYNTHETIC
 from experiments.models import AU_NORMS
 from experiments.tasks.options import Recipe, TaskOptions
@@ -30,15 +28,9 @@ _INCEPTION = Recipe(
     validation=0.2,
 )
 
-_CHOICES = {
-    "encoder": ("small", "inception_v3"),
-    "au_head": ("per-au", "shared"),
-    "au_norm": AU_NORMS,
-}
-
-
-def _choice(option: str) -> Any:
-    return literal_type_from_choices(_CHOICES[option])
+_ENCODERS = ("small", "inception_v3")
+_HEADS = ("per-au", "shared")
+_CHOICES = {"encoder": _ENCODERS, "au_head": _HEADS, "au_norm": AU_NORMS}
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class ActionUnitOptions(TaskOptions):
     """Which third of the people the network is tested on, 1, 2 or 3; it is trained on those of the
     other two, so that nobody is in both. If not given: 1."""
 
-    encoder: _choice("encoder") | None = None
+    encoder: Choice[str, _ENCODERS] | None = None
     """What sees the face. small: eight convolutions. inception_v3: as in the paper (pip install
     'noisyq_fast[vision]'). If not given: inception_v3 for bp4d and disfa on a GPU and with
     --pretrained, else small."""
@@ -63,10 +55,10 @@ class ActionUnitOptions(TaskOptions):
     pretrained: bool = False
     """Start inception_v3 from ImageNet weights (fetched by torchvision, 104 MB)."""
 
-    au_head: _choice("au_head") | None = None
+    au_head: Choice[str, _HEADS] | None = None
     """Layers of its own for each action unit, or shared by all. If not given: per-au."""
 
-    au_norm: _choice("au_norm") | None = None
+    au_norm: Choice[str, AU_NORMS] | None = None
     """Batch norm in the head. per-au: for each action unit and feature; shared: for each
     feature, and one activation range for all; folded: per-au, but multiplied into the weights
     before they are quantized. If not given: per-au."""

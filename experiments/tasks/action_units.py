@@ -32,7 +32,7 @@ from experiments.tasks.task import Part, Scores, Task, percent, shards
 from experiments.training.evaluation import accuracy
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
+    from experiments.config import FilledConfig
     from experiments.reporting.report import Report
 
 _SAMPLE = 2000  # pictures to normalize by
@@ -51,20 +51,22 @@ class ActionUnits(Task):
     SCORE = "f1"
     OBJECTS = ("thresholds",)
 
-    def __init__(self, config: RunConfig, frames: Frames, device: torch.device) -> None:
+    def __init__(self, config: FilledConfig, frames: Frames, device: torch.device) -> None:
         self.config = config
         self.frames = frames
         self.device = device
-        self.parts = split(frames, config.task_options.fold, config.validation, config.seed)
+        fold = config.of_tasks.action_units.fold
+        assert fold is not None  # filled in
+        self.parts = split(frames, fold, config.validation, config.seed)
         self.pool = FramePool(frames.images, frames.row, device)
         self.given = frames.given.to(device)
-        self.truth = None if frames.truth is None else frames.truth.to(device)
+        self.true = None if frames.truth is None else frames.truth.to(device)
         self.weights = frequency_weights(frames.given[self.parts["trained"]]).to(device)
         self.normalize = self._normalize().to(device)
 
     @staticmethod
-    def read(config: RunConfig) -> Frames:
-        options = config.task_options
+    def read(config: FilledConfig) -> Frames:
+        options = config.of_tasks.action_units
         if options.encoder == "inception_v3":
             torchvision_models()  # may be missing: told before pictures are decoded for hours
         size = options.image_size
@@ -79,7 +81,7 @@ class ActionUnits(Task):
         return REPORT
 
     def _normalize(self) -> Normalize:
-        if self.config.task_options.pretrained:
+        if self.config.of_tasks.action_units.pretrained:
             return Normalize(torch.full((3,), 127.5), torch.full((3,), 127.5))  # as it was trained
         rows = self.frames.row[self.parts["trained"]]
         step = -(-len(rows) // _SAMPLE)
@@ -89,13 +91,13 @@ class ActionUnits(Task):
         return len(self.parts[part])
 
     def network(self) -> nn.Module:
-        options, aus = self.config.task_options, len(self.frames.aus)
-        if options.encoder == "small":
-            encoder = SmallEncoder()
-        else:
-            encoder = InceptionV3Encoder(options.pretrained)
+        options, aus = self.config.of_tasks.action_units, len(self.frames.aus)
+        encoder = (
+            SmallEncoder() if options.encoder == "small" else InceptionV3Encoder(options.pretrained)
+        )
         if options.au_head == "shared":
             return ActionUnitNetwork(encoder, SharedHead(encoder.features, aus))
+        assert options.au_norm is not None  # filled in
         return ActionUnitNetwork(encoder, PerAUHead(encoder.features, aus, options.au_norm))
 
     def loss(self) -> Loss:
@@ -103,6 +105,9 @@ class ActionUnits(Task):
 
     def labels(self, part: Part) -> Tensor:
         return _as_probabilities(self._labels(part)[0])
+
+    def truth(self) -> Tensor | None:
+        return self._labels("trained")[1]
 
     @property
     def classes(self) -> int:
@@ -128,7 +133,8 @@ class ActionUnits(Task):
             given = self.given[frames.to(self.device)]
             yield samples.to(self.device), (images, seen.to(self.device), given)
 
-    def pair(self, images: Tensor, views: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        images, views, given = batch
         inputs = self.normalize(images)
         if self.config.augment:
             inputs = augment.transformed(inputs, views)
@@ -143,6 +149,7 @@ class ActionUnits(Task):
     def epoch_scores(
         self, predicted: Tensor, held_out: Tensor | None, test: Tensor | None
     ) -> Scores:
+        assert held_out is not None  # split() leaves some
         given, truth = self._labels("trained")
         tested, test_truth = self._labels("test")
         return {
@@ -152,21 +159,26 @@ class ActionUnits(Task):
             "validation_loss": self._loss("held_out", held_out),
             "test_f1": None if test is None else _mean(f1(test.sigmoid(), tested)),
             "test_f1_truth": (
-                None if test is None or truth is None else _mean(f1(test.sigmoid(), test_truth))
+                None
+                if test is None or test_truth is None
+                else _mean(f1(test.sigmoid(), test_truth))
             ),
             "test_loss": None if test is None else self._loss("test", test),
         }
 
     def result(self, trained: Tensor, held_out: Tensor | None, test: Tensor) -> dict[str, Any]:
+        assert held_out is not None  # split() leaves some
         given, truth = self._labels("trained")
         chosen = best_thresholds(held_out.sigmoid(), self._labels("held_out")[0])
         scores = self._test_scores(test.sigmoid(), chosen)
+        by_annotators = scores["test_f1"]
+        assert by_annotators is not None
         predicted = self.predicted(trained)
         return {
-            "fold": self.config.task_options.fold,
+            "fold": self.config.of_tasks.action_units.fold,
             "wrong_labels": self.wrong_labels(),
             **{name: None if score is None else _mean(score) for name, score in scores.items()},
-            "test_f1_std": scores["test_f1"].std().item(),
+            "test_f1_std": by_annotators.std().item(),
             "validation_f1": _mean(f1(held_out.sigmoid(), self._labels("held_out")[0])),
             "train_f1": _mean(f1(predicted, given)),
             "test_loss": self._loss("test", test),
@@ -189,7 +201,7 @@ class ActionUnits(Task):
 
     @staticmethod
     def summary(result: dict[str, Any]) -> str:
-        truth = result.get("test_f1_truth")
+        truth = result["test_f1_truth"]
         by_truth = "" if truth is None else f", {truth:.2%} by the truth"
         aus = len(result["thresholds"])
         return f"test F1 {result['test_f1']:.2%} by the annotators' labels{by_truth} ({aus} AUs)"
@@ -204,7 +216,7 @@ class ActionUnits(Task):
     def _labels(self, part: Part) -> tuple[Tensor, Tensor | None]:
         """Of a part's frames, what the annotators said and what is true."""
         indices = self.parts[part].to(self.device)
-        return self.given[indices], None if self.truth is None else self.truth[indices]
+        return self.given[indices], None if self.true is None else self.true[indices]
 
     def _loss(self, part: Part, logits: Tensor) -> float:
         return au_loss(logits, self.labels(part), self.weights).item()
@@ -212,9 +224,10 @@ class ActionUnits(Task):
     def _test_scores(self, probabilities: Tensor, chosen: Tensor) -> dict[str, Tensor | None]:
         """F1 by AU against annotators and truth, at 0.5 and at the chosen thresholds."""
         given, truth = self._labels("test")
-        scores = {}
+        scores: dict[str, Tensor | None] = {}
         for name, labels in (("test_f1", given), ("test_f1_truth", truth)):
-            for suffix, thresholds in (("", 0.5), ("_chosen", chosen)):
+            ways: tuple[tuple[str, Tensor | float], ...] = (("", 0.5), ("_chosen", chosen))
+            for suffix, thresholds in ways:
                 scores[name + suffix] = (
                     None if labels is None else f1(probabilities, labels, thresholds)
                 )
@@ -241,7 +254,7 @@ def split(frames: Frames, fold: int, validation: float, seed: int) -> dict[Part,
     generator = torch.Generator().manual_seed(mixed(seed, SPLIT))
     order = torch.randperm(len(subjects), generator=generator)
     held_out = torch.isin(frames.subject, subjects[order[:count]]) & ~test
-    parts = {"trained": ~test & ~held_out, "held_out": held_out, "test": test}
+    parts: dict[Part, Tensor] = {"trained": ~test & ~held_out, "held_out": held_out, "test": test}
     return {name: chosen.nonzero().flatten() for name, chosen in parts.items()}
 
 

@@ -27,6 +27,8 @@ def au_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 class ActionUnitLoss(Loss):
     """The same as a loss of samples, each of which takes the mean over its labels."""
 
+    weights: Tensor
+
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
         self.register_buffer("weights", weights, persistent=False)

@@ -23,7 +23,7 @@ from experiments.tasks.task import Part, Scores, Task, percent, shards
 from experiments.training.evaluation import Evaluation, accuracy
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
+    from experiments.config import FilledConfig
     from experiments.reporting.report import Report
 
 
@@ -39,9 +39,11 @@ class Classification(Task):
     )
     SCORE = "accuracy"
 
-    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, config: FilledConfig, dataset: Dataset, device: torch.device) -> None:
         self.dataset = dataset
-        self.make_network = MODELS[config.task_options.model]
+        model = config.of_tasks.classification.model
+        assert model is not None  # filled in
+        self.make_network = MODELS[model]
         self.device = device
         self.noisy = noisy_labels(config, dataset)
         self.given = self.noisy.given.to(device)
@@ -57,7 +59,7 @@ class Classification(Task):
             flip=dataset.flip and config.augment,
         )
 
-    def _split(self, config: RunConfig) -> tuple[Tensor, Tensor]:
+    def _split(self, config: FilledConfig) -> tuple[Tensor, Tensor]:
         count = len(self.given)
         generator = torch.Generator().manual_seed(mixed(config.seed, SPLIT))
         order = torch.randperm(count, generator=generator)
@@ -70,7 +72,7 @@ class Classification(Task):
         return order[held_out:].to(self.device), order[:held_out].to(self.device)
 
     @staticmethod
-    def read(config: RunConfig) -> Dataset:
+    def read(config: FilledConfig) -> Dataset:
         return _read(config.dataset, config.data_dir, config.download, config.train_size)
 
     @staticmethod
@@ -111,7 +113,8 @@ class Classification(Task):
         for samples, seen in shards(order.to(self.device), views.to(self.device), sizes):
             yield samples, (self.trained[samples], seen)
 
-    def pair(self, indices: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        indices, views = batch
         return self.normalize(self.images(indices, views)), self.given[indices]
 
     def inputs(self, part: Part, samples: Tensor) -> Tensor:
@@ -132,25 +135,25 @@ class Classification(Task):
         return {
             "train_accuracy_clean": accuracy(hits[~flipped]),
             "train_accuracy_flipped": accuracy(hits[flipped]),
-            "validation_accuracy": validation and validation.accuracy,
-            "validation_loss": validation and validation.loss,
-            "test_accuracy": tested and tested.accuracy,
-            "test_loss": tested and tested.loss,
-            "test_calibration_error": tested and tested.calibration_error,
+            "validation_accuracy": None if validation is None else validation.accuracy,
+            "validation_loss": None if validation is None else validation.loss,
+            "test_accuracy": None if tested is None else tested.accuracy,
+            "test_loss": None if tested is None else tested.loss,
+            "test_calibration_error": None if tested is None else tested.calibration_error,
         }
 
     def result(self, trained: Tensor, held_out: Tensor | None, test: Tensor) -> dict[str, Any]:
         given, true = self.given[self.trained], self.true[self.trained]
         predicted, flipped = trained.argmax(1), given != true
-        train = self._evaluation("trained", trained)
-        tested = self._evaluation("test", test)
+        train = Evaluation.of(trained, given)
+        tested = Evaluation.of(test, self.test_labels)
         validation = self._evaluation("held_out", held_out)
         return {
             "wrong_labels": self.wrong_labels(),
             "test_accuracy": tested.accuracy,
             "test_loss": tested.loss,
             "test_calibration_error": tested.calibration_error,
-            "validation_accuracy": validation and validation.accuracy,
+            "validation_accuracy": None if validation is None else validation.accuracy,
             "train_accuracy": train.accuracy,
             "train_loss": train.loss,
             "train_accuracy_clean": accuracy((predicted == given)[~flipped]),
@@ -195,11 +198,11 @@ def _read(name: str, data_dir: Path | None, download: bool, train_size: int | No
     return data.load(name, data_dir, download).with_train_size(train_size)
 
 
-def noisy_labels(config: RunConfig, dataset: Dataset) -> NoisyLabels:
+def noisy_labels(config: FilledConfig, dataset: Dataset) -> NoisyLabels:
     """The training labels of the run."""
     if config.noise_kind in NOISE_KINDS:
         over = dataset
-        if config.task_options.noise_over == "all":
+        if config.of_tasks.classification.noise_over == "all":
             over = _read(config.dataset, config.data_dir, config.download, None)
         noisy = NOISE_KINDS[config.noise_kind](over, config.noise, config.noise_seed)
         return noisy if over is dataset else noisy.of(dataset.train_indices)

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from tyro.extras import literal_type_from_choices
-
-from experiments.checks import require, require_choice
+from experiments.checks import Choice, require, require_choice
 from experiments.data import DATASETS
 from experiments.data.cifar10n import HUMAN_LABELS
 from experiments.data.noise import NOISE_KINDS
@@ -33,7 +31,7 @@ class ClassificationOptions(TaskOptions):
     NOISE_KINDS: ClassVar[tuple[str, ...]] = (*NOISE_KINDS, *HUMAN_LABELS)
     LEGACY: ClassVar[Mapping[str, Any]] = {"model": "resnet20", "noise_over": "subset"}
 
-    model: literal_type_from_choices(MODELS) | None = None
+    model: Choice[str, MODELS] | None = None
     """The network. resnet20: 0.27 million parameters. resnet18_cifar: 11
     million, which fit wrong labels in fewer epochs, at 14 times the computation. If not given:
     resnet20."""

@@ -41,6 +41,8 @@ def best_thresholds(probabilities: Tensor, labels: Tensor) -> Tensor:
         thresholds=candidates,
         ignore_index=UNKNOWN,
     )
+    assert isinstance(precision, Tensor)  # as there are thresholds
+    assert isinstance(recall, Tensor)
     precision, recall = precision[:, :-1], recall[:, :-1]  # the last stands for no threshold
     scores = (2 * precision * recall / (precision + recall)).nan_to_num(0)
     return candidates[(scores - _TIE * (candidates - 0.5).abs()).argmax(1)]

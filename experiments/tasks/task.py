@@ -15,7 +15,7 @@ from experiments.tasks.options import TaskOptions
 from experiments.training import data_parallel
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
+    from experiments.config import FilledConfig
     from experiments.reporting.report import Report
 
 Part = Literal["trained", "held_out", "test"]
@@ -43,7 +43,7 @@ class Task(ABC):
     """The score on held-out samples by which epochs are compared, such as accuracy."""
 
     @abstractmethod
-    def __init__(self, config: RunConfig, data: Any, device: torch.device) -> None:
+    def __init__(self, config: FilledConfig, data: Any, device: torch.device) -> None:
         """Takes the data to the device, where they fit."""
 
     OBJECTS: ClassVar[tuple[str, ...]] = ()
@@ -51,7 +51,7 @@ class Task(ABC):
 
     @staticmethod
     @abstractmethod
-    def read(config: RunConfig) -> Any:
+    def read(config: FilledConfig) -> Any:
         """The data of a run, with their `checksum`."""
 
     @staticmethod

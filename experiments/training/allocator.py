@@ -31,7 +31,8 @@ def keep_freed_memory() -> bool:
         _M_TRIM_THRESHOLD: _NEVER,
         _M_TOP_PAD: _TOP_PAD,
     }
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+    taken = [mallopt(parameter, value) == 1 for parameter, value in settings.items()]
+    return all(taken)
 
 
 def page_faults() -> int:

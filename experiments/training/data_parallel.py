@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisyq_fast import sync_ranges_
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
 
 def started() -> int:
     """How many processes torchrun started, even before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def size() -> int:
@@ -82,8 +82,8 @@ def gather(part: Tensor) -> Tensor:
     """
     if size() == 1:
         return part.detach()
-    lengths = _all_gather(torch.tensor([len(part)], device=part.device))
-    lengths = torch.cat(lengths).tolist()
+    counts = _all_gather(torch.tensor([len(part)], device=part.device))
+    lengths: list[int] = torch.cat(counts).tolist()
     # The backends gather tensors of one shape.
     padded = part.new_zeros(max(lengths), *part.shape[1:])
     padded[: len(part)] = part
@@ -190,6 +190,9 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     mean = (_Sum.apply(x.sum(others, dtype=torch.float64)) / count).to(x.dtype)
     var = _Sum.apply((x - _along_channels(mean, x)).square().sum(others)) / count
     if norm.track_running_stats:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         momentum = norm.momentum
         if momentum is None:  # the mean of all batches

@@ -42,8 +42,9 @@ class Evaluation:
         """Compares logits `[N, C]` with labels `[N]`."""
         from torchmetrics.functional.classification import multiclass_calibration_error
 
+        hits = logits.argmax(1) == labels
         return cls(
-            accuracy=accuracy(logits.argmax(1) == labels),
+            accuracy=hits.sum().item() / len(hits),
             loss=F.cross_entropy(logits, labels).item(),
             calibration_error=multiclass_calibration_error(
                 logits.softmax(1), labels, logits.shape[1], n_bins=_CALIBRATION_BINS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import noisyq_fast
-from experiments.config import RunConfig
+from experiments.config import FilledConfig
 from experiments.reporting.reading import POSITIVE
 from experiments.seeds import STEPS, mixed
 from experiments.tasks import Part, Task
@@ -36,7 +36,7 @@ class Trainer:
     same batches. Random numbers of an epoch come from the seed and the epoch alone.
     """
 
-    def __init__(self, config: RunConfig, task: Task, device: torch.device) -> None:
+    def __init__(self, config: FilledConfig, task: Task, device: torch.device) -> None:
         self.config = config
         self.task = task
         self.device = device
@@ -129,13 +129,12 @@ class Trainer:
                 metrics = self._epoch(len(self.history), progress)
                 require_finite_scores(metrics.flat(), self._where(metrics.epoch))
                 self.history.append(metrics)
-                self.stopped = any(
-                    [
-                        method.end_epoch(model, states[name], metrics)
-                        for model, states in self._networks()
-                        for name, method in self.methods.items()
-                    ]
-                )
+                ends = [
+                    method.end_epoch(model, states[name], metrics)
+                    for model, states in self._networks()
+                    for name, method in self.methods.items()
+                ]
+                self.stopped = any(ends)
                 if data_parallel.is_main():
                     progress.write(self._line(metrics))
                 yield metrics
@@ -163,7 +162,7 @@ class Trainer:
         self.require_finite(self._where(epoch + 1))
         progress.set_description(f"epoch {epoch + 1}/{self.config.epochs}, evaluating")
         if predicted is None:
-            predicted = self.task.predicted(self._predict("trained"))
+            predicted = self.task.predicted(self._logits("trained"))
         is_last = epoch + 1 == self.config.epochs
         tests = is_last or (epoch + 1) % self.config.evaluate_every == 0
         scores = self.task.epoch_scores(
@@ -226,7 +225,7 @@ class Trainer:
         """Raises NonFiniteLoss where a number of a network, a loss or an optimizer is not
         finite."""
         procedure = self.procedure
-        numbers = {}
+        numbers: dict[str, Tensor] = {}
         for number, network in enumerate(procedure.networks):
             of = f" of network {number + 1}" if number else ""
             moments = procedure.optimizers[number].state
@@ -252,8 +251,9 @@ class Trainer:
 
     def _predict(self, part: Part) -> Tensor | None:
         """The logits of all samples of a part; None if there are none."""
-        if self.task.count(part) == 0:
-            return None
+        return self._logits(part) if self.task.count(part) else None
+
+    def _logits(self, part: Part) -> Tensor:
         self.procedure.networks.eval()
         return self.parts.logits(self.procedure.predict, part)
 
@@ -288,7 +288,7 @@ class Trainer:
 
     def _scores(self) -> dict[str, Any]:
         scores = self.task.result(
-            self._predict("trained"), self._predict("held_out"), self._predict("test")
+            self._logits("trained"), self._predict("held_out"), self._logits("test")
         )
         scores |= self.procedure.result()
         require_finite_scores(scores, _AT_THE_END)
@@ -365,8 +365,8 @@ class Trainer:
                 method.check(model, states[name], self.history)
         self.states = methods
         self._prepare_to_train()
-        for model, optimizer, state in zip(ours.networks, ours.optimizers, optimizers, strict=True):
-            _load_optimizer(optimizer, state, model)
+        for model, own, moments in zip(ours.networks, ours.optimizers, optimizers, strict=True):
+            _load_optimizer(own, moments, model)
         ours.losses.load_state_dict(losses)
         ours.load_state_dict(procedure)
         if len(passes) != 2 or not all(POSITIVE.accepts(count) for count in passes):

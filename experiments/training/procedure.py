@@ -21,7 +21,7 @@ from noisyq_fast import constrain_
 from noisyq_fast.optimizing import learned_parameters
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
+    from experiments.config import FilledConfig
     from experiments.methods import Method
     from experiments.tasks import Part, Task
 
@@ -61,7 +61,7 @@ class Passes(NamedTuple):
 class Parts:
     """What procedures are built of, as the options say."""
 
-    config: RunConfig
+    config: FilledConfig
     task: Task
     device: torch.device
     methods: Mapping[str, Method]
@@ -74,7 +74,7 @@ class Parts:
         # One that replaces the layers comes before those that change them.
         for method in sorted(self.methods.values(), key=lambda method: method.REPLACES != "layers"):
             model = method.network(model, self.example().cpu())
-        model = model.to(self.device, memory_format=torch.channels_last)
+        model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return data_parallel.synchronize_(model)
 
     def loss(self, model: nn.Module) -> Loss:
@@ -168,11 +168,10 @@ class Procedure:
         widths: those at which the run is scored as well, the widest first: bits, from 2, or shares
             of the channels, up to 1. `at_width` computes at one of them.
         rounds: how often an epoch goes over all samples.
-        predicting: how many networks `predict` asks.
     """
 
     NETWORKS: ClassVar[int] = 1
-    PASSES: ClassVar[Passes] = Passes(1, 1)
+    PASSES: Passes = Passes(1, 1)
     """Those of a step, of all networks together."""
     CHANGES: ClassVar[bool] = False
     """Whether a step has numbers in it that `begin_epoch` changes, other than in tensors."""
@@ -181,7 +180,6 @@ class Procedure:
 
     widths: Sequence[float] = ()
     rounds: int = 1
-    predicting: int = 1
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -193,6 +191,12 @@ class Procedure:
         """One of the networks, freshly initialised."""
         return self.parts.network(number)
 
+    def loss(self, number: int = 0) -> Loss:
+        """That of one of the networks."""
+        loss = self.losses[number]
+        assert isinstance(loss, Loss)
+        return loss
+
     def prepare(self) -> None:
         """Makes what refers to the networks' parameters; anew when those were replaced."""
         self.optimizers = list(map(self.parts.optimizer, self.networks))
@@ -202,13 +206,13 @@ class Procedure:
     def begin_epoch(self, epoch: int) -> Passes:
         """Before `epoch`, counted from 0; gives the passes that it took."""
         count = 0
-        for model, loss in zip(self.networks, self.losses, strict=True):
+        for number, model in enumerate(self.networks):
 
             def trained(model: nn.Module = model) -> tuple[Tensor, Tensor]:
                 model.eval()
                 return self.parts.logits(model, "trained"), self.parts.task.labels("trained")
 
-            count += loss.begin_epoch(epoch, self.parts.config.epochs, trained)
+            count += self.loss(number).begin_epoch(epoch, self.parts.config.epochs, trained)
         return Passes(count, 0)
 
     def schedule(self, epoch: int, step: int) -> float:
@@ -237,6 +241,11 @@ class Procedure:
     def predict(self, inputs: Tensor) -> Tensor:
         """The logits by which the run is judged, in evaluation mode."""
         return self.networks[0](inputs)
+
+    @property
+    def predicting(self) -> int:
+        """How many networks `predict` asks."""
+        return 1
 
     def at_width(self, width: float) -> AbstractContextManager[nn.Module]:
         """A context in which `predict` computes at one of `widths`. Gives a network of this width

@@ -48,7 +48,7 @@ def phases(epochs: int, shares: Sequence[float]) -> list[int]:
         >>> phases(4, [30, 100, 70])
         [0, 1, 3]
     """
-    starts = []
+    starts: list[int] = []
     for number in range(len(shares)):
         start = round(epochs * sum(shares[:number]) / sum(shares))
         first = starts[-1] + 1 if starts else 0

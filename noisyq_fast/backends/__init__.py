@@ -112,8 +112,8 @@ def who_computes() -> dict[str, dict[str, str]]:
     """For each operator, the backend that computes it on each type of device of this machine;
     ``"none"`` where the one that was asked for cannot."""
     device_types = ["cpu"]
-    if torch.accelerator.is_available():
-        device_types.append(torch.accelerator.current_accelerator().type)
+    if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()):
+        device_types.append(found.type)
 
     def name(operator: str, device_type: str) -> str:
         try:
@@ -137,9 +137,9 @@ def _choose(requested: str, operator: str, device_type: str) -> Backend:
     if requested != AUTO:
         backend = _usable(requested, "NOISYQ_BACKEND")
         if not backend.takes(device_type):
+            taken = " or ".join(backend.device_types or ())
             raise ValueError(
-                f"backend {requested!r} takes tensors on {' or '.join(backend.device_types)}, "
-                f"got one on {device_type}"
+                f"backend {requested!r} takes tensors on {taken}, got one on {device_type}"
             )
         candidates.insert(0, backend)
     return next(

@@ -1,6 +1,6 @@
 """Products of codes on the CPU, exact: by our own kernel (``csrc/cpu/convolve.cpp``) or oneDNN's,
-in 8 bits, where that is proven, else by float products of codes. And the native passes over their
-sums (``csrc/cpu/sums.cpp``)."""
+in 8 bits, where that is proven, else by float products of codes. The native passes over their sums
+(``csrc/cpu/sums.cpp``), and their gradients (``csrc/cpu/convolve_backward.cpp``)."""
 
 import functools
 from typing import Any
@@ -126,11 +126,25 @@ def _convolve(
         memory_format=torch.channels_last,
     )
     moments = _empty_moments(outputs) if measures else None
+    height, width = sizes
     core.convolve(
-        *(codes.data_ptr(), codes.dtype == torch.int8),
-        *(0 if zero_point is None else int(zero_point), weight.data_ptr()),
-        *(images, *sizes, channels, outputs, kernel, stride, padding, dilation, narrow),
-        *(out.data_ptr(), *_addresses(moments), threads()),
+        codes=codes.data_ptr(),
+        are_signed=codes.dtype == torch.int8,
+        zero_point=0 if zero_point is None else int(zero_point),
+        weight=weight.data_ptr(),
+        images=images,
+        height=height,
+        width=width,
+        channels=channels,
+        outputs=outputs,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        narrow=narrow,
+        out=out.data_ptr(),
+        **_addresses(moments),
+        threads=threads(),
     )
     return out, moments
 
@@ -145,8 +159,9 @@ def _empty(count: int, channels: int, dtype: torch.dtype = torch.float32) -> lis
     return [torch.empty(channels, dtype=dtype) for _ in range(count)]
 
 
-def _addresses(moments: tuple[Tensor, ...] | None) -> tuple[int, ...]:
-    return (0,) * 4 if moments is None else tuple(x.data_ptr() for x in moments)
+def _addresses(moments: tuple[Tensor, ...] | None) -> dict[str, int]:
+    sum_, squares, low, high = (NULL,) * 4 if moments is None else map(address, moments)
+    return {"sum": sum_, "squares": squares, "low": low, "high": high}
 
 
 @backend.register
@@ -283,11 +298,16 @@ def routes() -> dict[str, str]:
     ours = core is not None and core.has_dot_products()
     works = _passes((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     onednn = "oneDNN, 8 bits" if works else floats
+    named = ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"))
+    types = [
+        name for dtype, name in named if core is not None and core.has_products(DTYPE_CODES[dtype])
+    ]
     return {
         "conv2d": "own kernel, 8 bits (AVX512-VNNI)" if ours else onednn,
         "conv2d, groups": onednn,
         "linear": "oneDNN, 8 bits" if has_exact_products() else floats,
         "others": floats,
+        "gradients of conv2d": f"own kernel, {' and '.join(types)}" if types else "PyTorch",
     }
 
 
@@ -302,8 +322,13 @@ def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
         kept = torch.empty_like(sums, dtype=torch.int16)
     sums, found = sums.float(), _empty_moments(channels)
     core.moments(
-        *(sums.data_ptr(), kept.data_ptr() if narrows else 0, rows, channels, bound),
-        *(*_addresses(found), threads()),
+        sums=sums.data_ptr(),
+        kept=kept.data_ptr() if narrows else NULL,
+        rows=rows,
+        channels=channels,
+        bound=bound,
+        **_addresses(found),
+        threads=threads(),
     )
     return kept, *found
 
@@ -324,26 +349,33 @@ def normalization(
     batch_mean, variance = _empty(2, channels, torch.float64)
     weight = None if weight is None else weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    tracked, moved, layer_bias = (NULL, NULL, NULL, NULL, 0.0), (), None
-    if running is not None and running.is_plain():
-        moved = running[:3]
-        layer_bias = None if running.bias is None else running.bias.float().contiguous()
-        tracked = *(x.data_ptr() for x in moved), address(layer_bias), running.momentum
+    moved = running if running is not None and running.is_plain() else None
+    layer_bias = None if moved is None or moved.bias is None else moved.bias.float().contiguous()
     core.normalization(
-        sum_.data_ptr(),
-        squares.data_ptr(),
-        count,
-        channels,
-        scale.contiguous().data_ptr(),
-        address(weight),
-        address(bias),
-        eps,
-        *(x.data_ptr() for x in (factor, term, mean, inverse, batch_mean, variance)),
-        *tracked,
+        sum=sum_.data_ptr(),
+        squares=squares.data_ptr(),
+        count=count,
+        channels=channels,
+        scale=scale.contiguous().data_ptr(),
+        weight=address(weight),
+        bias=address(bias),
+        eps=eps,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        mean=mean.data_ptr(),
+        inverse=inverse.data_ptr(),
+        batch_mean=batch_mean.data_ptr(),
+        batch_variance=variance.data_ptr(),
+        running_mean=NULL if moved is None else moved.mean.data_ptr(),
+        running_variance=NULL if moved is None else moved.variance.data_ptr(),
+        batches=NULL if moved is None else moved.batches.data_ptr(),
+        layer_bias=address(layer_bias),
+        momentum=0.0 if moved is None else moved.momentum,
     )
-    for x in moved:
-        write_back(x, x)
-    if running is not None and not moved:
+    if moved is not None:
+        for x in (moved.mean, moved.variance, moved.batches):
+            write_back(x, x)
+    elif running is not None:
         reference.track(running, batch_mean, variance, count)
     return factor, term, mean, inverse, batch_mean, variance
 
@@ -386,9 +418,18 @@ def map_sums(
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
     range_ = torch.empty(2, dtype=torch.float32) if wants_range else None
     core.map_sums(
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), address(residual), relu),
-        *(y.data_ptr(), address(bits), address(range_), threads()),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        residual=address(residual),
+        relu=relu,
+        y=y.data_ptr(),
+        zeros=address(bits),
+        range=address(range_),
+        threads=threads(),
     )
     return y, bits, range_
 
@@ -403,10 +444,20 @@ def codes_of_sums(
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero_point = torch.empty([], dtype=torch.float32), torch.empty([], dtype=torch.uint8)
     core.codes_of_sums(
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), relu, range_.contiguous().data_ptr()),
-        *(KIND_CODES[grid.kind], grid.qmax, codes.data_ptr()),
-        *(scale.data_ptr(), zero_point.data_ptr(), threads()),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        relu=relu,
+        range=range_.contiguous().data_ptr(),
+        kind=KIND_CODES[grid.kind],
+        qmax=grid.qmax,
+        codes=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        zero_point=zero_point.data_ptr(),
+        threads=threads(),
     )
     return codes, reference.scale_of_line(scale, factor, term), zero_point
 
@@ -429,12 +480,26 @@ def grads_of_norm(
     weight = None if weight is None else weight.float().contiguous()
     slope, shift, tilt, of_weight, of_bias = _empty(5, channels)
     core.grads_of_norm(
-        *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), relu, mean.data_ptr(), inverse.data_ptr()),
-        *(scale.contiguous().data_ptr(), address(weight), uses_batch),
-        *(x.data_ptr() for x in (slope, shift, tilt, of_weight, of_bias)),
-        threads(),
+        dtype=DTYPE_CODES[grad.dtype],
+        grad=grad.data_ptr(),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        relu=relu,
+        mean=mean.data_ptr(),
+        inverse=inverse.data_ptr(),
+        scale=scale.contiguous().data_ptr(),
+        weight=address(weight),
+        uses_batch=uses_batch,
+        slope=slope.data_ptr(),
+        shift=shift.data_ptr(),
+        tilt=tilt.data_ptr(),
+        of_weight=of_weight.data_ptr(),
+        of_bias=of_bias.data_ptr(),
+        threads=threads(),
     )
     return (slope, shift, tilt), of_weight, of_bias
 
@@ -455,13 +520,109 @@ def grads_of_sums(
     grad = like(grad, sums)
     out = torch.empty_like(grad)
     core.grads_of_sums(
-        *(DTYPE_CODES[grad.dtype], grad.data_ptr()),
-        *(sums.data_ptr(), sums.dtype == torch.int16, rows, channels),
-        *(factor.data_ptr(), term.data_ptr(), relu),
-        *(x.data_ptr() for x in (mean, slope, shift, tilt)),
-        *(out.data_ptr(), threads()),
+        dtype=DTYPE_CODES[grad.dtype],
+        grad=grad.data_ptr(),
+        sums=sums.data_ptr(),
+        narrow=sums.dtype == torch.int16,
+        rows=rows,
+        channels=channels,
+        factor=factor.data_ptr(),
+        term=term.data_ptr(),
+        relu=relu,
+        mean=mean.data_ptr(),
+        slope=slope.data_ptr(),
+        shift=shift.data_ptr(),
+        tilt=tilt.data_ptr(),
+        out=out.data_ptr(),
+        threads=threads(),
     )
     return out
+
+
+# The gradients of a convolution.
+
+_by_parts = reference.register_gradients(backend)
+_MOST_VALUES = 2**18
+"""Of an image, of its gradient, and of a weight: what a core's caches hold."""
+
+
+@backend.register
+def grads_of_convolution(
+    grad: Tensor | reference.GradOfSums,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    dtype: torch.dtype,
+    to_x: bool,
+    to_weight: bool,
+    *geometry: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    of_sums = grad if isinstance(grad, reference.GradOfSums) else None
+    given = grad.grad if isinstance(grad, reference.GradOfSums) else grad
+    stride, padding, *_ = geometry
+    if given.dtype != dtype or not _multiplies(codes, weight, given, dtype, *geometry):
+        how = dtype, to_x, to_weight, *geometry
+        return _by_parts(grad, codes, scale, zero_point, weight, *how)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    line: tuple[int, ...] = (NULL,) * 7
+    narrow = relu = False
+    if of_sums is None:
+        given = given.contiguous(memory_format=torch.channels_last)
+    else:
+        sums, _, _ = channels_last_rows(of_sums.sums)
+        given, narrow, relu = like(given, sums), sums.dtype == torch.int16, of_sums.relu
+        of_channels = of_sums.factor, of_sums.term, *of_sums[5:]
+        line = tuple(x.data_ptr() for x in (sums, *of_channels))
+    images, channels, *sizes = codes.shape
+    outputs, _, *kernel = weight.shape
+    dx = torch.empty_like(codes, dtype=dtype) if to_x else None
+    dw = torch.empty([outputs, *kernel, channels]) if to_weight else None
+    core.convolve_backward(
+        dtype=DTYPE_CODES[dtype],
+        grad=given.data_ptr(),
+        of_sums=line,
+        narrow=narrow,
+        relu=relu,
+        codes=codes.data_ptr(),
+        are_signed=codes.dtype == torch.int8,
+        zero_point=0 if zero_point is None else int(zero_point),
+        scale=scale.data_ptr(),
+        weight=weight.data_ptr(),
+        strides=weight.stride(),
+        sizes=[images, *sizes, channels, outputs, *kernel, *stride, *padding],
+        dx=address(dx),
+        dw=address(dw),
+        threads=threads(),
+    )
+    return dx, None if dw is None else dw.movedim(-1, 1)
+
+
+def _multiplies(
+    codes: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    _: list[int],
+    groups: int,
+) -> bool:
+    """Whether our own kernel does (``csrc/cpu/convolve_backward.cpp``)."""
+    return (
+        codes.dim() == 4
+        and not transposed
+        and groups == 1
+        and max(dilation) == 1
+        and weight.shape[0] % 16 == 0
+        and weight.shape[1] % 16 == 0
+        and weight.shape[-1] in (1, 3)
+        and max(codes[0].numel(), grad[0].numel(), weight.numel()) <= _MOST_VALUES
+        and dtype in DTYPE_CODES
+        and core.has_products(DTYPE_CODES[dtype])
+    )
 
 
 reference.register_products(backend, _convolve_codes, multiply_codes, map_sums)

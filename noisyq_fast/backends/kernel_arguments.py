@@ -1,19 +1,22 @@
 """What the backends with kernels share: the compiled library, ``noisyq_fast._core``, and tensors as
 kernels take them, dense and cut into channels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import MASKED, NOTHING
 from noisyq_fast.grid import KINDS
+from noisyq_fast.operators import checks
 
+core: Any = None
+missing: str | None = None
 try:
-    from noisyq_fast import _core as core
+    from noisyq_fast import _core  # type: ignore[attr-defined]  # compiled
 
-    missing = None
+    core = _core
 except ImportError as error:
-    core = None
     missing = f"the native library was not compiled or does not load ({error})"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,7 +44,7 @@ def channel_layout(x: Tensor, axis: int | None) -> tuple[int, int, int]:
     channels = 1 if axis is None else x.shape[axis]
     if elements == 0:
         return 0, channels, 1
-    if channels == 1:
+    if axis is None or channels == 1:
         return elements, 1, 1
     inner = x.stride(axis)
     return elements // (channels * inner), channels, inner
@@ -98,7 +101,7 @@ def address(x: Tensor | None) -> int:
 
 def write_back(written: Tensor | None, x: Tensor | None) -> None:
     """After a kernel wrote to ``contiguous(x)``."""
-    if written is None:
+    if written is None or x is None:
         return
     if written is x:
         torch.autograd.graph.increment_version(x)

@@ -2,6 +2,7 @@
 to the specification."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from noisyq_fast.backends import reference_adder as reference
 from noisyq_fast.backends.kernel_arguments import core
 from noisyq_fast.backends.native_cpu import backend, threads
 from noisyq_fast.backends.reference_adder import channels_last
-from noisyq_fast.checks import Pair, output_size
+from noisyq_fast.operators.checks import Pair, output_size
 
 _BLOCK = 16
 """Channels that lie together where kernels read them by the vector."""
@@ -86,12 +87,12 @@ def _joined(blocks: Tensor, channels: int) -> Tensor:
 
 
 def _shape(
-    x: list[int],
+    x: Sequence[int],
     outputs: int,
     weight: Tensor,
     stride: Pair,
     padding: Pair,
-    size: list[int],
+    size: Sequence[int],
 ) -> list[int]:
     """What the kernels take, for ``x`` of shape ``[N, H, W, C]``, or ``[blocks, N, H, W, 16]``."""
     *blocks, images, rows, columns, channels = x

@@ -6,6 +6,7 @@ kilobytes of maxima or ranges.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ Layout = tuple[int, int, int]
 Average = tuple[int, int, float]
 NO_AVERAGE = NULL, NULL, 0.0
 
-kernels = getattr(core, "cuda", None)
+kernels: Any = getattr(core, "cuda", None)
 
 
 @cache
@@ -266,8 +267,10 @@ def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, T
         return codes, x.new_full(shape, FLT_MIN, dtype=torch.float32), zeros
     scale = x.new_empty(shape, dtype=torch.float32)
     zero_point = x.new_empty(shape, dtype=torch.uint8)
+    sizes: tuple[Any, ...] = channels, inner
+    scratch: tuple[Tensor, ...] = ()
     if outer == 1:
-        kernel, sizes, scratch = kernels.quantize_channels_on_grid, (channels, inner), ()
+        kernel = kernels.quantize_channels_on_grid
     else:
         kernel, scratch = kernels.quantize_on_grid, _range_scratch(x, layout)
         sizes = *layout, _splits(x, layout)
@@ -424,9 +427,11 @@ def _fake_quantize_on_grid(
     if outer == 0:
         return y, mask
     # Channels that share a byte of the mask are not for blocks of their own.
+    sizes: tuple[Any, ...] = channels, inner
+    scratch: tuple[Tensor, ...] = ()
+    kept: tuple[Any, ...] = average
     if outer == 1 and average == NO_AVERAGE and (masked == NOTHING or inner % 8 == 0):
-        kernel, sizes, scratch = kernels.fake_quantize_channels_on_grid, (channels, inner), ()
-        average = ()
+        kernel, kept = kernels.fake_quantize_channels_on_grid, ()
     else:
         kernel, scratch = kernels.fake_quantize_on_grid, _range_scratch(x, layout)
         sizes = *layout, (_splits(x, layout)[0], _blocks(x))
@@ -442,7 +447,7 @@ def _fake_quantize_on_grid(
         *map(address, scratch),
         KIND_CODES[grid.kind],
         grid.qmax,
-        *average,
+        *kept,
     )
     return y, mask
 
@@ -464,6 +469,7 @@ def _fake_quantize_dynamic(
 ) -> None:
     """In one launch where the tensor is a single channel that fits on chip, or in two."""
     blocks = resident_blocks(x.nbytes, _limits(x.device)) if layout[1] == 1 else None
+    sizes: tuple[Any, ...]
     if blocks is not None:
         shared = x.new_empty(blocks, dtype=torch.int32)
         kernel, sizes = kernels.fake_quantize_resident, (x.numel(), blocks)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noisyq_fast.backends.reference import backend
-from noisyq_fast.checks import Pair, output_size
+from noisyq_fast.operators.checks import Pair, output_size
 
 
 def channels_last(size: list[int], like: Tensor) -> Tensor:

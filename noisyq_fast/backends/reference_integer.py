@@ -157,20 +157,19 @@ def normalization(
     """Batch norm of ``v * scale`` as ``v * factor + term``: these, the mean of v, 1 / the standard
     deviation, and in float64 the mean and the variance of ``v * scale``, towards which ``running``
     moves. Equations: `noisyq_fast.integer.batch_norm`."""
-    mean, centred = [], []
+    means, offsets = [], []
     for total, (upper, lower) in zip(sum_.tolist(), squares.tolist(), strict=True):
         p = round(float(total) / count)  # half to even
         d = float(total - count * p)
-        mean.append(p + d / count)
-        centred.append(float((upper << 32) + lower - p * (2 * total - count * p)) - d * d / count)
+        means.append(p + d / count)
+        offsets.append(float((upper << 32) + lower - p * (2 * total - count * p)) - d * d / count)
     mean, centred = (
-        torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (mean, centred)
+        torch.tensor(value, dtype=torch.float64, device=scale.device) for value in (means, offsets)
     )
     s = scale.double()
-    number, count = count, torch.full_like(centred, count)
-    variance = centred / count * (s * s)
+    variance = centred / torch.full_like(centred, count) * (s * s)
     if running is not None:
-        track(running, mean * s, variance, number)
+        track(running, mean * s, variance, count)
     inverse = (1 / (variance + eps).sqrt()).float()
     factor, term = line(mean * s, inverse, scale, weight, bias)
     return factor, term, mean.float(), inverse, mean * s, variance
@@ -302,6 +301,20 @@ def grads_of_sums(
     return torch.empty_like(sums, dtype=grad.dtype).copy_(out)
 
 
+class GradOfSums(NamedTuple):
+    """What `grads_of_sums` takes, before the gradient is made."""
+
+    grad: Tensor
+    sums: Tensor
+    factor: Tensor
+    term: Tensor
+    relu: bool
+    mean: Tensor
+    slope: Tensor
+    shift: Tensor
+    tilt: Tensor
+
+
 def _behind(grad: Tensor, sums: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
     grad = grad.float()
     if not relu:
@@ -418,6 +431,46 @@ def register_products(
         return (sums * factor + term).to(x.dtype)
 
 
+def register_gradients(of: Backend) -> Callable:
+    """Registers the gradients of a convolution, made of their parts."""
+
+    def part(name: str) -> Callable:
+        return of.functions.get(name) or backend.functions[name]
+
+    @of.register
+    def grads_of_convolution(
+        grad: Tensor | GradOfSums,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        weight: Tensor,
+        dtype: torch.dtype,
+        to_x: bool,
+        to_weight: bool,
+        *geometry: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """By the dequantized x and by ``weight``, that is dequantized; products of ``dtype``."""
+        whole = part("grads_of_sums")(*grad) if isinstance(grad, GradOfSums) else grad
+        # Of the gradient of x only its shape matters.
+        x = (
+            part("float_steps")(codes, zero_point, dtype)
+            if to_weight
+            else without_values(codes, dtype)
+        )
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            *(whole.to(dtype), x, weight.to(dtype), None, *geometry, [to_x, to_weight, False])
+        )
+        return dx, dw.float() * scale if to_weight else None
+
+    return grads_of_convolution
+
+
+def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a shape, for gradients to flow to, of one element of memory, which nothing
+    reads."""
+    return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
+
+
 def register_norm(backend: Backend) -> None:
     """Registers batch norm of sums, made of its parts."""
     compute = backend.functions
@@ -471,4 +524,5 @@ def register_norm(backend: Backend) -> None:
 
 
 register_products(backend, convolve_codes, multiply_codes, map_sums)
+grads_of_convolution = register_gradients(backend)
 register_norm(backend)

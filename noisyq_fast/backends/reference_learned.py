@@ -1,5 +1,7 @@
 """The operators of quantizers that learn, in plain PyTorch: the rules of `noisyq_fast.rules`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def sum_of_groups(terms: Tensor, like: Tensor, axis: int | None) -> Tensor:
     """The sum of each group, in the order that `noisyq_fast.rules` states for the memory of
     ``torch.empty_like(like)``; ``[]`` or ``[channels]``."""
     terms = torch.empty_like(like, dtype=torch.float32).copy_(terms)
-    order = sorted(range(terms.dim()), key=lambda d: -terms.stride(d))
+    order = sorted(range(terms.dim()), key=lambda d: -terms.stride()[d])
     if axis is not None:
         order = [axis, *(d for d in order if d != axis)]
     groups = 1 if axis is None else like.shape[axis]
@@ -87,14 +89,25 @@ def _product(grad: Tensor, derivative: Tensor) -> Tensor:
 class _Levels:
     """Values ``x``, float32, with the parameters of each, which are shaped to go with them."""
 
+    prepare: Callable[..., None]
+    """Keeps what the others need of the parameters."""
+    scale: Tensor
+
     def __init__(self, x: Tensor, parameters: list[Tensor], rule: Rule) -> None:
         self.x = x
         self.rule = rule
         self.n = x.new_full((), rule.high)  # a tensor: division by it is rounded on every device
         self.prepare(*parameters)
 
+    def code(self) -> Tensor:
+        raise NotImplementedError
+
     def value(self, code: Tensor) -> Tensor:
         return code * self.scale
+
+    def derivatives(self) -> tuple[Tensor, ...]:
+        """dy/dx and dy/d each parameter, of each element."""
+        raise NotImplementedError
 
 
 class _LSQ(_Levels):

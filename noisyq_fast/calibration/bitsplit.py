@@ -71,12 +71,13 @@ def bitsplit(
     both = PostTraining(model, inputs, options)
     for layer in shown(both.layers(), "bitsplit", progress):
         _check(layer)
-        codes, scale = fit_weights(layer.weight, layer.quantized.weight_bits)
+        bits = layer.weight_quantizer.bits
+        codes, scale = fit_weights(layer.weight, bits)
         of_float, x = layer.inputs(positions)
         _fit_input(layer, x)
-        if layer.quantized.weight_bits <= _MOST_BITS:
+        if bits <= _MOST_BITS:
             x, output = layer.quantized_inputs(x), of_float @ layer.weight.mT
-            codes, scale = stitch(codes, scale, x, output, layer.quantized.weight_bits, epochs)
+            codes, scale = stitch(codes, scale, x, output, bits, epochs)
         scale = torch.where(codes.any(-1), scale, 1.0)
         layer.set_weight(codes * scale.unsqueeze(-1))
         layer.set_weight_scale(scale)
@@ -84,7 +85,7 @@ def bitsplit(
 
 
 def _check(layer: LinearLayer) -> None:
-    bits, quantizer = layer.quantized.weight_bits, layer.quantized.input_quantizer
+    bits, quantizer = layer.weight_quantizer.bits, layer.quantized.input_quantizer
     if bits < _LEAST_BITS:
         raise ValueError(f"weight_bits: got {bits} for layer {layer.name!r}, takes 3..8")
     if quantizer is not None and quantizer.keeps_range and quantizer.grid_kind in (AFFINE, ODD):
@@ -96,7 +97,7 @@ def _check(layer: LinearLayer) -> None:
 
 def _fit_input(layer: LinearLayer, x: Tensor) -> None:
     """Sets the input range of a layer by what its input is in the quantized network."""
-    quantizer = layer.quantized.input_quantizer
+    quantizer: Any = layer.quantized.input_quantizer
     if quantizer is None or not quantizer.keeps_range or not x.any():
         return
     grid = quantizer.grid

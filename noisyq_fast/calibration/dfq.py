@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisyq_fast.calibration.folding import Normal, changeable, replace_module_, with_bias_
+from noisyq_fast.calibration.folding import (
+    Linear,
+    Normal,
+    changeable,
+    replace_module_,
+    with_bias_,
+)
 from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
 from noisyq_fast.calibration.tracing import Step, Value
 from noisyq_fast.calibration.typical import RELU, Typical, typical_inputs
-from noisyq_fast.layers import DEFAULT_BITS
+from noisyq_fast.layers.layer import DEFAULT_BITS
 from noisyq_fast.quantizers import AbsMax
 
 _SWEEPS = 1000
@@ -110,11 +116,12 @@ def pairs(both: PostTraining) -> list[tuple[str, str]]:
     layers = changeable(both.float, both.trace)
     found = []
     for step in both.trace.of_layers():
-        second = _after(both, step) if step.layer in layers else None
-        if second is None or second not in layers or not both.trace.once(step.layer):
+        name = step.layer_name
+        second = _after(both, step) if name in layers else None
+        if second is None or second not in layers or not both.trace.once(name):
             continue
-        if both.trace.once(second) and _inputs_of(layers[second]) == len(layers[step.layer].weight):
-            found.append((step.layer, second))
+        if both.trace.once(second) and _inputs_of(layers[second]) == len(layers[name].weight):
+            found.append((name, second))
     return found
 
 
@@ -122,7 +129,7 @@ def _after(both: PostTraining, step: Step) -> str | None:
     """The layer that alone reads the channels that a layer makes, behind what lets positive factors
     pass."""
     layers = both.trace.layers
-    axis = _channel_axis(layers[step.layer], step.outputs[0])
+    axis = _channel_axis(layers[step.layer_name], step.outputs[0])
     folded = step.layer in both.normal
     while (following := both.trace.only_reader(step.outputs[0])) is not None:
         layer = None if following.layer is None else layers[following.layer]
@@ -146,7 +153,7 @@ def _keeps_channels(step: Step, axis: int) -> bool:
     if step.function in _POOLS:
         return axis == len(x.shape) - 1 - _POOLS[step.function]
     if step.function in _MEANS:
-        over = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else None)
+        over: Any = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else None)
         over = [over] if isinstance(over, int) else over
         return bool(over) and all(d % len(x.shape) > axis for d in over)
     if step.function in _RESHAPES:
@@ -154,11 +161,11 @@ def _keeps_channels(step: Step, axis: int) -> bool:
     return step.function in _ELEMENTWISE
 
 
-def _inputs_of(layer: nn.Module) -> int:
+def _inputs_of(layer: Linear) -> int:
     return layer.weight.shape[1] * getattr(layer, "groups", 1)
 
 
-def _by_input(layer: nn.Module) -> Tensor:
+def _by_input(layer: Linear) -> Tensor:
     """A view of the weight as ``[groups, inputs, outputs, ...]``."""
     return layer.weight.data.unflatten(0, (getattr(layer, "groups", 1), -1)).transpose(1, 2)
 
@@ -170,7 +177,7 @@ def _along(values: Tensor, dimensions: int) -> Tensor:
 
 # Equalisation and absorption.
 
-Pair = tuple[nn.Module, nn.Module, Normal | None]
+Pair = tuple[Linear, Linear, Normal | None]
 """Two layers, and what a batch norm told of the first one's output."""
 
 
@@ -186,7 +193,7 @@ def equalize_(found: list[Pair]) -> int:
     return _SWEEPS
 
 
-def equalize_pair_(first: nn.Module, second: nn.Module, normal: Normal | None = None) -> Tensor:
+def equalize_pair_(first: Linear, second: Linear, normal: Normal | None = None) -> Tensor:
     """Divides the output channels of a layer and multiplies the input channels of the next, so that
     both have the same largest weight; gives the divisors. Channels without weights stay."""
     weight, reads = first.weight.data, _by_input(second)
@@ -205,7 +212,7 @@ def equalize_pair_(first: nn.Module, second: nn.Module, normal: Normal | None = 
     return factor
 
 
-def absorb_(first: nn.Module, second: nn.Module, normal: Normal) -> Tensor:
+def absorb_(first: Linear, second: Linear, normal: Normal) -> Tensor:
     """Moves what a channel normally exceeds into the bias of the next layer; gives how much."""
     surplus = (normal.mean - 3 * normal.std).clamp(min=0)
     with_bias_(first).sub_(surplus)
@@ -233,5 +240,6 @@ def _set_range(layer: LinearLayer, known: Typical) -> None:
 
 def _correct_(layer: LinearLayer, known: Typical) -> None:
     quantized = layer.quantized
-    error = quantized.quantized_weight() - quantized.weight
+    (weight,) = quantized.weights()
+    error = quantized.quantized_weight() - weight
     with_bias_(quantized).sub_(through(quantized, error, known.mean))

@@ -72,9 +72,9 @@ def easyquant(
 
 
 def _search(layer: LinearLayer, positions: int) -> None:
-    weight, bits = layer.weight, layer.quantized.weight_bits
+    weight, bits = layer.weight, layer.weight_quantizer.bits
     quantizer = layer.quantized.input_quantizer
-    has_range = quantizer is not None and quantizer.keeps_range
+    ranged = quantizer if quantizer is not None and quantizer.keeps_range else None
     of_float, x = layer.inputs(positions)
     output = of_float @ weight.mT
     first = first_scale(weight, bits)
@@ -86,7 +86,7 @@ def _search(layer: LinearLayer, positions: int) -> None:
         quantized = layer.quantized_inputs(x, 1 / ratio)
         found = weight_cosines(output, quantized, weight, first, bits).argmax(-1)
         scale = first / ratios[found]
-        if not has_range:
+        if ranged is None:
             break
         rounded = to_grid(weight, scale, bits)
         candidates = (layer.quantized_inputs(x, 1 / r) for r in RATIOS)
@@ -94,8 +94,8 @@ def _search(layer: LinearLayer, positions: int) -> None:
         if before[0] is not None and torch.equal(before[0], found) and before[1] == ratio:
             break
     layer.set_weight_scale(scale)
-    if has_range:
-        quantizer.set_bounds(*(end / ratio for end in layer.range))
+    if ranged is not None:
+        ranged.set_bounds(*(end / ratio for end in layer.range))
 
 
 def first_scale(weight: Tensor, bits: int) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from noisyq_fast.calibration.tracing import Trace
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Linear = nn.Linear | _ConvNd
+"""The type of one of them."""
 """Their weights have the output channels first, and the input channels of a group second."""
 
 
@@ -23,7 +27,7 @@ class Normal:
     std: Tensor
 
 
-def changeable(model: nn.Module, trace: Trace) -> dict[str, nn.Module]:
+def changeable(model: nn.Module, trace: Trace) -> dict[str, Linear]:
     """Linear layers and convolutions by name whose weight is a parameter of theirs, and which alone
     read their weight and bias."""
     owners: dict[int, int] = {}
@@ -49,23 +53,27 @@ def fold_batch_norms_(model: nn.Module, trace: Trace) -> dict[str, Normal]:
         for each such layer by name, what its output is like.
     """
     layers, modules = changeable(model, trace), dict(model.named_modules())
-    found = {}
+    found: dict[str, Normal] = {}
     for step in trace.of_layers():
-        layer = layers.get(step.layer)
+        layer = layers.get(step.layer_name)
         after = trace.only_reader(step.outputs[0])
-        norm = None if after is None else modules.get(after.layer)
-        if layer is None or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        if layer is None or after is None or after.layer is None:
+            continue
+        norm = modules.get(after.layer)
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
         if not trace.once(step.layer) or not trace.once(after.layer):
             continue
         if isinstance(layer, nn.Linear) and len(step.outputs[0].shape) != 2:
             continue  # the norm's channels are another axis
-        found[step.layer] = _fold_(layer, norm)
+        found[step.layer_name] = _fold_(layer, norm)
         replace_module_(model, norm, nn.Identity())
     return found
 
 
-def _fold_(layer: nn.Module, norm: _BatchNorm) -> Normal:
+def _fold_(layer: Linear, norm: _BatchNorm) -> Normal:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     mean, variance = norm.running_mean, norm.running_var
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
@@ -76,8 +84,8 @@ def _fold_(layer: nn.Module, norm: _BatchNorm) -> Normal:
     return Normal(beta.clone(), gamma.abs())
 
 
-def with_bias_(layer: nn.Module) -> Tensor:
-    """The bias of a layer, which gets one of zeros if it has none."""
+def with_bias_(layer: Any) -> Tensor:
+    """The bias of a linear layer or convolution, quantized or not; one of zeros if it has none."""
     if layer.bias is None:
         zeros = layer.weight.new_zeros(len(layer.weight))
         layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)

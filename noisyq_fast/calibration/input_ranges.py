@@ -113,7 +113,8 @@ def calibrate(
         )
     for name, quantizer in quantizers.items():
         if name in begins:
-            quantizer.begin(begins[name])
+            learned: Any = quantizer
+            learned.begin(begins[name])
         elif seen[name].low is not None:
             quantizer.set_bounds(*_bounds(quantizer, seen[name], method, percentile))
     _warn_of_uncalled({name for name in seen if seen[name].low is None}, set(seen))
@@ -183,7 +184,7 @@ class _Seen:
         low, high = (x.float() for x in torch.aminmax(values, dim=1))
         if not bool((low.isfinite() & high.isfinite()).all()):
             return False
-        if self.low is not None:
+        if self.low is not None and self.high is not None:
             low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
         if self.counted:
             self._widen(_exponents(torch.maximum(-low, high)), first=self.low is None)
@@ -234,6 +235,8 @@ def _exponents(absmax: Tensor) -> Tensor:
 def _bounds(
     quantizer: Quantizer, seen: _Seen, method: str, percentile: float
 ) -> tuple[Tensor, Tensor]:
+    assert seen.low is not None
+    assert seen.high is not None
     low, high = quantizer.bounds(seen.low, seen.high)
     if method in ("absmax", "initial"):
         return low, high

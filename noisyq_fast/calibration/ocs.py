@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from noisyq_fast.calibration.folding import replace_module_
 from noisyq_fast.calibration.input_ranges import calibrate
 from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
-from noisyq_fast.first_last import by_execution
+from noisyq_fast.conversion.first_last import by_execution
 from noisyq_fast.grid import FULL, SIGNED
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments
@@ -98,6 +98,9 @@ class SplitChannels(nn.Module):
     """
 
     dim: int = -1
+    sources: Tensor
+    factor: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, sources: Tensor, factor: Tensor | None, shift: Tensor | None) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ class SplitChannels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.index_select(self.dim, self.sources)
-        if self.factor is None:
+        if self.factor is None or self.shift is None:
             return x
         shape = [-1] + [1] * (-1 - self.dim)
         split = x * self.factor.view(shape) + self.shift.view(shape)
@@ -177,24 +180,27 @@ def _split_(layer: LinearLayer, ratio: float, by_values: float, largest: Tensor 
     and then by its weights."""
     quantized, weight = layer.quantized, layer.float.weight.detach()
     channels = weight.shape[1]
-    sources, factor, shift = torch.arange(channels, device=weight.device), None, None
+    sources = torch.arange(channels, device=weight.device)
+    factor: Tensor | None = None
+    shift: Tensor | None = None
     if largest is not None:
         count = math.ceil(by_values * channels)
-        scale = _input_scale(quantized.input_quantizer, largest, count)
-        sources, factor, shift = split_inputs(largest, count, scale)
-    count, bits = math.ceil(ratio * channels), quantized.weight_bits
+        of_codes = _input_scale(quantized.input_quantizer, largest, count)
+        sources, factor, shift = split_inputs(largest, count, of_codes)
+    count, bits = math.ceil(ratio * channels), layer.weight_quantizer.bits
     weight, of_weight, scale = split_for(weight[:, sources], count, bits)
     sources = sources[of_weight]
     layer.set_weight_scale(scale)
     if len(sources) == channels:
         return
-    if factor is not None:
+    if factor is not None and shift is not None:
         factor, shift = factor[of_weight], shift[of_weight]
     split_inputs_(layer.both.quantized, quantized, SplitChannels(sources, factor, shift))
-    quantized.weight.data.copy_(weight)
+    (own,) = quantized.weights()
+    own.data.copy_(weight)
 
 
-def split_inputs_(model: nn.Module, layer: nn.Module, split: SplitChannels) -> None:
+def split_inputs_(model: nn.Module, layer: Any, split: SplitChannels) -> None:
     """Puts a module before a layer of a model, which gets a weight of zeros for its channels."""
     count = len(split.sources)
     split.dim = -1 - len(getattr(layer, "kernel_size", ()))

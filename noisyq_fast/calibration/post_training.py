@@ -17,11 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from noisyq_fast.calibration.folding import changeable, fold_batch_norms_
+from noisyq_fast.calibration.folding import LINEAR, changeable, fold_batch_norms_
 from noisyq_fast.calibration.input_ranges import calibrate
 from noisyq_fast.calibration.tracing import Trace
-from noisyq_fast.convert import quantize_model_, why_not_quantized
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.conversion.classes import why_not_quantized
+from noisyq_fast.conversion.convert import quantize_model_
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Fixed, Quantizer
 from noisyq_fast.running import arguments, copy_of, tensors_in
 
@@ -95,8 +96,8 @@ class PostTraining:
         if change_ is not None:
             change_(self)
         self.quantized = copy_of(self.float)
-        given = {} if weight is None else {"weight": weight}
-        quantize_model_(self.quantized, **options | given, example=self.batches[0])
+        given: dict[str, Any] = {} if weight is None else {"weight": weight}
+        quantize_model_(self.quantized, **options, **given, example=self.batches[0])
         if any(m.keeps_range for m in self.quantized.modules() if isinstance(m, Quantizer)):
             calibrate(self.quantized, self.batches)
 
@@ -109,7 +110,7 @@ class PostTraining:
     def layers(self) -> list[LinearLayer]:
         """The linear layers and convolutions with a quantized weight, in the order of execution."""
         found = changeable(self.float, self.trace).keys() & self.converted().keys()
-        names = dict.fromkeys(step.layer for step in self.trace.of_layers())
+        names = dict.fromkeys(step.layer_name for step in self.trace.of_layers())
         layers = [LinearLayer(self, name) for name in names if name in found]
         return [layer for layer in layers if layer.quantized.weight_quantizer is not None]
 
@@ -131,10 +132,18 @@ class LinearLayer:
 
     def __init__(self, both: PostTraining, name: str) -> None:
         self.both, self.name = both, name
-        self.float = both.float.get_submodule(name)
-        self.quantized: QuantLayer = both.quantized.get_submodule(name)
+        of_float, quantized = (m.get_submodule(name) for m in (both.float, both.quantized))
+        assert isinstance(of_float, LINEAR)
+        assert isinstance(quantized, QuantLayer)
+        self.float, self.quantized = of_float, quantized
         self.groups = getattr(self.float, "groups", 1)
         self.weight = self.float.weight.detach().float().flatten(1).unflatten(0, (self.groups, -1))
+
+    @property
+    def weight_quantizer(self) -> Quantizer:
+        """Of the quantized layer."""
+        assert self.quantized.weight_quantizer is not None  # see `PostTraining.layers`
+        return self.quantized.weight_quantizer
 
     def inputs(self, positions: int) -> tuple[Tensor, Tensor]:
         """What the layer sees in the float network and in the quantized one, before its own
@@ -183,14 +192,16 @@ class LinearLayer:
     def range(self) -> tuple[Tensor, Tensor]:
         """The ends of the input range, ``[1]``."""
         quantizer = self.quantized.input_quantizer
-        ends = quantizer.range.reshape(-1)
+        assert quantizer is not None
+        of_input: Any = quantizer.range
+        ends = of_input.reshape(-1)
         if quantizer.grid.is_affine:
             return ends[:1], ends[1:]
         return (torch.zeros_like(ends) if quantizer.grid.is_unsigned else -ends), ends
 
     def set_weight_scale(self, scale: Tensor) -> None:
         """Gives each output channel a scale, ``[groups, outputs]``, or all of them one, ``[]``."""
-        before = self.quantized.weight_quantizer
+        before = self.weight_quantizer
         of_all = scale.dim() == 0
         scale = scale.float()
         fixed = Fixed(scale if of_all else scale.flatten(), before.bits, None if of_all else 0)
@@ -198,7 +209,8 @@ class LinearLayer:
         self.quantized.weight_quantizer = fixed.eval()
 
     def set_weight(self, weight: Tensor) -> None:
-        self.quantized.weight.data.copy_(weight.reshape(self.quantized.weight.shape))
+        (own,) = self.quantized.weights()
+        own.data.copy_(weight.reshape(own.shape))
 
 
 class _Seen(Exception):

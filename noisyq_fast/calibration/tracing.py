@@ -43,6 +43,12 @@ class Step:
     outputs: tuple[Value, ...]
 
     @property
+    def layer_name(self) -> str:
+        """Of a layer."""
+        assert self.layer is not None
+        return self.layer
+
+    @property
     def inputs(self) -> list[Value]:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, Value)]

@@ -80,8 +80,9 @@ def typical_inputs(trace: Trace, normal: dict[str, Normal]) -> dict[str, Typical
     found: dict[str, Typical] = {}
     for step in trace.steps:
         layer = None if step.layer is None else trace.layers[step.layer]
-        if step.inputs and (given := known.get(step.inputs[0])) and hasattr(layer, "weight"):
-            found.setdefault(step.layer, given.by_channel(layer))
+        given = known.get(step.inputs[0]) if step.inputs else None
+        if given and layer is not None and hasattr(layer, "weight"):
+            found.setdefault(step.layer_name, given.by_channel(layer))
         made = _made(step, layer, trace, normal, known)
         if made is not None:
             known[step.outputs[0]] = made
@@ -101,10 +102,10 @@ def _made(
     (output,), inputs = step.outputs, step.inputs
     if isinstance(layer, _BatchNorm):
         before = trace.maker.get(inputs[0])
-        folded = normal.get(before.layer) if before else None
+        folded = normal.get(before.layer) if before and before.layer else None
         if folded is None and layer.affine:
             folded = Normal(layer.bias.detach(), layer.weight.detach().abs())
-        return folded and Typical.of(folded, output)
+        return Typical.of(folded, output) if folded else None
     if not all(value in known for value in inputs):
         return None
     if step.function in RELU:
@@ -119,12 +120,15 @@ def _made(
 
 
 def _same(step: Step, known: dict[Value, Typical]) -> Typical:
+    function = step.function
+    assert function is not None
+
     def done(part: str) -> Any:
         def value(x: Any) -> Any:
             return getattr(known[x], part) if isinstance(x, Value) else x
 
         args, kwargs = pytree.tree_map(value, (step.args, step.kwargs))
-        return step.function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return Typical(*map(done, ("mean", "std", "low", "high")))
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from noisyq_fast import writing
 from noisyq_fast.exporting import comparison, operators
 from noisyq_fast.exporting.prepare import FORMS, QDQ, Prepared, copied
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.files import writing
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.running import arguments, tensors_in
 
 
@@ -69,7 +69,7 @@ class Export:
         if not self.any_batch:
             lines.append("takes batches of the size of the example only")
         lines += [f"float, {name or 'the model'}: {why}" for name, why in self.floats.items()]
-        if self.codes is None:
+        if self.codes is None or self.differing is None:
             lines.append(f"not compared: {self.not_compared}")
         else:
             lines.append(
@@ -159,7 +159,7 @@ def export_onnx(
     with _quiet():
         _name_and_pack(program.model, prepared)
     with_codes = _serialized(program.model)
-    inputs = [value.name for value in program.model.graph.inputs]
+    inputs = [str(value.name) for value in program.model.graph.inputs]
     _leave_codes_out(program.model, len(prepared.seen))
     blob = _serialized(program.model)
     compared = comparison.compare(prepared, blob, with_codes, inputs, (args, kwargs))
@@ -249,7 +249,7 @@ def _short(error: BaseException) -> str:
 def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torch.onnx.ONNXProgram:
     try:
         with _quiet():
-            return torch.onnx.export(
+            translated = torch.onnx.export(
                 program,
                 opset_version=operators.OPSET,
                 custom_translation_table=operators.translations(),
@@ -257,8 +257,10 @@ def _translated(program: torch.export.ExportedProgram, model: nn.Module) -> torc
                 optimize=False,
                 verbose=False,
             )
+        assert translated is not None  # with dynamo
+        return translated
     except Exception as error:
-        causes = [error]
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None:
             causes.append(cause)
         text = "\n".join(map(str, causes))

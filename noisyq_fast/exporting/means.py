@@ -32,8 +32,10 @@ class Means(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         made = func(*args, **(kwargs or {}))
         x = args[0] if args else (kwargs or {}).get("input")
-        is_whole = isinstance(x, Deferred) and made.shape[2:].numel() == 1 and made.dim() in (2, 4)
-        self.ends_chain.append(is_whole and made.shape[:2] == x.shape[:2])
+        is_whole = made.shape[2:].numel() == 1 and made.dim() in (2, 4)
+        self.ends_chain.append(
+            isinstance(x, Deferred) and is_whole and made.shape[:2] == x.shape[:2]
+        )
         return made
 
     def again(self) -> AbstractContextManager[object]:
@@ -51,7 +53,7 @@ class _Again(TorchFunctionMode):
         made = func(*args, **(kwargs or {}))
         if func not in _MEANS or not next(self.ends_chain, False):
             return made
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else (kwargs or {})["input"]
         if isinstance(x.shape[2], int) and isinstance(x.shape[3], int):
             return mean_of_pixels(x, keepdim=made.dim() == 4)
         return made

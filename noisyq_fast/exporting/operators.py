@@ -44,7 +44,7 @@ def dequantize_linear(
 
 
 def _node(
-    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, int], dtype: torch.dtype
+    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype
 ) -> Tensor:
     shape = inputs[0].shape
     return torch.onnx.ops.symbolic(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from noisyq_fast.convert import why_not_quantized
+from noisyq_fast.conversion.classes import why_not_quantized
 from noisyq_fast.exporting import stand_ins
 from noisyq_fast.exporting.means import Means
 from noisyq_fast.exporting.stand_ins import FloatWeight, Norm, Weight
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.fusing import unfuse_
-from noisyq_fast.layers import FLOAT, INTEGER, QuantEmbedding, QuantLayer
+from noisyq_fast.layers.layer import FLOAT, INTEGER, QuantLayer
+from noisyq_fast.layers.linear import QuantEmbedding
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import copy_of, in_evaluation
 
@@ -81,6 +82,7 @@ class Prepared:
         found: dict[str, Any] = {}
         for key, quantizer in _of_inputs(layer).items():
             one, see = stand_ins.active(quantizer), self._see(f"{name}.{key}".lstrip("."))
+            made: Any
             try:
                 made = one and stand_ins.of_input(one, see, self.form == INTEGER)
             except ValueError as error:
@@ -114,7 +116,8 @@ class Prepared:
         return used
 
     def _record_codes(self, name: str, quantizer: Quantizer, stand_in: Any) -> None:
-        forward, codes, one = quantizer.forward, quantizer.codes, stand_ins.active(quantizer)
+        forward, codes = quantizer.forward, quantizer.codes
+        one: Any = stand_ins.active(quantizer)
 
         def record_forward(x: Tensor) -> Tensor:
             if isinstance(stand_in, ValueError):
@@ -163,9 +166,9 @@ class Prepared:
             vars(layer)["why_float"] = lambda: None
             vars(layer)["weight_codes"] = _codes(layer, of_calls)
             if layer.norm:
-                layer.norm = (_norm(layer, weights[0]),)
+                vars(layer)["norm"] = (_norm(layer, weights[0]),)
 
-    def _of_call(self, name: str, weights: list[nn.Module]) -> nn.Module:
+    def _of_call(self, name: str, weights: Sequence[Any]) -> Any:
         """The weight of the next call of a layer."""
         self._calls[name] += 1
         return weights[(self._calls[name] - 1) % len(weights)]
@@ -196,7 +199,7 @@ class Prepared:
 
     def _weights(
         self, name: str, layer: QuantLayer, used: list[Tensor], unsigned: bool
-    ) -> list[nn.Module]:
+    ) -> Sequence[Weight | FloatWeight]:
         """Those of each call; why they are no codes goes to ``floats``."""
         quantizer = stand_ins.active(layer.weight_quantizer)
         if quantizer is None or not used:
@@ -238,7 +241,7 @@ def _new(key: str, names: dict[str, Any]) -> str:
 
 def _recording(layer: QuantLayer, method: Callable, used: list[Tensor]) -> Callable:
     def record(weight: Tensor | None = None) -> Any:
-        weight = layer.weight if weight is None else weight
+        weight = layer.weights()[0] if weight is None else weight
         used.append(weight)
         return method(weight)
 
@@ -249,7 +252,7 @@ def _values(layer: QuantLayer, of_call: Callable[[], nn.Module]) -> Callable:
     """Stands for the method `quantized_weight`."""
 
     def values(weight: Tensor | None = None) -> Tensor:
-        weight = layer.weight if weight is None else weight
+        weight = layer.weights()[0] if weight is None else weight
         return layer.from_channels(of_call()(), weight)
 
     return values
@@ -259,15 +262,16 @@ def _codes(layer: QuantLayer, of_call: Callable[[], Weight]) -> Callable:
     """Stands for the method `weight_codes`."""
 
     def codes(weight: Tensor | None = None) -> Codes:
-        weight, made = layer.weight if weight is None else weight, of_call()
+        weight, made = layer.weights()[0] if weight is None else weight, of_call()
         return made.in_product(layer.from_channels(made.codes, weight))
 
     return codes
 
 
-def _norm(layer: QuantLayer, weight: Weight) -> Norm:
+def _norm(layer: QuantLayer, weight: Any) -> Norm:
     """The batch norm that follows, as constants where the scale of the input is one."""
-    norm, scale = layer.norm[0], getattr(layer.input_quantizer, "scale", None)
+    norm: Any = layer.norm[0]
+    scale = getattr(layer.input_quantizer, "scale", None)
     if scale is None:
         return Norm(norm, None)
     with torch.no_grad():

@@ -13,10 +13,10 @@ from noisyq_fast.backends.reference import FLT_MIN, Levels
 from noisyq_fast.backends.reference_integer import along_channels
 from noisyq_fast.backends.reference_learned import codes_and_values
 from noisyq_fast.exporting.operators import dequantize_linear, quantize_linear
-from noisyq_fast.granularity import TOKEN, by_group
 from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid, most_bits
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.learned import quantize_learned
+from noisyq_fast.operators.granularity import TOKEN, by_group
+from noisyq_fast.operators.learned import quantize_learned
 from noisyq_fast.quantizers import (
     AQD,
     DSQ,
@@ -51,7 +51,7 @@ def learned_codes(quantizer: LearnedQuantizer, x: Tensor) -> Tensor:
 # Inputs.
 
 
-def of_input(quantizer: Quantizer, see: See, unsigned: bool) -> nn.Module | None:
+def of_input(quantizer: Any, see: See, unsigned: bool) -> nn.Module | None:
     """A stand-in; None for a quantizer of another package, whose forward is traced.
 
     Args:
@@ -101,9 +101,14 @@ def _grid_of_learned(quantizer: LearnedQuantizer) -> Grid | None:
 class _GridInput(nn.Module):
     """Of a grid, with scales that stay."""
 
+    scale: Tensor
+    zero: Tensor
+    zero_point: Tensor | None
+
     def __init__(self, levels: Levels | None, axis: Any, see: See, unsigned: bool) -> None:
         super().__init__()
-        self.axis, self.see, self.ends = axis, see, None
+        self.axis, self.see = axis, see
+        self.ends: tuple[Any, Any] | None = None
         self.register_buffer("zero_point", None)
         if levels is not None:
             self._set_grid(levels.grid, unsigned)
@@ -111,7 +116,8 @@ class _GridInput(nn.Module):
             self.register_buffer("zero", levels.zero.detach().clone())
             if self.dtype == torch.uint8:
                 self.zero_point = self._zero_point(levels)
-            self.ends = [end.tolist() for end in self._ends(levels)]
+            low, high = self._ends(levels)
+            self.ends = low.tolist(), high.tolist()
 
     def _set_grid(self, grid: Grid, unsigned: bool) -> None:
         self.grid = grid
@@ -140,7 +146,9 @@ class _GridInput(nn.Module):
             codes = self._codes(x.float(), levels)
         zero_point = codes.new_full([], self.offset)
         if self.grid.is_affine:
-            zero_point = self.flat(self._zero_point(levels))
+            of_levels = self._zero_point(levels)
+            assert of_levels is not None
+            zero_point = self.flat(of_levels)
         largest = max(-self.grid.code_min, self.grid.code_max)
         return Codes(codes, self.flat(levels.scale), zero_point, largest, x)
 
@@ -234,6 +242,9 @@ class _DynamicInput(_GridInput):
 class _RuleInput(nn.Module):
     """Of a quantizer that learns, without a grid: by its equations."""
 
+    parameters_: Tensor
+    scale: Tensor
+
     def __init__(self, quantizer: LearnedQuantizer, see: See) -> None:
         super().__init__()
         self.rule = Rule(quantizer.rule, *quantizer.code_ends)
@@ -279,6 +290,11 @@ class Weight(nn.Module):
         ValueError: a weight without codes that fit into a byte. The message says why.
     """
 
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    low: Tensor | None
+
     def __init__(self, quantizer: Quantizer, by_channel: Tensor, unsigned: bool) -> None:
         super().__init__()
         self.guarded = False
@@ -321,11 +337,16 @@ class Weight(nn.Module):
 
     def equals(self, other: Weight) -> bool:
         pairs = zip(self._buffers.values(), other._buffers.values(), strict=True)
-        return all(a is b or (None not in (a, b) and torch.equal(a, b)) for a, b in pairs)
+        return all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+        )
 
 
 class FloatWeight(nn.Module):
     """A quantized weight without codes."""
+
+    values: Tensor
+    guarded: bool = False
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -335,13 +356,14 @@ class FloatWeight(nn.Module):
         return self.values
 
 
-def code_ends(quantizer: Quantizer) -> tuple[int, int]:
+def code_ends(quantizer: Quantizer | None) -> tuple[int, int]:
     """The smallest and the largest code."""
-    quantizer = active(quantizer)
-    if isinstance(quantizer, EvenlySpaced):
-        return 0, quantizer.largest
-    ends = getattr(quantizer, "code_ends", None)  # of those that are not just a grid
-    return ends or (quantizer.grid.code_min, quantizer.grid.code_max)
+    one = active(quantizer)
+    assert one is not None
+    if isinstance(one, EvenlySpaced):
+        return 0, one.largest
+    ends = getattr(one, "code_ends", None)  # of those that are not just a grid
+    return ends or (one.grid.code_min, one.grid.code_max)
 
 
 def _weight_codes(
@@ -379,7 +401,7 @@ def _weight_codes(
 class Norm:
     """A batch norm that `fuse_` has made part of a convolution, in evaluation: a line."""
 
-    def __init__(self, norm: nn.Module, line: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, norm: Any, line: tuple[Tensor, Tensor] | None) -> None:
         self.norm, self.line = norm, line
 
     def of_sums(

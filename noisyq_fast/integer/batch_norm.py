@@ -19,15 +19,15 @@ running mean includes it. Momentum, the unbiased running variance and evaluation
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from noisyq_fast import gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import (
     Running,
@@ -39,7 +39,9 @@ from noisyq_fast.backends.reference_integer import (
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
 from noisyq_fast.integer.deferred import Deferred, deferrable
-from noisyq_fast.made import Made, can_be_watched
+from noisyq_fast.layers.made import Made, can_be_watched
+from noisyq_fast.operators import gradients
+from noisyq_fast.operators.declare import declare
 from noisyq_fast.quantizers.moving_absmax import in_backward
 
 
@@ -77,7 +79,7 @@ class _NormGradient(gradients.Gradient):
             return along_channels(x.float(), sums)
 
         normalized = (sums.float() - along(mean)) * along(inverse * scale)
-        parts = []
+        parts: list[Tensor] = []
         if of_product is not None:
             slope = inverse if weight is None else inverse * weight
             tangent = of_product.float()
@@ -90,8 +92,14 @@ class _NormGradient(gradients.Gradient):
             parts.append(normalized * along(of_weight))
         if of_bias is not None:
             parts.append(along(of_bias).expand(sums.shape))
-        return sum(parts).to(ctx.dtype)
+        nothing: Any = 0
+        return sum(parts, nothing).to(ctx.dtype)
 
+
+if TYPE_CHECKING:
+    _Mixed = _BatchNorm
+else:
+    _Mixed = object  # `exact` mixes it with one of several classes
 
 LARGEST_SUM = 2**31 - 2**7
 """The largest float below 2^31. The squares of sums up to it are exact in 64 bits."""
@@ -169,7 +177,7 @@ class _Ranks:
         return line[0], shift.float(), tilt.float()
 
 
-class ExactBatchNorm:
+class ExactBatchNorm(_Mixed):
     """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it.
     Of other tensors it is the batch norm that it was.
 
@@ -177,7 +185,7 @@ class ExactBatchNorm:
         follows: the layer before it, in a tuple, so that it is no module of this one.
     """
 
-    follows: tuple[nn.Module, ...] = ()
+    follows: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Deferred):
@@ -212,11 +220,11 @@ class ExactBatchNorm:
         count = sums.values.numel() // sums.scale.numel()
         ranks = self._ranks()
         if ranks is not None:
-            sum_, squares, *_ = x.measured().moments
+            sum_, squares, *_ = _moments(x)
             moments, count = ranks.added(sum_, squares, count)
 
         def statistics(running: Running | None, *affine: Tensor | None) -> tuple[Tensor, ...]:
-            found = x.measured().moments[:2] if ranks is None else moments
+            found = _moments(x)[:2] if ranks is None else moments
             compute = select("normalization", sums.values.device.type)
             return compute(*found, count, sums.scale, *affine, self.eps, running)
 
@@ -278,6 +286,8 @@ class ExactBatchNorm:
     def _computed_line(
         self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
         mean = self.running_mean.double()
         if bias is not None:
             mean = mean - bias.double()
@@ -287,19 +297,30 @@ class ExactBatchNorm:
 
     def _running(self, bias: Tensor | None) -> Running:
         batches, momentum = self.num_batches_tracked, self.momentum
+        assert batches is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         if momentum is None:
             momentum = 1 / (float(batches) + 1)
         return Running(self.running_mean, self.running_var, batches, bias, momentum)
 
 
-@functools.cache
-def exact(norm: type[nn.Module]) -> type[nn.Module]:
-    """The class of a batch norm with `ExactBatchNorm`."""
+def _moments(x: Deferred) -> tuple[Tensor, ...]:
+    moments = x.measured().moments
+    assert moments is not None
+    return moments
+
+
+def _exact(norm: type[nn.Module]) -> Any:
     namespace = {
         "__reduce_ex__": lambda self, _: (_new, (norm,), self.__getstate__()),
         "float_class": norm,
     }
     return type(f"Exact{norm.__name__}", (ExactBatchNorm, norm), namespace)
+
+
+exact: Callable[..., Any] = functools.cache(_exact)
+"""The class of a batch norm with `ExactBatchNorm`."""
 
 
 def _new(norm: type[nn.Module]) -> nn.Module:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import gradients
 from noisyq_fast.backends import select
+from noisyq_fast.backends.reference_integer import GradOfSums, without_values
+from noisyq_fast.integer.deferred_gradient import DeferredGradient
+from noisyq_fast.operators import gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Sums:
     bias: Tensor | None
     bound: int
     product: Tensor
-    layer: nn.Module
+    layer: Any  # a `QuantLayer`, whose module imports this one
     moments: tuple[Tensor, ...] | None = None
     again: tuple[Any, ...] | None = None
 
@@ -162,28 +164,23 @@ class ChainGradient(torch.autograd.Function):
             grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
             relu = False
         residual = grad if to_residual else None
-        of_weight = of_bias = None
+        of_weight: Any = None
+        of_bias: Any = None
         if mean is not None:
             line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
             )
             if ctx.of_ranks is not None:
                 line = ctx.of_ranks(line, of_weight, of_bias, inverse * scale)
-            grad = compute("grads_of_sums")(grad, values, factor, term, relu, mean, *line)
+            made_of = GradOfSums(grad, values, factor, term, relu, mean, *line)
+            grad = DeferredGradient.of(made_of)
         elif relu:
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)
-            grad = compute("grads_of_sums")(
-                *(grad, values, factor, term, relu, zero, one, zero, zero)
-            )
+            made_of = GradOfSums(grad, values, factor, term, relu, zero, one, zero, zero)
+            grad = DeferredGradient.of(made_of)
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
         of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
         return grad, of_weight, of_bias, residual, None, None
-
-
-def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a shape, for gradients to flow to, of one element of memory, which nothing
-    reads."""
-    return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
 
 
 def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -198,10 +195,10 @@ def extremes(chain: Chain) -> Tensor:
     """As `reference_integer.ends`."""
     if chain.sums.values.numel() == 0:
         return chain.factor.new_zeros(2)
+    moments = chain.sums.moments
+    assert moments is not None
     with torch.no_grad():
-        return chain.compute("ends_of_line")(
-            *chain.sums.moments[2:], chain.factor, chain.term, chain.relu
-        )
+        return chain.compute("ends_of_line")(*moments[2:], chain.factor, chain.term, chain.relu)
 
 
 class _MeanOfPixels(torch.autograd.Function):

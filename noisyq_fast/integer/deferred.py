@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
-from noisyq_fast.backends.reference_integer import range_of_ends
+from noisyq_fast.backends.reference_integer import range_of_ends, without_values
 from noisyq_fast.grid import Grid
 from noisyq_fast.integer.chain import (
     Chain,
@@ -38,8 +37,8 @@ from noisyq_fast.integer.chain import (
     mean_of_pixels,
     record,
     records,
-    without_values,
 )
+from noisyq_fast.operators import checks
 
 
 def deferrable(x: Tensor) -> bool:
@@ -72,7 +71,7 @@ class Deferred(Tensor):
     _chain: Chain
     _carrier: Tensor  # what gradients flow to; without values
     _raw: Tensor | None  # the values, while nothing but chains has read them
-    _values: Tensor | None  # and since something else has
+    _values: Tensor | None  # type: ignore[assignment]  # and since something else has
     _version_read: int
     _extremes: Tensor | None
     _format: torch.memory_format
@@ -176,7 +175,7 @@ class Deferred(Tensor):
         own._is_passed = chain.norm is not None
         source = other
         if isinstance(other, Deferred):
-            other, source = other.written(), other.source
+            source, other = other.source, other.written()
         chain = replace(chain, residual=other.detach(), residual_source=source)
         made = _extended(chain, own._format)
         if not records and "ReLU" not in chain.sums.layer.followed_by:
@@ -203,7 +202,7 @@ class Deferred(Tensor):
             for found in records:
                 found.reads += [own._chain.sums.layer] * (own._chain.norm is None)
             own._write()
-        return own._values
+        return _known(own._values)
 
     def _write(self) -> None:
         raw, self._raw = self._written(), None
@@ -265,7 +264,7 @@ class Deferred(Tensor):
                 "it before the next operation, such as in a forward hook"
             )
         own._has_hook = True
-        return own._carrier if own._is_as_written() else own._values
+        return own._carrier if own._is_as_written() else _known(own._values)
 
     def _is_as_written(self) -> bool:
         values = self._values
@@ -323,7 +322,8 @@ def _uncompiled() -> Callable:
 _made_uncompiled: list[Callable] = []  # when torch.compile is used first
 
 
-Deferred.__torch_function__.__func__._torchdynamo_disable = True
+_torch_function: Any = Deferred.__torch_function__
+_torch_function.__func__._torchdynamo_disable = True
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -335,6 +335,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+def _known(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values
 
 
 def _with_values(argument: Any) -> Any:
@@ -447,7 +452,8 @@ def _pool(input: Any, output_size: Any) -> Tensor | None:
     return mean_of_pixels(input.values(), keepdim=True)
 
 
-_DTYPE = Tensor.dtype.__get__
+_TENSOR: Any = Tensor
+_DTYPE = _TENSOR.dtype.__get__
 _FOLLOWS: dict[Callable, Callable] = {
     F.relu: _relu,
     torch.relu: _relu,
@@ -480,4 +486,4 @@ _OF_THE_SHELL = {
     ),
 }
 _OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
-_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__}
+_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, _TENSOR.grad.__get__}

@@ -10,7 +10,7 @@ from torch import nn
 
 from noisyq_fast.integer.batch_norm import LARGEST_SUM, ExactBatchNorm, exact
 from noisyq_fast.integer.chain import Record, recording
-from noisyq_fast.layers import QuantLayer
+from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Quantizer
 from noisyq_fast.running import arguments, left_as_it_was
 from noisyq_fast.widths import NormOfWidths
@@ -69,7 +69,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
         layer
         for layer in model.modules()
         if isinstance(layer, QuantLayer) and layer.can_defer and layer.computes_in_integers()
-        if layer.weight[0].numel() <= _MOST_TERMS
+        if layer.weights()[0][0].numel() <= _MOST_TERMS
     ]
     if not layers:
         raise ValueError(
@@ -77,7 +77,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
             'takes one of quantize_model_(model, arithmetic="integer")'
         )
     unfuse_(model)
-    norms = [norm for norm in model.modules() if type(norm) in _NORMS]
+    norms: list[Any] = [norm for norm in model.modules() if type(norm) in _NORMS]
     try:
         for layer in layers:
             layer.defers, layer.recomputes = True, recompute
@@ -99,7 +99,8 @@ def unfuse_(model: nn.Module) -> None:
             for name in ("defers", "recomputes", "norm", "followed_by"):
                 vars(module).pop(name, None)
         elif isinstance(module, ExactBatchNorm):
-            module.__class__ = module.float_class
+            exact_norm: Any = module
+            exact_norm.__class__ = exact_norm.float_class
             vars(module).pop("follows", None)
 
 
@@ -121,12 +122,13 @@ def fuse_as_(model: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Does what `fuse_` did to a model of the same modules, without an example."""
     for name, about in found.items():
         layer = model.get_submodule(name)
+        norms: list[Any] = [model.get_submodule(norm) for norm in about["norm"]]
         if not (isinstance(layer, QuantLayer) and layer.can_defer):
             raise ValueError(f"{name}: a convolution in the file, {type(layer).__name__} here")
         layer.defers, layer.recomputes = True, bool(about["recompute"])
         layer.followed_by = str(about["followed_by"])
-        layer.norm = tuple(model.get_submodule(norm) for norm in about["norm"])
-        for norm in layer.norm:
+        layer.norm = tuple(norms)
+        for norm in norms:
             if type(norm) not in _NORMS:
                 raise ValueError(f"{name}: a batch norm in the file, {type(norm).__name__} here")
             norm.__class__ = exact(type(norm))
@@ -150,10 +152,10 @@ def _seen(model: nn.Module, example: Any, training: bool) -> Record:
     return found
 
 
-def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) -> None:
+def _pair(layers: list[QuantLayer], norms: list[Any], seen: list[Record]) -> None:
     for layer in layers:
         of_modes = [found.norms.get(layer, []) for found in seen]
-        of_layer = {id(norm): norm for norms in of_modes for norm in norms}
+        of_layer: dict[int, Any] = {id(norm): norm for norms in of_modes for norm in norms}
         read = any(layer in found.reads for found in seen)
         steps = list(dict.fromkeys(step for found in seen for step in found.steps.get(layer, [])))
         one_norm = len(of_layer) == 1 and all(of_modes) and not read
@@ -162,7 +164,7 @@ def _pair(layers: list[QuantLayer], norms: list[nn.Module], seen: list[Record]) 
             continue
         layer.followed_by = ", ".join(steps)
         layer.norm = tuple(of_layer.values())
-        for norm in layer.norm:
+        for norm in of_layer.values():
             norm.follows = (*norm.follows, layer)
     for norm in norms:
         if len(norm.follows) != 1:
@@ -176,7 +178,8 @@ def _treat_widths_alike(model: nn.Module) -> None:
     """Makes batch norms of other widths exact where the one that has run on the example is."""
     for several in model.modules():
         if isinstance(several, NormOfWidths) and isinstance(several.active, ExactBatchNorm):
-            for norm in several.norms():
+            norms: list[Any] = several.norms()
+            for norm in norms:
                 if not isinstance(norm, ExactBatchNorm):
                     norm.__class__ = exact(type(norm))
                     norm.follows = several.active.follows

@@ -33,7 +33,9 @@ from noisyq_fast.calibration.tracing import Step, Trace, Value
 from noisyq_fast.grid import ODD
 from noisyq_fast.integer.fixed_point import LARGEST, FixedPoint, saturated
 from noisyq_fast.integer.fusing import unfuse_
-from noisyq_fast.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from noisyq_fast.layers.convolution import QuantConv1d, QuantConv2d, QuantConv3d
+from noisyq_fast.layers.layer import QuantLayer
+from noisyq_fast.layers.linear import QuantLinear
 from noisyq_fast.quantizers import AQD, LSQ, PACT, QIL, Fixed, MovingAbsMax, Quantizer
 from noisyq_fast.running import copy_of
 
@@ -108,7 +110,7 @@ class IntegerOnly(nn.Module):
     @torch.no_grad()
     def compare(self, inputs: Iterable[Any]) -> Comparison:
         """Beside the network that it was made of, on batches of inputs."""
-        found = Comparison({name: 0.0 for name in self.layers})
+        found = Comparison(dict.fromkeys(self.layers, 0.0))
         elements = dict.fromkeys(self.layers, 0)
         model = self._model[0]
         layers = {name: model.get_submodule(name) for name in self.layers}
@@ -116,7 +118,7 @@ class IntegerOnly(nn.Module):
 
         def see(name: str) -> Callable:
             def hook(layer: QuantLayer, args: tuple[Tensor]) -> None:
-                of_floats[name] = _steps(layer.input_quantizer, args[0])
+                of_floats[name] = _steps(_quantizer_of(layer), args[0])
 
             return hook
 
@@ -188,7 +190,7 @@ class _Operation:
 class _Product:
     """Exact sums of a layer: in float64, where every sum of whole numbers below 2^53 is."""
 
-    layer: nn.Module
+    layer: Any  # a convolution or a linear layer
     weight: Tensor
 
     def __call__(self, steps: Tensor) -> Tensor:
@@ -304,9 +306,9 @@ class _Program:
         for step in self.trace.of_layers():
             layer = self.modules[step.layer]
             if isinstance(layer, QuantLayer):
-                _check(step.layer, layer)
+                _check(step.layer_name, layer)
                 root = self._root(step.inputs[0])
-                step_of_codes = _step_and_offset(layer.input_quantizer, _known(layer)[0])[0]
+                step_of_codes = _step_and_offset(_quantizer_of(layer), _known(layer)[0])[0]
                 self.finest[root] = min(float(step_of_codes), self.finest.get(root, math.inf))
 
     def _root(self, value: Value) -> Value:
@@ -345,19 +347,20 @@ class _Program:
         codes = ("codes", step.layer)
         scale, low, high = _known(layer)
         if value == self.input:
-            quantizer = layer.input_quantizer
+            quantizer = _quantizer_of(layer)
             self._emit(codes, [value], lambda x: _steps(quantizer, x))
         else:
             self._emit(codes, [value], self._quantizer(step, layer, scale, low, high))
-        self.codes.append((step.layer, codes))
-        made = layer.weight_codes(layer.weight.detach())
+        self.codes.append((step.layer_name, codes))
+        made = layer.weight_codes(layer.weights()[0].detach())
         weight = made.codes.double()
         if made.zero_point is not None:
             weight = weight - made.zero_point.double().view([-1, *[1] * (weight.dim() - 1)])
         if weight[0].numel() * max(-low, high) * made.largest > LARGEST:
             raise ValueError(f"layer {step.layer!r}: its sums do not fit into 32 bits")
         output = step.outputs[0]
-        bias = torch.zeros_like(made.scale) if layer.bias is None else layer.bias.detach()
+        own: Any = layer.bias
+        bias = torch.zeros_like(made.scale) if own is None else own.detach()
         self.sums[output] = made.scale.double() * scale.double(), bias.double()
         after = self.trace.only_reader(output)
         norm = None if after is None or after.layer is None else self.modules[after.layer]
@@ -373,15 +376,16 @@ class _Program:
     def _quantizer(
         self, step: Step, layer: QuantLayer, scale: Tensor, low: int, high: int
     ) -> _Quantize:
-        step_of_codes, offset = _step_and_offset(layer.input_quantizer, scale)
+        quantizer = _quantizer_of(layer)
+        step_of_codes, offset = _step_and_offset(quantizer, scale)
         factor, term = self.scales[step.inputs[0]] / step_of_codes, offset
-        is_odd = layer.input_quantizer.grid_of_codes == ODD
+        is_odd = quantizer.grid_of_codes == ODD
         if is_odd:
             factor, term = factor / 2, (term + high) / 2
         return _Quantize(_fixed(step, factor, term), low, high, is_odd)
 
     def _add_norm(self, step: Step, norm: _BatchNorm) -> None:
-        if norm.running_mean is None:
+        if norm.running_mean is None or norm.running_var is None:
             raise ValueError(
                 f"layer {step.layer!r}: has the statistics of a batch, no running ones"
             )
@@ -415,6 +419,7 @@ class _Program:
         value = step.inputs[0]
         if value not in self.scales:
             raise ValueError(f"{_named(step)}: reads the input of the model before its first layer")
+        assert step.function is not None
         follow, (args, kwargs) = _SAME_SCALE[step.function], (step.args[1:], dict(step.kwargs))
         if step.function is F.pad:
             value_of_pad = kwargs.get("value") or (args[2] if len(args) > 2 else 0)
@@ -444,7 +449,7 @@ def _check(name: str, layer: QuantLayer) -> None:
     why = layer.why_float()
     if not isinstance(layer, _LAYERS):
         why = f"{type(layer).__name__} has no form in integers alone"
-    elif why is None and quantizer.axis is not None:
+    elif why is None and (quantizer is None or quantizer.axis is not None):
         why = "its input has several scales"
     elif why is None and type(quantizer) not in _QUANTIZERS:
         takes = ", ".join(kind.__name__ for kind in _QUANTIZERS)
@@ -453,10 +458,17 @@ def _check(name: str, layer: QuantLayer) -> None:
         raise ValueError(f"layer {name!r}: {why}")
 
 
+def _quantizer_of(layer: QuantLayer) -> Quantizer:
+    """That of its input, which `_check` has asked for."""
+    assert layer.input_quantizer is not None
+    return layer.input_quantizer
+
+
 def _known(layer: QuantLayer) -> tuple[Tensor, int, int]:
     """Of its input the scale, and the least and the largest code minus the zero point."""
-    made = layer.input_quantizer.codes(layer.weight.new_zeros(1))
-    least, most = _ends(layer.input_quantizer)
+    quantizer = _quantizer_of(layer)
+    made = quantizer.codes(layer.weights()[0].new_zeros(1))
+    least, most = _ends(quantizer)
     zero = 0 if made.zero_point is None else int(made.zero_point)
     return made.scale, least - zero, most - zero
 

@@ -19,21 +19,30 @@ in which codes are exact; the scale of x stays outside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from noisyq_fast import gradients
-from noisyq_fast._declare import declare
 from noisyq_fast.backends import reference_integer, select
-from noisyq_fast.backends.reference_integer import as_rows, channel_steps, laid_out_like, steps
-from noisyq_fast.integer.chain import Sums, without_values
+from noisyq_fast.backends.reference_integer import (
+    GradOfSums,
+    as_rows,
+    channel_steps,
+    laid_out_like,
+    steps,
+    without_values,
+)
+from noisyq_fast.integer.chain import Sums
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
+from noisyq_fast.integer.deferred_gradient import DeferredGradient
+from noisyq_fast.operators import gradients
+from noisyq_fast.operators.declare import declare
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37
@@ -175,6 +184,12 @@ _OPERANDS = (
 class _Product(gradients.Gradient):
     """Straight through to ``x`` and ``weight``, of which nothing is read. Saves codes."""
 
+    grads: ClassVar[Callable[..., tuple[Tensor | None, Tensor | None]]]
+    grad_of_bias: ClassVar[Callable[..., Tensor]]
+    weight_values: ClassVar[Callable[..., Tensor]]
+    product: ClassVar[Callable[..., Tensor]]
+    along_outputs: ClassVar[Callable[..., Tensor]]
+
     @staticmethod
     def forward(ctx: Any, below_autograd: Any, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
         bias, codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked, *geometry = others
@@ -209,7 +224,7 @@ class _Product(gradients.Gradient):
     def _jvp(cls, ctx: Any, *tangents: Tensor | None) -> Tensor:
         codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
         _, of_x, of_weight, of_bias, *_ = tangents
-        parts = []
+        parts: list[Tensor] = []
         if of_x is not None:
             weight = cls.weight_values(ctx, w_codes, w_scale, w_zero)
             parts.append(cls.product(ctx, _unmasked(of_x.float(), codes, masked), weight))
@@ -220,7 +235,8 @@ class _Product(gradients.Gradient):
             parts.append(cls.product(ctx, x, of_weight))
         if of_bias is not None:
             parts.append(cls.along_outputs(of_bias.float(), w_codes))
-        return sum(parts).expand(ctx.output_shape).to(ctx.dtypes[0])
+        nothing: Any = 0
+        return sum(parts, nothing).expand(ctx.output_shape).to(ctx.dtypes[0])
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:
@@ -260,14 +276,13 @@ class _Convolution(_Product):
         to_x: bool,
         to_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        dtype = ctx.compute_dtype
         w = _Convolution.weight_values(ctx, w_codes, w_scale, w_zero)
-        # Of the gradient of x only its shape matters.
-        x = _floats(codes, zero, dtype) if to_weight else without_values(codes, dtype)
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            *(grad.to(dtype), x, w.to(dtype), None, *ctx.geometry, [to_x, to_weight, False])
-        )
-        return dx, dw.float() * scale if to_weight else None
+        compute = reference_integer.grads_of_convolution
+        known = grad.current() if isinstance(grad, DeferredGradient) else grad
+        if deferrable(codes) and (isinstance(known, GradOfSums) or deferrable(known)):
+            compute = select("grads_of_convolution", codes.device.type)
+        how = ctx.compute_dtype, to_x, to_weight, *ctx.geometry
+        return compute(known, codes, scale, zero, w, *how)
 
     @staticmethod
     def grad_of_bias(grad: Tensor, _: Tensor) -> Tensor:
@@ -448,7 +463,7 @@ def normalized_convolution(
     bias: Tensor | None,
     geometry: Geometry,
     product: Tensor,
-    norm: nn.Module,
+    norm: Any,
 ) -> Tensor:
     """`convolution`, which is ``product``, with the batch norm that follows, for a graph that is
     traced."""

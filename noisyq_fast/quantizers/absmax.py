@@ -4,12 +4,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from noisyq_fast import gradients
 from noisyq_fast.backends.reference import pack_like
-from noisyq_fast.granularity import Axis
 from noisyq_fast.grid import SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.ops import fake_quantize, quantize
+from noisyq_fast.operators import gradients
+from noisyq_fast.operators.granularity import Axis
+from noisyq_fast.operators.quantize import fake_quantize, quantize
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 
@@ -62,4 +62,5 @@ class AbsMax(Quantizer):
             masked = None
             if self.grid_kind == UNSIGNED and gradients.wanted():
                 masked = pack_like(codes, x < 0)
-            return self._codes(x, codes, scale, *zero_point, masked=masked)
+            known = zero_point[0] if zero_point else None
+            return self._codes(x, codes, scale, known, masked)

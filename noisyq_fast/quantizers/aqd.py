@@ -1,14 +1,15 @@
 """The quantizers of AQD (Chen et al. 2020, arXiv 2007.06919)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from noisyq_fast import checks, rules
+from noisyq_fast import rules
 from noisyq_fast.backends.reference_learned import sum_of_groups
 from noisyq_fast.grid import ODD, UNSIGNED
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.quantizer import Quantizer
 
@@ -42,6 +43,8 @@ class AQD(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 6
+
+    clip: nn.Parameter
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class AQD(LearnedQuantizer):
         return quotient(clip, float(self.code_ends[1])).clamp(min=torch.finfo(torch.float32).tiny)
 
     def at_end(self, bits: int, place: str) -> Quantizer:
-        quantizer = super().at_end(bits, place)
+        quantizer: Any = super().at_end(bits, place)
         quantizer.standardize = False
         return quantizer
 

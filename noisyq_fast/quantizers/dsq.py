@@ -3,9 +3,10 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from noisyq_fast import checks, rules
+from noisyq_fast import rules
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer, quotient
 
 # At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.
@@ -38,6 +39,10 @@ class DSQ(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 8
+
+    low: nn.Parameter
+    high: nn.Parameter
+    alpha: nn.Parameter
 
     def __init__(self, bits: int = 4, *, alpha: float = 0.2, learn_alpha: bool = True) -> None:
         checks.number("alpha", alpha)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 

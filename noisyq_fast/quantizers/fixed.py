@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends.reference import Levels
-from noisyq_fast.granularity import Axis, Groups, by_group
 from noisyq_fast.grid import SIGNED
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.ops import dequantize
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import Axis, Groups, by_group
+from noisyq_fast.operators.quantize import dequantize
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 
@@ -47,6 +47,7 @@ class Fixed(Quantizer):
     KIND: ClassVar[int] = 8
     gives_codes: ClassVar[bool] = True
 
+    axis: int | None
     scale: Tensor
     zero_point: Tensor | None
 
@@ -98,8 +99,9 @@ class Fixed(Quantizer):
     def values_of(self, codes: Tensor) -> Tensor:
         """The values, float32, of codes."""
         scale, zero_point = self.scale, self.zero_point
-        options = {"zero_point": zero_point, "group_size": self.group_size}
-        return dequantize(codes, scale, self.axis, **options)
+        return dequantize(
+            codes, scale, self.axis, zero_point=zero_point, group_size=self.group_size
+        )
 
     def codes(self, x: Tensor) -> Codes:
         with self._named():
@@ -112,8 +114,9 @@ class Fixed(Quantizer):
             return self._codes(x, codes, self.scale, *zero_points)
 
     def _levels(self, groups: Groups | None = None) -> Levels:
-        scale, zero = self.scale, self.zero_point
-        zero = torch.zeros_like(scale) if zero is None else zero.float()
+        scale, zero_point = self.scale, self.zero_point
+        zero: Any = torch.zeros_like(scale) if zero_point is None else zero_point.float()
+        of_groups: Any = scale
         if groups is not None:
-            scale, zero = groups.flat("scale", scale), groups.flat("zero_point", zero)
-        return Levels(scale, zero, self.grid)
+            of_groups, zero = groups.flat("scale", scale), groups.flat("zero_point", zero)
+        return Levels(of_groups, zero, self.grid)

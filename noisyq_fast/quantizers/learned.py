@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks, gradients
 from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.backends.reference_learned import sum_of_groups
-from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import FULL, UNSIGNED, check_bits
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.granularity import TOKEN
+from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 from noisyq_fast.quantizers.quantizer import Quantizer
 from noisyq_fast.rules import PARAMETERS
 
@@ -50,6 +50,8 @@ class LearnedQuantizer(Quantizer):
         "overrides={...: {'activation': noisyq_fast.LSQ(4, signed=True)}}"
     )
     FOR: ClassVar[frozenset[str]] = frozenset({WEIGHT, INPUT})
+
+    axis: int | None
 
     initialized: bool = False
     # Of the ranks of data-parallel training: the sum, and the largest, of values that each has.
@@ -250,7 +252,7 @@ class LearnedQuantizer(Quantizer):
     # The state.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantizer:
-        before = {name: p.data for name, p in self._parameters.items()}
+        before = {name: p.data for name, p in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
         for name, value in before.items():
             parameter = getattr(self, name)
@@ -332,7 +334,7 @@ class LearnedQuantizer(Quantizer):
             f"{type(self).__name__} has no scale for its codes: integer layers do not take it"
         )
 
-    def like(self, **changes: Any) -> LearnedQuantizer:
+    def like(self, **changes: Any) -> Self:
         check_bits(changes.get("bits", self.bits))
         quantizer = super().like(**changes)
         quantizer._set_grid()

@@ -4,9 +4,9 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from noisyq_fast import checks
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.rules import LSQ as RULE
 
@@ -44,6 +44,8 @@ class LSQ(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 3
+
+    step: nn.Parameter
 
     def __init__(
         self,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference import average_, scale_of_codes
 from noisyq_fast.backends.reference_integer import range_of_ends
-from noisyq_fast.granularity import TOKEN
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred
-from noisyq_fast.ops import fake_quantize, fake_quantize_ema, masked_on
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import TOKEN
+from noisyq_fast.operators.quantize import fake_quantize, fake_quantize_ema, masked_on
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 DEFAULT_AVERAGING_CONSTANT = 0.01
@@ -66,6 +66,9 @@ class MovingAbsMax(Quantizer):
     keeps_range: ClassVar[bool] = True
     gives_codes: ClassVar[bool] = True
 
+    axis: int | None
+    running_absmax: Tensor
+    running_range: Tensor
     observed: Tensor
     # Of the class, as those of `Quantizer` are: modules that an earlier version pickled have none.
     range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
@@ -124,7 +127,7 @@ class MovingAbsMax(Quantizer):
             )
         # With its own range nothing is clipped on a signed grid.
         ste = "identity" if self.grid_kind == SIGNED else self.ste
-        options = {"grid": self.grid_kind, "ste": ste}
+        options: dict[str, Any] = {"grid": self.grid_kind, "ste": ste}
         again = in_backward()
         batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
         if batch is not None:
@@ -191,7 +194,7 @@ class MovingAbsMax(Quantizer):
             running, observed = running.clone(), observed.clone()
         source = x
         if isinstance(x, Deferred):
-            x, source = x.written(), x.source
+            source, x = x.source, x.written()
         codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
             *(_values(x), running, observed, self.bits, self.axis, self.averaging_constant),
             *(self.grid_kind, masked_on(self.grid_kind, ste)),
@@ -223,7 +226,7 @@ class MovingAbsMax(Quantizer):
             raise ValueError(
                 f"set_range: got {len(ends)} values on the {self.grid_kind} grid, takes {takes}"
             )
-        least = ends[0] if self.grid_kind == AFFINE else 0
+        least: Any = ends[0] if self.grid_kind == AFFINE else 0
         if (ends[-1] < least).any():
             takes = "the least before the largest" if self.grid_kind == AFFINE else "0 or more"
             raise ValueError(f"set_range: got {', '.join(map(str, ends))}, takes {takes}")

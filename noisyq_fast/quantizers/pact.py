@@ -4,9 +4,9 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from noisyq_fast import checks
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import INPUT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.moving_absmax import MovingAbsMax
 from noisyq_fast.quantizers.quantizer import Quantizer
@@ -45,6 +45,8 @@ class PACT(LearnedQuantizer):
         "use LSQ(4, signed=True) here, with overrides={...: {'activation': ...}}"
     )
     FOR: ClassVar[frozenset[str]] = frozenset({INPUT})
+
+    clip: nn.Parameter
 
     def __init__(self, bits: int = 4, *, start: float = 8.0, gradient: str = "sat") -> None:
         if gradient not in GRADIENTS:

@@ -3,10 +3,11 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from noisyq_fast import checks, rules
+from noisyq_fast import rules
 from noisyq_fast.grid import check_bits
+from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.absmax import AbsMax
 from noisyq_fast.quantizers.learned import LEAST, WEIGHT, LearnedQuantizer, quotient
 from noisyq_fast.quantizers.moving_absmax import MovingAbsMax
@@ -42,6 +43,10 @@ class QIL(LearnedQuantizer):
     """
 
     KIND: ClassVar[int] = 7
+
+    center: nn.Parameter
+    distance: nn.Parameter
+    exponent: nn.Parameter
 
     def __init__(self, bits: int = 4, *, exponent: bool | None = None) -> None:
         if exponent is not None:

@@ -7,16 +7,16 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast import checks
-from noisyq_fast.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
 from noisyq_fast.grid import grid as grid_of
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.operators import checks
+from noisyq_fast.operators.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 
 _STATE_FORMAT = 1
 # Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts
@@ -191,7 +191,7 @@ class Quantizer(nn.Module):
         """What PyTorch calls after it has given memory to a module made on the device ``meta``."""
         self.reset()
 
-    def like(self, **changes: Any) -> Quantizer:
+    def like(self, **changes: Any) -> Self:
         """A copy of its own that has seen nothing, with other attributes, such as ``bits``."""
         check_bits(changes.get("bits", self.bits), self.grid_kind)
         quantizer = copy.deepcopy(self)
@@ -235,17 +235,19 @@ class Quantizer(nn.Module):
         grid = self.grid_kind if self.KIND else type(self).__name__
         if self.group_size:
             return f"{grid} group {self.group_size}"
-        named = {None: "tensor", TOKEN: TOKEN}
+        named: dict[Axis, str] = {None: "tensor", TOKEN: TOKEN}
         return f"{grid} {named.get(self.axis, 'channel')}"
 
     def scales(self, x: Tensor) -> int:
         """How many scales a tensor has."""
         if by_group(self.axis, self.group_size):
             return math.prod(Groups(x.detach(), self.axis, self.group_size).shape)
+        assert not isinstance(self.axis, str)
         return 1 if self.axis is None else x.shape[self.axis]
 
     def by_range(self, x: Tensor) -> Tensor:
         """The values of a tensor as ``[ranges, values]``."""
+        assert not isinstance(self.axis, str)
         return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
 
     def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks, gradients, rules
+from noisyq_fast import rules
 from noisyq_fast.backends.reference import scale_of_codes
 from noisyq_fast.grid import FULL, ODD
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 from noisyq_fast.quantizers.learned import quotient
 from noisyq_fast.quantizers.quantizer import Quantizer
 

@@ -288,11 +288,23 @@ def test_annotators_change_with_the_noise_seed_and_the_pictures_do_not():
     assert len({first.checksum, other.checksum, true.checksum}) == 3
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_truth_of_those_that_are_trained_on(known, frames):
+    frames = frames if known else replace(frames, truth=None)
+    task = ActionUnits(config(), frames, CPU)
+    if known:
+        assert torch.equal(task.truth(), frames.truth[task.parts["trained"]])
+    else:
+        assert task.truth() is None
+
+
 def test_run_writes_labels_scores_and_options(tmp_path):
     prepared = run.prepare(run.parse([*TINY.split(), "--out", str(tmp_path), "--fold", "3"]))
     line = run.execute(prepared, CPU)
     assert line.startswith("test F1 ")
-    assert "(mean of 12 AUs)" in line
+    scores = json.loads(next(tmp_path.glob("*/result.json")).read_text())
+    for name, against in (("test_f1", "annotators"), ("test_f1_truth", "truth")):
+        assert f"{scores[name]:.2%} against the {against}" in line
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith("synthetic-au-baseline-noise1-fold3-seed0-")
     result = json.loads((folder / "result.json").read_text())

@@ -1,5 +1,9 @@
 """Training on a GPU, with and without a recorded step."""
 
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_training import EXCHANGED, trainer
@@ -101,3 +105,32 @@ def test_recorded_step_inherits_no_stream_from_a_forward_before():
     assert accumulator(parameter).metadata
     GraphedStep(lambda: None)
     assert not accumulator(parameter).metadata
+
+
+def test_a_step_is_warmed_up_beside_recorded_once_and_replayed(monkeypatch):
+    log, place = [], ["main"]
+
+    @contextmanager
+    def within(where):
+        place.append(where)
+        yield
+        place.pop()
+
+    def stream(name):
+        return SimpleNamespace(name=name, wait_stream=lambda _: log.append(f"{name} waits"))
+
+    def step(x, factor):
+        log.append(f"step in {place[-1]}")
+        return x * factor
+
+    graph = SimpleNamespace(replay=partial(log.append, "replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", partial(stream, "side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", partial(stream, "main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: within(side.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: within("graph"))
+    recorded = GraphedStep(step)
+    for size in (2, 2, 1, 2, 2, 2):
+        assert recorded(torch.full((size,), 3.0), factor=2).tolist() == [6.0] * size
+    warm_up = ["side waits", "step in side", "main waits"]
+    assert log == [*warm_up * 2, "step in main", *warm_up, "step in graph", "replay", "replay"]

@@ -133,7 +133,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
 
 def test_equal_models_are_equal_files(tmp_path):
     model = ResNet20()
-    metadata = {name: "{}" for name in "hgfedcba"}
+    metadata = dict.fromkeys("hgfedcba", "{}")
     written = set()
     for number in range(3):
         folder = RunFolder(tmp_path / str(number))

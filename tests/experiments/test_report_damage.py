@@ -305,9 +305,7 @@ def test_damaged_packed_runs_are_named(kind, tmp_path):
 def test_only_where_nothing_is_left_it_is_an_error(tmp_path):
     folder = write_classification(tmp_path)
     result(test_loss=-1.0)(folder)
-    with pytest.raises(
-        ValueError, match=f"^{tmp_path}: no finished run .* reported: {folder}/result"
-    ):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{folder}/result"):
         report.COMMANDS["figures"](tmp_path)
     ended = subprocess.run(
         [sys.executable, report.__file__, "figures", tmp_path], capture_output=True, text=True

@@ -207,7 +207,7 @@ def test_new_things_are_trained_swept_and_reported(tmp_path):
     assert "## few-digits\n" in text
     assert "model tiny" in text
     assert "| quant-w4a4+squares1+twins | 2 + 2 |" in text
-    assert (tmp_path / "out" / "gain-against-memorisation.png").exists()
+    assert "- figure2: all runs have the same noise" in text
     for path in tmp_path.glob("runs/*/result.json"):
         result = json.loads(path.read_text())
         passes = 2 if "twins" in result["method"] else 1

@@ -1,12 +1,16 @@
 """Reports on hand-made runs on action units, with known answers."""
 
+import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+from matplotlib.collections import LineCollection, PathCollection
+from run_folders import edit
 from run_folders import write_action_units as write_run
 
 from experiments import report, sweep
@@ -15,7 +19,7 @@ from experiments.data.faces import AUS
 from experiments.reporting.action_units import comparison, figure, tables
 from experiments.reporting.action_units.published import PAPER, Published
 from experiments.reporting.action_units.runs import SCORES, ActionUnitRun, ActionUnitStudy
-from experiments.reporting.drawing import COLORS
+from experiments.reporting.drawing import color
 from experiments.reporting.runs import defaults, find, studies, titles
 from experiments.storage.identity import RunIdentity
 from experiments.sweeping.engines import Task
@@ -278,15 +282,57 @@ def test_figure_shows_gains_and_what_was_published(tmp_path):
     quant, shared = left.containers
     assert quant.lines[0].get_xydata()[0] == pytest.approx((4, 0))
     assert shared.lines[0].get_xydata()[0] == pytest.approx((-4, 1))
-    assert quant.lines[0].get_color() == shared.lines[0].get_color() == COLORS["quant"]
+    assert quant.lines[0].get_color() == shared.lines[0].get_color() == color("quant-w4a4")
     (interval,) = quant.lines[2][0].get_segments()
     assert interval[:, 0] == pytest.approx((4 - 2.484, 4 + 2.484), abs=1e-3)
-    (published,) = [c for c in left.collections if c.get_label().startswith("published")]
-    assert published.get_offsets().tolist() == [pytest.approx((2.2, 0))]
-    bars = right.containers[-1]
+    assert published_in(left).tolist() == [pytest.approx((2.2, 0))]
+    bars = right.containers[0]
     assert [bar.get_height() for bar in bars] == pytest.approx([4] * 12)
-    (published,) = [c for c in right.collections if c.get_label().startswith("published")]
-    assert published.get_offsets()[-1].tolist() == pytest.approx((11, 12.2))
+    assert published_in(right)[-1].tolist() == pytest.approx((11, 12.2))
+    assert right.get_ylim()[1] > 12.2
+
+
+def published_in(axis):
+    (line,) = [line for line in axis.lines if line.get_marker() == "D"]
+    return line.get_xydata()
+
+
+def test_no_panel_is_empty_where_quantization_was_not_run(tmp_path):
+    for noise in (0.0, 1.0):
+        write_run(tmp_path, "baseline", noise=noise)
+        write_run(tmp_path, "dropout0.1", noise=noise)
+    assert len(figure.gains(*summed_up(tmp_path)).axes) == 2
+    write_run(tmp_path, "quant-w4a4", noise=1.0)
+    panels = figure.gains(*summed_up(tmp_path)).axes
+    assert [axis.get_visible() for axis in panels] == [True, False, True, True]
+
+
+def test_an_interval_that_leaves_the_panel_of_aus_ends_in_arrows(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path, "baseline", 0.5, seed, aus=AUS)
+        folder = write_run(tmp_path, "quant-w4a4", 0.5 + 0.01 * seed, seed, aus=AUS)
+        by_au = json.loads((folder / "result.json").read_text())["test_f1_per_au"]
+        edit(folder / "result.json", test_f1_per_au=by_au | {str(AUS[0]): 0.1 + 0.4 * seed})
+    drawn = figure.gains(*summed_up(tmp_path))
+    arrows = [c for c in drawn.axes[1].collections if isinstance(c, PathCollection)]
+    assert len(arrows) == 2
+    assert "arrows" in drawn.legends[0].get_title().get_text()
+
+
+def test_two_seeds_have_no_bars(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "baseline", 0.5, seed)
+        write_run(tmp_path, "quant-w4a4", 0.5 + 0.01 * seed, seed)
+    drawn = figure.gains(*summed_up(tmp_path))
+    assert "bars" not in drawn.legends[0].get_title().get_text()
+    assert not any(axis.findobj(LineCollection) for axis in drawn.axes)
+    assert "(n = 2)" in drawn.axes[0].get_title()
+
+
+def test_figure_without_a_baseline_says_so(tmp_path, capsys):
+    write_run(tmp_path, "quant-w4a4")
+    report.COMMANDS["table1"](tmp_path, tmp_path / "out")
+    assert re.search(r"- table1: .*baseline", (tmp_path / "out" / "report.md").read_text())
 
 
 # The command.
@@ -311,6 +357,7 @@ def test_command_writes_tables_and_the_figure(three_seeds, capsys):
         "runs.csv",
         "table1.csv",
         "table1-1.png",
+        "table1-1.svg",
     }
     text = (out / "report.md").read_text()
     shown = capsys.readouterr().out
@@ -334,12 +381,12 @@ def test_command_writes_tables_and_the_figure(three_seeds, capsys):
 
 def test_each_command_names_the_other_where_it_has_no_runs(tmp_path):
     folder = write_run(tmp_path)
-    with pytest.raises(ValueError, match=r"on classification in it.*: 1; report\.py table1 is for"):
+    with pytest.raises(ValueError, match=r"classification.* 1.*report\.py table1"):
         report.COMMANDS["figures"](tmp_path)
     (folder / "config.json").write_text('{"dataset": "digits"}')
-    with pytest.raises(ValueError, match=r"on action units in it.*: 1; report\.py figures is for"):
+    with pytest.raises(ValueError, match=r"action units.* 1.*report\.py figures"):
         report.COMMANDS["table1"](tmp_path)
-    with pytest.raises(ValueError, match=r"on action units in it. experiments/run.py makes one"):
+    with pytest.raises(ValueError, match=r"action units.*experiments/run\.py"):
         report.COMMANDS["table1"](tmp_path / "nothing")
     assert not (tmp_path / "report-table1").exists()
 

@@ -203,7 +203,7 @@ class KilledAt:
 
     def __init__(self, patched, points=()):
         self.count = 0
-        for name in ("_step", "_predict"):
+        for name in ("_step", "_logits"):
             patched.setattr(Trainer, name, self.wrapped(getattr(Trainer, name), points))
 
     def wrapped(self, call, points):

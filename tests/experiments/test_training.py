@@ -62,13 +62,8 @@ def test_learns_the_digits_despite_wrong_labels(method):
     assert result["flipped_predicted_true"] > 0.7
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
-def test_same_seed_gives_the_same_numbers(method):
-    first, again = trainer(method=method), trainer(method=method)
-    assert numbers(first) == numbers(again)
-    for name, value in first.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name]), name
-    assert numbers(trainer(method=method, seed=1)) != numbers(trainer(method=method))
+def test_another_seed_gives_other_numbers():
+    assert numbers(trainer(seed=1)) != numbers(trainer())
 
 
 def test_methods_start_from_the_same_weights():
@@ -206,7 +201,6 @@ def saved(state):
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("stopped_after", [1, 3, 4])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -214,8 +208,8 @@ def saved(state):
         "--method quant --prune 0.5 --prune-steps 2 --dropout 0.2 --patience 2 --weight-decay 0.1",
     ],
 )
-def test_resumed_run_ends_bit_identical(arguments, stopped_after):
-    ends_bit_identical(arguments, stopped_after, epochs=6, validation=0.1)
+def test_resumed_run_ends_bit_identical(arguments):
+    ends_bit_identical(arguments, 1, 3, 4, epochs=6, validation=0.1)
 
 
 @pytest.mark.parametrize("arguments", EXCHANGED)
@@ -223,19 +217,27 @@ def test_resumed_run_of_any_loss_and_procedure_ends_bit_identical(arguments):
     ends_bit_identical(arguments, 2, epochs=4, validation=0.1, train_size=64, batch_size=32)
 
 
-def ends_bit_identical(arguments, stopped_after, **options):
+def ends_bit_identical(arguments, *stops, **options):
+    """A second run is the same, and so is what goes on from its checkpoint after any of the
+    stops."""
     whole = trainer(arguments, **options)
-    interrupted = trainer(arguments, **options)
-    for _ in zip(range(stopped_after), interrupted.epochs(), strict=False):
-        pass
-    resumed = trainer(arguments, **options)
-    resumed.load_state_dict(saved(interrupted.state_dict()))
-    assert numbers(resumed) == numbers(whole)[stopped_after:]
-    assert whole.finish() == resumed.finish()
-    assert resumed.passes == whole.passes
-    assert resumed.result() == whole.result()
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    expected = numbers(whole)
+    finished, result = whole.finish(), whole.result()
+    interrupted, states = trainer(arguments, **options), {}
+    for epoch, metrics in zip(range(1, max(stops) + 1), interrupted.epochs(), strict=False):
+        assert asdict(metrics) | {"seconds": None} == expected[epoch - 1]
+        if epoch in stops:
+            states[epoch] = saved(interrupted.state_dict())
+    assert [*states] == [*stops]
+    for epoch, state in states.items():
+        resumed = trainer(arguments, **options)
+        resumed.load_state_dict(state)
+        assert numbers(resumed) == expected[epoch:]
+        assert resumed.finish() == finished
+        assert resumed.passes == whole.passes
+        assert resumed.result() == result
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("arguments", ["--method prune", "--method quant --prune 0.5"])

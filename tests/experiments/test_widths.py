@@ -173,6 +173,12 @@ def test_a_quantized_network_of_several_widths_goes_back_to_float(quantizers):
     assert model.state_dict().keys() == state.keys()
 
 
+def test_a_quantized_network_of_several_widths_can_be_printed():
+    text = str(noisyq_fast.quantize_model_(slimmable()))
+    assert "W8/A8" in text
+    assert "W4/A4" in text
+
+
 def test_groups_that_do_not_divide_the_channels_of_a_width_are_refused():
     with pytest.raises(ValueError, match=r"weight_group_size: got 8, which does not divide the 12"):
         noisyq_fast.quantize_model_(

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from noisyq_fast.backends import reference_learned
-from noisyq_fast.learned import fake_quantize_learned, quantize_learned
+from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 from noisyq_fast.rules import Rule
 
 

@@ -47,7 +47,7 @@ def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> 
         if state[row] == _TO_DO
     ]
     _require_space(path, len(todo) * stride)
-    unreadable = {}
+    unreadable: dict[int, str] = {}
     try:
         hidden = bars_off() if todo else True
         with tqdm(total=count, initial=count - len(todo), unit="picture", disable=hidden) as bar:

@@ -57,12 +57,13 @@ def _end_with_parent() -> None:
 
 
 def _watch_parent() -> None:
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
 def _decode(jobs: list[Job], size: int, file: Path) -> dict[int, str | None]:
-    outcomes = {}
+    outcomes: dict[int, str | None] = {}
     with file.open("r+b") as pixels:
         for row, picture, crop in jobs:
             try:
@@ -71,7 +72,7 @@ def _decode(jobs: list[Job], size: int, file: Path) -> dict[int, str | None]:
                 outcomes[row] = str(error)
             else:
                 pixels.seek(row * shown.nbytes)
-                pixels.write(shown)
+                pixels.write(shown.data)
                 outcomes[row] = None
         pixels.flush()
         os.fsync(pixels.fileno())

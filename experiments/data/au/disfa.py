@@ -63,12 +63,13 @@ def _read(sequence: Sequence, faults: Faults) -> pl.DataFrame | None:
         Table.read(path, labels.MALFORMED, faults, header=("frame", "intensity"))
         for path in sequence.labels
     ]
-    if None in tables:
-        return None
     texts = [
         table.select({"frame": 0, labels.au_column(au): 1})
         for au, table in zip(AUS, tables, strict=True)
+        if table is not None
     ]
+    if len(texts) < len(tables):
+        return None
     _compare_frames(texts, sequence.labels, faults)
     columns = [
         labels.checked(text, range(6), path, faults)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class FramePool:
             yield from map(self, indices)
             return
         with ThreadPoolExecutor(_WORKERS) as workers:
-            ahead = deque()
+            ahead: deque[Future[Tensor]] = deque()
             for batch in indices:
                 ahead.append(workers.submit(self, batch))
                 if len(ahead) > _WORKERS:

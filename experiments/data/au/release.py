@@ -39,9 +39,9 @@ class Release:
     """Who gives the data away, and to whom."""
     sequences: Callable[[Path], list[Sequence]]
     """All that the release in a directory should have, those of a subject in a row."""
-    read: Callable[[Sequence, Faults], pl.DataFrame]
+    read: Callable[[Sequence, Faults], pl.DataFrame | None]
     """The labels of a sequence: `line` in the first of its label files, `frame` Int64, and
-    Int8 0, 1 or 9 for each AU."""
+    Int8 0, 1 or 9 for each AU; None where they cannot be read."""
 
     @property
     def subjects(self) -> tuple[str, ...]:

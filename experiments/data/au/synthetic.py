@@ -33,7 +33,7 @@ def draw(image_size: int, frames_per_subject: int, disagreement: float, seed: in
     )
     digest = hashlib.sha256()
     for tensor in (faces.images, faces.given, faces.truth):
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     subjects = int(faces.subject[-1]) + 1
     return Frames(
         name="synthetic-au",

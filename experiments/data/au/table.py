@@ -49,12 +49,13 @@ class Table:
         )
         if header is None and len(rows):
             header, rows = rows["cells"][0].str.strip_chars(), rows[1:]
-        if not len(rows):
+        if header is None or not len(rows):
             faults.add(kind, path, "empty")
             return None
-        fits = pl.col("cells").list.len() == len(header)
+        width = len(header)
+        fits = pl.col("cells").list.len() == width
         for line, cells in rows.filter(~fits).iter_rows():
-            faults.add(kind, path, f"got {len(cells)} cells, takes {len(header)}", line)
+            faults.add(kind, path, f"got {len(cells)} cells, takes {width}", line)
         rows = rows.filter(fits)
         return cls(path, tuple(header), rows) if len(rows) else None
 

@@ -48,7 +48,7 @@ class Canvas:
         inside = torch.minimum(self.y - top, bottom - self.y)
         return inside.div_(self.pixel).add_(0.5).clamp_(0, 1)
 
-    def within(self, distance: Tensor, limit) -> Tensor:
+    def within(self, distance, limit) -> Tensor:
         """Coverage of `distance < limit`, with anti-aliased edges."""
         return (limit - distance).div_(self.pixel).add_(0.5).clamp_(0, 1)
 

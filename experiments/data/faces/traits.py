@@ -19,6 +19,7 @@ def _span(low: float, high: float) -> dict[str, tuple[float, float]]:
     return {"span": (low, high)}
 
 
+@dataclass(frozen=True, eq=False)
 class Traits:
     """Named values of shape `[N]`, one for each face; indexing selects faces."""
 

@@ -12,8 +12,8 @@ REPORT = Report(
     Runs are compared only where everything but method, norm of the head, noise, seed and fold is
     the same. Writes report.md (table 1 beside the published one, the gain over the baseline with
     its confidence interval, memorisation, costs, and which runs are missing), runs.csv (one line a
-    run), table1.csv (means over folds and seeds) and table1.png (the gain of each method, and that
-    of quantization for each AU).
+    run), table1.csv (means over folds and seeds), table1.png and table1.svg (the gain of each
+    method, and that of quantization for each AU).
     """,
     name="action units",
     run=ActionUnitRun,
@@ -22,7 +22,6 @@ REPORT = Report(
     section=tables.study_section,
     across=lambda studies: [],
     draw=figure.draw_all,
-    figures={"table1": "the baseline and another method, with all folds of one seed"},
     score=("test F1 against the annotators, %", AS_PUBLISHED),
     folder="report-table1",
     csv="table1.csv",

@@ -123,7 +123,7 @@ def of_au(score: str, au: int | str) -> str:
 
 
 @dataclass(frozen=True)
-class ActionUnitStudy(Study):
+class ActionUnitStudy(Study[ActionUnitRun]):
     """Finished runs that differ in method, norm, noise, seed and fold only."""
 
     @property

@@ -67,8 +67,10 @@ def study_section(title: str, study: ActionUnitStudy, summary: pl.DataFrame) -> 
             parts.append(f"### noise {noise:g}")
         at_noise = summary.filter(pl.col("noise").eq_missing(noise))
         rows = {row["label"]: row for row in at_noise.iter_rows(named=True)}
-        for score in scores:
-            parts.append(_table1(study, rows, score, paper if score == AS_PUBLISHED else None))
+        parts += [
+            _table1(study, rows, score, paper if score == AS_PUBLISHED else None)
+            for score in scores
+        ]
         parts.append(_gains(study, rows, scores, paper))
         if "train_wrong_fitted_mean" in summary.columns:
             parts.append(_memorisation(study, rows))
@@ -90,12 +92,14 @@ def _table1(
     body, italic = [], []
     for label in study.labels:
         row = rows.get(label)
-        of_aus = [cell(row and row[f"{of_au(score, au)}_mean"], ".1f", 100) for au in study.aus]
-        over_aus = cell(row and row[f"{score}_over_aus"], ".1f", 100)
+        of_aus = [
+            cell(row[f"{of_au(score, au)}_mean"] if row else None, ".1f", 100) for au in study.aus
+        ]
+        over_aus = cell(row[f"{score}_over_aus"] if row else None, ".1f", 100)
         body.append([label, *of_aus, mean_cell(row, score), over_aus])
         if paper and label in paper.f1:
-            of_aus = [paper.f1[label][str(au)] for au in study.aus]
-            values = [*of_aus, paper.f1[label][AVERAGE], statistics.stdev(of_aus)]
+            published = [paper.f1[label][str(au)] for au in study.aus]
+            values = [*published, paper.f1[label][AVERAGE], statistics.stdev(published)]
             italic.append(len(body))
             body.append([f"{label}, published", *(f"{value:.1f}" for value in values)])
     return markdown(header, body, italic)

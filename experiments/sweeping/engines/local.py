@@ -1,20 +1,21 @@
 """Runs as processes on this machine."""
 
+import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator
 
-from experiments.sweeping.engines.task import Task, stop
+from experiments.sweeping.engines.task import Ended, Rounds, Task, stop
 
 _INTERVAL = 0.5  # seconds
 
 
-def run_here(tasks: list[Task], *, jobs: int) -> Iterator[list[tuple[Task, int | OSError]]]:
+def run_here(tasks: list[Task], *, jobs: int) -> Rounds:
     """Runs the tasks in their order, `jobs` at a time."""
-    waiting, running = deque(tasks), {}
+    waiting = deque(tasks)
+    running: dict[Task, subprocess.Popen] = {}
     try:
         while waiting or running:
-            ended = []
+            ended: list[Ended] = []
             while waiting and len(running) < jobs:
                 task = waiting.popleft()
                 try:

@@ -2,16 +2,13 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from experiments.sweeping.engines import task as task_module
-from experiments.sweeping.engines.task import Task
+from experiments.sweeping.engines.task import Rounds, Task
 
 
-def run_on_ray(
-    tasks: list[Task], *, gpus_per_run: float | None
-) -> Iterator[list[tuple[Task, int | OSError]]]:
+def run_on_ray(tasks: list[Task], *, gpus_per_run: float | None) -> Rounds:
     """Runs the tasks as Ray finds room for them; those of a machine that is lost, on another."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
     try:

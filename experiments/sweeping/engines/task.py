@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -78,6 +79,12 @@ class Task:
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
+
+
+Ended = tuple[Task, int | OSError]
+"""A task with its exit status, or with why it could not be started."""
+Rounds = Generator[list[Ended], None, None]
+"""Those that have ended since the round before."""
 
 
 def stop(children: list[subprocess.Popen]) -> None:

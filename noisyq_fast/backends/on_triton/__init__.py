@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from noisyq_fast import checks
 from noisyq_fast.backends import reference
 from noisyq_fast.backends.backend import Backend
 from noisyq_fast.backends.kernel_arguments import (
@@ -31,6 +30,7 @@ from noisyq_fast.backends.on_triton.tiling import (
 )
 from noisyq_fast.backends.reference import CLIPPED, FLT_MIN, NOTHING
 from noisyq_fast.grid import AFFINE, SIGNED, Grid
+from noisyq_fast.operators import checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -77,7 +77,7 @@ def fake_quantize_many(
         _Row(*dense(x), qmax, axis) for x, qmax, axis in zip(tensors, qmaxes, axes, strict=True)
     ]
     _quantize(rows)
-    return [row.y for row in rows]
+    return [row.y for row in rows if row.y is not None]
 
 
 @backend.register
@@ -173,7 +173,7 @@ def fake_quantize_fixed_range_on_grid(
 def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
     row = _row_of_codes(x, grid, axis)
     _quantize_alone(row)
-    return row.y, row.scale, row.zero
+    return _written(row)
 
 
 @backend.register
@@ -191,7 +191,7 @@ def quantize_ema_on_grid(
     mask = _quantize_and_mask(row, masked, averaging_constant)
     write_back(running, running_range)
     write_back(weight, observed)
-    return row.y, row.scale, row.zero, mask
+    return *_written(row), mask
 
 
 @backend.register
@@ -204,7 +204,7 @@ def quantize_fixed_range_on_grid(
     y = row.y if masked == NOTHING else None
     arguments = range_.contiguous(), y, row.scale, row.zero, float(row.qmax), row.kind
     _map(_kernels().quantize_fixed_range, row.x, axis, *arguments)
-    return row.y, row.scale, row.zero, _mask(row, masked)
+    return *_written(row), _mask(row, masked)
 
 
 @backend.register
@@ -263,6 +263,14 @@ def _row_of_codes(x: Tensor, grid: Grid, axis: int | None) -> _Row:
         scale.fill_(FLT_MIN)
         zero.zero_()
     return _Row(x, codes, grid.qmax, axis, grid.kind, scale=scale, zero=zero)
+
+
+def _written(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes, their scales and their zero points."""
+    assert row.y is not None
+    assert row.scale is not None
+    assert row.zero is not None
+    return row.y, row.scale, row.zero
 
 
 def _quantize_and_mask(row: _Row, masked: str, averaging_constant: float) -> Tensor:

@@ -342,7 +342,7 @@ def learned_backward(
     rows = tl.minimum(
         LANES, (size - tl.program_id(0).to(tl.int64) * CHUNKS * CHUNK + LANES - 1) // LANES
     )
-    for row in range(0, rows.to(tl.int32)):
+    for row in range(rows.to(tl.int32)):
         i = first + row * LANES
         exists = i < size
         if inner is None:
@@ -373,7 +373,7 @@ def sum_chunks(values, sums, count, chunks):
     chunk = tl.program_id(0)
     lanes = tl.zeros([1, LANES], tl.float32)
     first = chunk * CHUNK + tl.arange(0, LANES)[None, :]
-    for i in range(0, tl.minimum(LANES, (count - chunk * CHUNK + LANES - 1) // LANES)):
+    for i in range(tl.minimum(LANES, (count - chunk * CHUNK + LANES - 1) // LANES)):
         at = first + i * LANES
         lanes += tl.load(values + row * count + at, at < count, 0.0)
     tl.store(sums + row * chunks + chunk + tl.arange(0, 1), _folded(lanes, 1))

@@ -207,10 +207,8 @@ def _convolve(
     )
     codes = codes.contiguous(memory_format=torch.channels_last)
     steps = *stride, *padding, *dilation, None if window == [1, 1] else window[1]
-    _launch(
-        *(codes, zero_point, weight, weight_zero_point),
-        *(sizes, of_output, steps, groups, scales, out, found),
-    )
+    operands = codes, zero_point, weight, weight_zero_point
+    _launch(*operands, sizes, of_output, steps, groups, scales, out, found)
     return out
 
 
@@ -263,6 +261,7 @@ def _launch(
     of_group = outputs // groups
     pixels = out.numel() // outputs
 
+    operands: tuple[Tensor | None, ...]
     if is_few:
         kernel, columns, operands = _kernels().multiply_few, outputs, (weight, weight_zero_point)
     else:

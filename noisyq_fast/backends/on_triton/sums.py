@@ -4,6 +4,7 @@ elements, by the reference."""
 import struct
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ def normalization(
         *scale.new_empty(4, channels).unbind(),
         *scale.new_empty(2, channels, dtype=torch.float64).unbind(),
     )
-    tracked, moved = None, ()
+    tracked: Any = None
+    moved: tuple[Tensor, ...] = ()
     if running is not None and running.is_plain():
         moved = running[:3]
         numbers = _bits(count / (count - 1)), 1 - running.momentum, running.momentum
@@ -131,7 +133,7 @@ def map_sums(
         *(_kernels().map_sums, tiling, sums, factor.contiguous(), term.contiguous()),
         *(residual, y, zeros, partial, relu, channels),
     )
-    if wants_range:
+    if partial is not None:
         _finish(_kernels().ends_of_map, partial, range_, tiling.splits)
     return y, zeros, range_
 
@@ -178,13 +180,14 @@ def grads_of_norm(
         *(_kernels().grads_of_norm_partially, tiling, sums, like(grad, sums)),
         *(factor, term, mean, partial, relu),
     )
-    *line, of_weight, of_bias = sums.new_empty(5, channels, dtype=torch.float32).unbind()
+    of_batch = sums.new_empty(5, channels, dtype=torch.float32).unbind()
+    slope, shift, tilt, of_weight, of_bias = of_batch
     _finish(
         *(_kernels().grads_of_norm, partial, inverse, scale, _float(weight)),
-        *(*line, of_weight, of_bias, rows, uses_batch, tiling.splits),
+        *(*of_batch, rows, uses_batch, tiling.splits),
         channels=channels,
     )
-    return tuple(line), of_weight, of_bias
+    return (slope, shift, tilt), of_weight, of_bias
 
 
 @backend.register
@@ -212,6 +215,7 @@ def grads_of_sums(
     return out
 
 
+reference_integer.register_gradients(backend)
 reference_integer.register_norm(backend)
 
 
@@ -234,17 +238,18 @@ def _bits(x: float) -> int:
     return bits
 
 
-def _launch(kernel: object, tiling: Tiling, *arguments: object) -> None:
+def _launch(kernel: object, tiling: Tiling, x: Tensor, *arguments: object) -> None:
     # Sums in 64 bits take many registers.
-    on_triton._launch_tiled(kernel, tiling, *arguments, warps=2 * tiling.warps)
+    on_triton._launch_tiled(kernel, tiling, x, *arguments, warps=2 * tiling.warps)
 
 
-def _finish(kernel: object, *arguments: object, channels: int | None = None) -> None:
+def _finish(kernel: object, x: Tensor, *arguments: object, channels: int | None = None) -> None:
     """Puts together what the programs of a launch found: a value each, or one of each channel."""
-    sizes, tile, programs = (), 1024, 1
-    if channels is not None:
-        sizes, tile, programs = (channels,), (128, 16), -(-channels // 16)
-    on_triton._launch(arguments[0], kernel, (programs,), 4, *arguments, *sizes, tile)
+    if channels is None:
+        on_triton._launch(x, kernel, (1,), 4, x, *arguments, 1024)
+    else:
+        programs = -(-channels // 16)
+        on_triton._launch(x, kernel, (programs,), 4, x, *arguments, channels, (128, 16))
 
 
 @cache

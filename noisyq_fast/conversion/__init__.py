@@ -1,0 +1,1 @@
+"""Conversion of whole models, and which of their layers come first and last."""

@@ -1,0 +1,52 @@
+"""The gradient of an integer layer's sums before it is written as floats.
+
+The backward of the layer makes it where it multiplies it, a few pixels at a time; whatever else
+reads it gets its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from noisyq_fast.backends import select
+from noisyq_fast.backends.reference_integer import GradOfSums
+
+
+class DeferredGradient(Tensor):
+    """A tensor whose values are made when something reads them."""
+
+    made_of: GradOfSums
+    _values: Tensor | None  # type: ignore[assignment]  # a private method of Tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, made_of: GradOfSums) -> DeferredGradient:
+        grad, sums = made_of.grad, made_of.sums
+        made = Tensor._make_wrapper_subclass(
+            cls, sums.shape, strides=sums.stride(), dtype=grad.dtype, device=grad.device
+        )
+        made.made_of, made._values = made_of, None
+        return made
+
+    def current(self) -> GradOfSums | Tensor:
+        """What it is to be made of, or its values where they were made."""
+        return self.made_of if self._values is None else self._values
+
+    def values(self) -> Tensor:
+        """An ordinary tensor."""
+        if self._values is None:
+            compute = select("grads_of_sums", self.made_of.sums.device.type)
+            self._values = compute(*self.made_of)
+        return self._values
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, cls.values, (args, kwargs or {}))
+        return func(*args, **kwargs)

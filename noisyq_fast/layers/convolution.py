@@ -1,0 +1,154 @@
+"""Convolutions on fake-quantized weights and inputs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from noisyq_fast.grid import ODD, UNSIGNED
+from noisyq_fast.integer import products
+from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
+from noisyq_fast.layers.layer import QuantLayer
+
+
+class _QuantConv(QuantLayer):
+    can_defer = True
+    integer_axes = (None,)
+
+    def compute_integers(self, x: Tensor) -> Tensor:
+        unbatched = x.dim() == len(self.kernel_size) + 1
+        x, padding = self._padded(x.unsqueeze(0) if unbatched else x)
+        geometry = products.Geometry(
+            *(list(self.stride), padding, list(self.dilation), False),
+            *([0] * len(padding), self.groups),
+        )
+        codes, weight, bias = self.coded(x)
+        operands = codes, weight, bias, geometry
+        are_plain = deferrable(codes.codes) and deferrable(weight.codes)
+        if self.defers and are_plain and x.dtype == torch.float32:
+            y = products.deferred_convolution(*operands, self, x)
+        else:
+            y = products.convolution(*operands)
+            if self.norm and self.normalizes(y):
+                y = products.normalized_convolution(*operands, y, *self.norm)
+            if isinstance(x, Deferred):
+                y = y.contiguous(memory_format=memory_format(x))
+        return y.squeeze(0) if unbatched else y
+
+    def why_float(self) -> str | None:
+        if (
+            self.input_quantizer
+            and self.input_quantizer.grid_of_codes == ODD
+            and self._pads_before()
+        ):
+            return "the zeros around its input have no code on the odd grid"
+        return super().why_float()
+
+    def _pads_before(self) -> bool:
+        """Whether there are zeros around the input that the product cannot add."""
+        pads = self._reversed_padding_repeated_twice
+        return self.padding_mode == "zeros" and pads[::2] != pads[1::2]
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """The input with what the product cannot pad, and what it can. Padding before the quantizer
+        changes no range, and the value 0 has a code."""
+        pads = self._reversed_padding_repeated_twice
+        none = [0] * len(self.kernel_size)
+        if self.padding_mode != "zeros":
+            return F.pad(x, pads, mode=self.padding_mode), none
+        return (F.pad(x, pads), none) if self._pads_before() else (x, pads[::-2])
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """`torch.nn.Conv1d` on fake-quantized weights and inputs. Arguments as for `QuantLayer`."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """`torch.nn.Conv2d` on fake-quantized weights and inputs. Arguments as for `QuantLayer`.
+
+    Example:
+        >>> import torch, noisyq_fast
+        >>> conv = noisyq_fast.QuantConv2d(3, 16, kernel_size=3, weight_bits=4, activation_bits=8)
+        >>> conv(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 16, 6, 6])
+    """
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """`torch.nn.Conv3d` on fake-quantized weights and inputs. Arguments as for `QuantLayer`."""
+
+
+class _QuantConvTranspose(QuantLayer):
+    """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
+
+    integer_axes = (None,)
+
+    def by_channel(self, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return weight.transpose(0, 1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def from_channels(self, by_channel: Tensor, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return by_channel.transpose(0, 1)
+        return by_channel.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def compute_integers(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        unbatched = x.dim() == len(self.kernel_size) + 1
+        output_padding = self._output_padding_of(x, output_size)
+        x = x.unsqueeze(0) if unbatched else x
+        geometry = products.Geometry(
+            *(list(self.stride), list(self.padding), list(self.dilation), True),
+            *(list(output_padding), self.groups),
+        )
+        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
+        y = products.convolution(codes, weight, self.bias, geometry)
+        return y.squeeze(0) if unbatched else y
+
+    def why_float(self) -> str | None:
+        if (
+            self.groups > 1
+            and self.weight_quantizer
+            and self.weight_quantizer.grid_kind == UNSIGNED
+        ):
+            return "an unsigned weight of several groups has no product of codes"
+        return super().why_float()
+
+    def _output_padding_of(self, x: Tensor, output_size: list[int] | None) -> list[int]:
+        return self._output_padding(
+            *(x, output_size, self.stride, self.padding, self.kernel_size),
+            *(len(self.kernel_size), self.dilation),
+        )
+
+    def compute(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
+        dimensions = len(self.kernel_size)
+        padding = self._output_padding_of(x, output_size)
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
+        return convolve(
+            x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+        )
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` on fake-quantized weights and inputs. Arguments as for
+    `QuantLayer`."""
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` on fake-quantized weights and inputs. Arguments as for
+    `QuantLayer`."""
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` on fake-quantized weights and inputs. Arguments as for
+    `QuantLayer`."""
