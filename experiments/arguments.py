@@ -31,16 +31,16 @@ def require_understood(
         return
     known = {name.replace("_", "-"): _Values.of(kind) for name, kind in options.items()}
     free = []
-    name, values, got = None, None, 0
+    name, values, got = "", _Values(bool), 0  # no option yet, which takes no value
     for word in [*arguments, None]:  # None: the end
         if word is not None and not _is_option(word):
-            if name is None or values.flag or (got and not values.many):
+            if values.flag or (got and not values.many):
                 free.append(word)
             else:
                 values.require(name, word)
                 got += 1
             continue
-        if name and not (got or values.flag):
+        if not (got or values.flag):
             raise ValueError(f"--{name}: got no value, takes {values.takes}")
         if word is None:
             break

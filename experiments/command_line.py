@@ -9,7 +9,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import docstring_parser
 import tyro
@@ -18,7 +18,10 @@ from experiments import methods, tasks
 from experiments.arguments import require_understood
 from experiments.config import GROUPS, RunConfig
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _OPTIONS = {
     **{group.__name__.lower(): group for group in GROUPS},
     **{name: task.OPTIONS for name, task in tasks.TASKS.items()},
@@ -64,7 +67,7 @@ def parse_into(
     first = dataclasses.fields(options)[0].name
     del types[first]
     require_understood(arguments, types, positional=first.upper(), required=required)
-    parsed = tyro.cli(
+    parsed: Any = tyro.cli(
         _explained(options),
         prog=prog,
         args=arguments,

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import typing
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -116,7 +117,7 @@ def execute(run: Run, device: torch.device) -> str:
     _tell(header(trainer, run.path))
     _train(run, trainer, folder)
 
-    counts = map(trainer.task.count, ("trained", "held_out", "test"))
+    counts = map(trainer.task.count, typing.get_args(tasks.Part))
     _tell(f"evaluating the finished network on all {sum(counts):,} {trainer.task.SAMPLES}")
     started = time.perf_counter()
     notes = trainer.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -66,12 +67,16 @@ _plain_warning = warnings.formatwarning
 
 
 def _warning(
-    message: Warning | str, category: type[Warning], file: str, line: int, source: Any = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """A warning for users without the line of code that gave it; others are for developers."""
     if issubclass(category, UserWarning):
         return f"warning: {message}\n"
-    return _plain_warning(message, category, file, line, source)
+    return _plain_warning(message, category, filename, lineno, line)
 
 
 class _Output:
@@ -82,7 +87,8 @@ class _Output:
         if stream is None:  # closed before the command began
             stream = open(os.devnull, "w")  # noqa: SIM115
         # A log file shows each line at once, and a terminal may not know every character.
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
         self._stream = stream
 
     def write(self, text: str) -> int:

@@ -67,7 +67,7 @@ class FramesConfig:
 
     def __post_init__(self) -> None:
         shown = " ".join(map(str, self.thresholds)) or "none"
-        accepted = self.thresholds and not any(map(math.isnan, self.thresholds))
+        accepted = bool(self.thresholds) and not any(map(math.isnan, self.thresholds))
         require("thresholds", shown, accepted, "numbers or inf, one or more")
         for name, least in (("block", 1), ("radius", 0), ("expires", 1), ("count", 1)):
             require_whole(name, getattr(self, name), least, _MOST)
