@@ -120,6 +120,7 @@ def write(report: Report, runs: Path, out: Path) -> None:
     if others:
         sections.append(of_others)
     text = "\n\n".join(sections) + "\n"
+    files = ["report.md", "runs.csv", report.csv]
     with _told_as_out():
         _write_csv([comparison.by_run(study) for study in found], names, out / "runs.csv")
         _write_csv(summaries, names, out / report.csv)
@@ -127,6 +128,7 @@ def write(report: Report, runs: Path, out: Path) -> None:
             tables = list(map(table_of, found))
             if any(len(table) for table in tables):
                 _write_csv(tables, names, out / name)
+                files.append(name)
         with atomic(out / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(screen.overview(report, shown))
@@ -138,8 +140,9 @@ def write(report: Report, runs: Path, out: Path) -> None:
         print(f"unfinished, left out: {escaping.one_line(folder.name)}")
     if others:
         print(of_others)
-    files = ["report.md", "runs.csv", report.csv, *(path.name for path in drawn.files)]
-    print(f"written to {out}: {', '.join(files)}")
+    files += [path.name for path in drawn.files if path.suffix == ".png"]
+    as_svg = "; figures as SVG too" if drawn.files else ""
+    print(f"written to {out}: {', '.join(files)}{as_svg}")
 
 
 @contextlib.contextmanager

@@ -201,10 +201,10 @@ class ActionUnits(Task):
 
     @staticmethod
     def summary(result: dict[str, Any]) -> str:
-        truth = result["test_f1_truth"]
-        by_truth = "" if truth is None else f", {truth:.2%} by the truth"
-        aus = len(result["thresholds"])
-        return f"test F1 {result['test_f1']:.2%} by the annotators' labels{by_truth} ({aus} AUs)"
+        scores = [f"{result['test_f1']:.2%} against the annotators"]
+        if result["test_f1_truth"] is not None:
+            scores.append(f"{result['test_f1_truth']:.2%} against the truth")
+        return f"test F1 {', '.join(scores)} (means of {len(result['thresholds'])} AUs)"
 
     def label_arrays(self) -> dict[str, np.ndarray]:
         indices = self.parts["trained"]

@@ -202,7 +202,7 @@ def test_wrong_grid_is_told_in_one_line_before_anything_runs(main, tmp_path, tex
         (["--", "--method", "prune"], "--method after --: the runs of grid.toml differ in it"),
         (["--", "--out=x"], "--out after --: the sweep sets it"),
         (["--", "--name=x"], "--name after --: the sweep sets it"),
-        (["--", "--lr", "fast"], "grid.toml: --lr: got fast, takes a number"),
+        (["--", "--lr", "fast"], "--lr: got fast, takes a number"),
         (["--jobs", "many"], "--jobs: got many, takes a whole number"),
         (["--scle", "smoke"], "--scle: there is no such option; did you mean --scale?"),
         (["--scale"], "--scale: got no value, takes a text"),
