@@ -102,7 +102,7 @@ def compare_on_frames(config: FramesConfig) -> None:
 
 def _f1(plain: Tensor, cached: Tensor, labels: Tensor) -> str:
     before, after = (f1(logits.sigmoid(), labels).mean().item() for logits in (plain, cached))
-    return f", F1 by the annotators' labels {before:.2%} without and {after:.2%} with"
+    return f", F1 against the annotators {before:.2%} without and {after:.2%} with"
 
 
 def _trained(folder: Path) -> Trainer:
