@@ -156,7 +156,8 @@ void map_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const
               int threads);
 
 // The codes of relu(v * factor + term), or without the ReLU, in a range that is given: one value,
-// of an affine grid two. One scale and, of an affine grid, one zero point.
+// of an affine grid two. One scale, NaN where a factor or a term is not finite, and, of an affine
+// grid, one zero point.
 void codes_of_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const float* term,
                    bool relu, const float* range, Grid grid, uint8_t* codes, float* scale,
                    uint8_t* zero, int threads);

@@ -84,7 +84,7 @@ def count(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Wo
 def _plain_operators() -> Iterator[None]:
     """Without operators that compute a whole layer, of which it is not known how much that is:
     recurrent ones of the libraries, and PyTorch's fast path of attention."""
-    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.enabled for library in libraries]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:

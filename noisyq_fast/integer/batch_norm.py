@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,8 +183,10 @@ class ExactBatchNorm(_Mixed):
 
     Attributes:
         follows: the layer before it, in a tuple, so that it is no module of this one.
+        float_class: what the batch norm was.
     """
 
+    float_class: type[nn.Module]
     follows: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ class ExactBatchNorm(_Mixed):
 
         factor, term, norm = self._line(sums.scale, sums.bias, count, statistics)
         if ranks is not None:
-            norm = replace(norm, of_ranks=functools.partial(ranks.line, count))
+            norm = norm._replace(of_ranks=functools.partial(ranks.line, count))
         return x.normalized(self, norm, factor, term)
 
     def _ranks(self) -> _Ranks | None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ from noisyq_fast.integer.deferred_gradient import DeferredGradient
 from noisyq_fast.operators import gradients
 
 
-@dataclass(frozen=True, eq=False)
-class Sums:
+class Sums(NamedTuple):
     """Exact sums of products of codes, ``[N, C, ...]`` or ``[N, C]``.
 
     Attributes:
@@ -46,8 +44,7 @@ class Sums:
     again: tuple[Any, ...] | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Norm:
+class Norm(NamedTuple):
     """A batch norm that was applied to sums.
 
     Attributes:
@@ -65,8 +62,7 @@ class Norm:
     of_ranks: Callable | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Chain:
+class Chain(NamedTuple):
     """The sums and what follows them; ``line`` is the factor and the term of a batch norm."""
 
     sums: Sums

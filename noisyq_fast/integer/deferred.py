@@ -14,14 +14,13 @@ computes the same bits whoever reads what.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback  # None: nothing is compiled
 from torch.utils import _pytree as pytree
 
 from noisyq_fast.backends.reference import NEGATIVE, NOTHING
@@ -103,8 +102,8 @@ class Deferred(Tensor):
                 with torch.enable_grad():
                     found._values = _Written.apply(self, lambda: raw)
                 found._raw, found._version_read = None, _version(found._values)
-                sums = replace(found._chain.sums, product=found._values)
-                found._chain = replace(found._chain, sums=sums)
+                sums = found._chain.sums._replace(product=found._values)
+                found._chain = found._chain._replace(sums=sums)
         return found
 
     def _goes_on(self) -> Chain | None:
@@ -132,15 +131,15 @@ class Deferred(Tensor):
         sums = own._chain.sums
         if sums.moments is None:
             values, *moments = own._chain.compute("moments")(sums.values, sums.bound)
-            sums = replace(sums, values=values, moments=tuple(moments))
-            own._chain = replace(own._chain, sums=sums)
+            sums = sums._replace(values=values, moments=tuple(moments))
+            own._chain = own._chain._replace(sums=sums)
         return sums
 
     def normalized(self, module: nn.Module, norm: Norm, factor: Tensor, term: Tensor) -> Deferred:
         record(self.chain, "batch norm")
         for found in records:
             found.norms.setdefault(self.chain.sums.layer, []).append(module)
-        chain = replace(self.chain, norm=norm, line=(factor, term))
+        chain = self.chain._replace(norm=norm, line=(factor, term))
         return _extended(chain, self.current()._format)
 
     def rectified(self) -> Deferred | None:
@@ -150,7 +149,7 @@ class Deferred(Tensor):
             return None
         record(chain, "ReLU")
         own._is_passed = chain.norm is not None
-        chain = replace(chain, relu=True)
+        chain = chain._replace(relu=True)
         if chain.residual is None:
             return _extended(chain, own._format)
         wants_zeros = torch.is_grad_enabled()
@@ -176,7 +175,7 @@ class Deferred(Tensor):
         source = other
         if isinstance(other, Deferred):
             source, other = other.source, other.written()
-        chain = replace(chain, residual=other.detach(), residual_source=source)
+        chain = chain._replace(residual=other.detach(), residual_source=source)
         made = _extended(chain, own._format)
         if not records and "ReLU" not in chain.sums.layer.followed_by:
             made._written()  # while the residual is as it is
@@ -276,7 +275,7 @@ class Deferred(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        compute = _uncompiled() if "torch._dynamo" in sys.modules else cls.compute_function
+        compute = cls.compute_function if get_eval_frame_callback() is None else _uncompiled()
         return compute(func, args, kwargs or {})
 
     @staticmethod

@@ -25,7 +25,7 @@ class Gradient(torch.autograd.Function):
             return super().apply(below_autograd, *arguments)
         # torch.func calls an operator once for each of its nested transforms: this is one of them.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(
+            return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
                 lambda: unrecorded(below_autograd), *arguments
             )
 
@@ -38,6 +38,13 @@ def wanted() -> bool:
 def unrecorded(below_autograd: Callable) -> Any:
     """Its value, of which this transform records nothing but those further out may."""
     further_out = torch._C._are_functorch_transforms_active()
+    if not further_out and forward_ad._current_level < 0:
+        records = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return below_autograd()
+        finally:
+            torch._C._set_grad_enabled(records)
     with torch.set_grad_enabled(further_out), forward_ad._set_fwd_grad_enabled(further_out):
         return below_autograd()
 
