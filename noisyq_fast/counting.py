@@ -1,4 +1,4 @@
-"""Which layers a model calls, and who computes its multiply-accumulates (MACs)."""
+"""Which layers a model calls, and which of them compute its multiply-accumulates (MACs)."""
 
 from __future__ import annotations
 
@@ -25,34 +25,36 @@ _MOVES = re.compile(
     r"\w+_like|new_\w+|index(_select|_put)?|gather|alias|as_strided|cat|stack|clone|copy|to_copy|"
     r"detach|constant_pad_nd|embedding|fill|zero|repeat|roll|flip|lift_fresh|unsafe_view"
 )
-"""Operators that compute nothing."""
+"""Operators that only move, copy or fill data."""
 _STATES = ("zeros", "new_zeros")
-"""What recurrent layers start from, in place of something computed from the input."""
+"""Operators that make the initial states of recurrent layers; counted as computed from the
+input."""
 
 
 @dataclass
 class Work:
-    """What a forward has computed."""
+    """What one forward has computed."""
 
     order: dict[str, None] = field(default_factory=dict)
     """The layers that were called or whose weights were read, in the order of execution."""
     calls: Counter[str] = field(default_factory=Counter)
-    """Of layers by name."""
+    """The number of calls of each layer, by name."""
     macs: Counter[str] = field(default_factory=Counter)
-    """Of a layer's weights, in its own call."""
+    """MACs with a layer's weights, in its own call; by name."""
     macs_outside: Counter[str] = field(default_factory=Counter)
-    """Of a layer's weights, which other code has read and multiplied."""
+    """MACs with a layer's weights by code outside the layer; by name."""
     operators: Counter[str] = field(default_factory=Counter)
-    """Calls of operators that belong to no layer, by name, in the order of execution."""
+    """Calls of operators outside layers, by name, in the order of execution."""
     operator_macs: Counter[str] = field(default_factory=Counter)
+    """The MACs of these operators."""
 
 
 def count(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Work:
-    """Runs the model on an example, as float, in evaluation mode; it stays as it was.
+    """Runs the model on an example, in float and in evaluation mode, and leaves it unchanged.
 
     Args:
         model: any module.
-        layers: those to count by name, modules with parameters or buffers of their own.
+        layers: the layers to count, by name: modules with parameters or buffers of their own.
         example: a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Raises:
@@ -82,8 +84,8 @@ def count(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Wo
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """Without operators that compute a whole layer, of which it is not known how much that is:
-    recurrent ones of the libraries, and PyTorch's fast path of attention."""
+    """Disables operators that compute a whole layer, whose MACs are not known: the recurrent ones
+    of oneDNN and cuDNN, and PyTorch's fast path for attention."""
     libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.enabled for library in libraries]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -99,7 +101,7 @@ def _plain_operators() -> Iterator[None]:
 
 
 def _flops_by_operator() -> dict[Any, Any]:
-    """PyTorch's formulas, and some that it does not have."""
+    """PyTorch's formulas, and some that it lacks."""
     from torch.utils.flop_counter import flop_registry  # slow to import
 
     return flop_registry | {
@@ -119,12 +121,13 @@ def _flops_by_operator() -> dict[Any, Any]:
 
 
 def _flops_of_adder(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor) -> int:
-    """A difference whose absolute value is added counts as a product that is added."""
+    """Each added absolute difference counts as one multiply-accumulate."""
     return 2 * out_val.numel() * weight[0].numel()
 
 
 def _flops_of_grouped_product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    """Of experts, such as those of a mixture: every row of ``a`` meets one matrix of ``b``."""
+    """Grouped product, as in a mixture of experts: each row of ``a`` is multiplied with one matrix
+    of ``b``."""
     products = len(a) if a.dim() == b.dim() == 3 else 1
     return 2 * products * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
@@ -132,7 +135,7 @@ def _flops_of_grouped_product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 def _flops_of_bilinear_layer(
     x: Tensor, weight: Tensor, y: Tensor, *expanded: list[int], **_: Any
 ) -> int:
-    """A multiplication with every element of the weight for every sample."""
+    """One multiplication with each element of the weight per sample."""
     shapes = []
     for operand, dims in zip((x, weight, y), expanded, strict=False):
         shape = list(operand.shape)
@@ -143,8 +146,8 @@ def _flops_of_bilinear_layer(
 
 
 class _Counter(TorchDispatchMode):
-    """Follows what is computed from the input. All else comes from parameters alone: a matrix
-    product with such an operand is that of a weight, one of two others a product of activations."""
+    """Tracks which tensors are computed from the input; all others come from parameters alone. A
+    matrix product with one of the latter is a product with a weight, else one of activations."""
 
     supports_higher_order_operators = True
 
@@ -179,7 +182,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.OpOverload):
-            with self:  # in inference mode operators that consist of others arrive whole
+            with self:  # in inference mode composite operators arrive undecomposed
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -220,19 +223,19 @@ class _Counter(TorchDispatchMode):
 
 
 def parameters_of(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """A layer's own by name, also where `torch.nn.utils.parametrize` has moved them."""
+    """A layer's own parameters by name, also those moved by `torch.nn.utils.parametrize`."""
     own = dict(layer.named_parameters(recurse=False))
     moved = getattr(layer, "parametrizations", nn.ModuleDict())
     return own | dict(moved.named_parameters())
 
 
 def _memory(x: Tensor) -> int:
-    """The same for views of the same memory."""
+    """A key that is equal for all views of the same memory."""
     return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)
 
 
 def _name(func: Any) -> str:
-    """As people call it, not as PyTorch does inside."""
+    """The public name of an operator, without PyTorch's internal prefixes and suffixes."""
     name = func._schema.name if hasattr(func, "_schema") else func.name()
     if "scaled_dot_product" in name:
         return "scaled_dot_product_attention"

@@ -18,27 +18,27 @@ _INFINITY = float("inf")
 
 
 def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Makes quantized layers record, in training, the range of the batches of all ranks together.
+    """Makes quantized layers observe, in training, the range over the batches of all ranks.
 
-    Inputs are then quantized, and the moving averages updated, to the bit as one process would do
-    with the whole batch; ranks that start with equal ranges keep them equal. Each layer adds one
-    all-reduce, of 4 bytes for each range (8 on an affine grid), to a forward in training, and
-    nothing otherwise. Like `torch.nn.SyncBatchNorm`, layers compute as before where there are no
-    other ranks: in a group of one, or while `torch.distributed` is not initialized. Quantizers that
-    learn begin with the first batch of all ranks together; their parameters are then kept equal by
-    whatever averages gradients.
+    Inputs are then quantized, and the moving averages updated, with the same bits as in one process
+    with the whole batch; ranks that start with equal ranges keep them equal. In training, each
+    layer adds one all-reduce to the forward, of 4 bytes per range (8 on an affine grid); in
+    evaluation there is none. Like `torch.nn.SyncBatchNorm`, layers compute as before if there are
+    no other ranks: in a group of one, or while `torch.distributed` is not initialized. Learned
+    quantizers initialize their parameters from the first batch of all ranks; afterwards the
+    averaging of gradients keeps these equal.
 
     Args:
         model: a module with quantized layers, such as `quantize_model_` returns. Changed in place;
             the names in its state dict stay.
-        process_group: the ranks that share a batch; ``None``: all. In training, each must call the
-            same layers in the same order. A rank's part may be empty.
+        process_group: the ranks that share a batch; ``None``: all. In training, every rank must
+            call the same layers in the same order. A rank's part of the batch may be empty.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module, or ``process_group`` no group of this process.
+        TypeError: ``model`` is not a module, or ``process_group`` not a group of this process.
         ValueError: a model without quantized layers.
 
     Example:
@@ -47,7 +47,7 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
         >>> model = noisyq_fast.sync_ranges_(noisyq_fast.quantize_model_(model))
 
-        Then, as ever: ``torch.nn.parallel.DistributedDataParallel(model)``.
+        Then, as usual: ``torch.nn.parallel.DistributedDataParallel(model)``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
@@ -73,7 +73,7 @@ def sync_ranges_(model: nn.Module, process_group: dist.ProcessGroup | None = Non
 
 @dataclass(frozen=True)
 class _OfRanks:
-    """Values of all ranks, reduced: what a quantizer that learns begins with."""
+    """Reduces a tensor over all ranks, to initialize a learned quantizer."""
 
     process_group: dist.ProcessGroup | None
     operation: Any
@@ -91,7 +91,7 @@ class _OfRanks:
 
 @dataclass(frozen=True)
 class _RangeOfRanks:
-    """The range of a batch of which every rank has a part."""
+    """The range of a batch that is spread over the ranks."""
 
     process_group: dist.ProcessGroup | None
     grid: Grid
@@ -101,11 +101,11 @@ class _RangeOfRanks:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, axis: int | None) -> Tensor | None:
-        """As from `reference.range_of`, equal on all ranks; infinite, which is no observation,
-        without elements. None where there are no other ranks.
+        """Like `reference.range_of`, but over all ranks; infinite, which is not recorded, if no
+        rank has elements. None if there are no other ranks.
 
-        A NaN becomes infinity: as a range both mean a NaN batch that is not recorded, but not
-        every backend's maximum keeps a NaN.
+        A NaN becomes infinity: either makes the batch NaN and is not recorded, but the maximum of
+        some communication backends drops a NaN.
         """
         if not has_other_ranks(self.process_group):
             return None

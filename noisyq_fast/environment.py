@@ -18,7 +18,7 @@ class Info:
 
     Attributes:
         versions: of Python, of the packages, and of the compiler of the native kernels.
-        backends: for each backend, ``None`` where it is usable, otherwise the reason why not.
+        backends: for each backend, ``None`` if it is usable, otherwise the reason why not.
         requested: the backend asked for with `use_backend` or ``NOISYQ_BACKEND``, or ``"auto"``.
         operators: for each operator, the backend that computes it on each type of device.
         threads: how many threads operators on the CPU use.

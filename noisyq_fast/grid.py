@@ -1,4 +1,4 @@
-"""The grids: which whole numbers are codes, and how a range becomes a scale.
+"""The grids: which integers are codes, and how a range becomes a scale.
 
 With ``b`` bits, ``qmax = 2^(b-1) - 1``, ``n = 2^b - 1``, and ``low = min(x, 0)``,
 ``high = max(x, 0)`` over a group::
@@ -6,27 +6,27 @@ With ``b`` bits, ``qmax = 2^(b-1) - 1``, ``n = 2^b - 1``, and ``low = min(x, 0)`
     grid      range            scale s             codes                      clips
     signed    max |x|          range / qmax        -qmax .. qmax              nothing
     full      max |x|          range / (n / 2)     -2^(b-1) .. 2^(b-1) - 1    the upper half step
-    unsigned  high             high / n            0 .. n                     what is below 0
+    unsigned  high             high / n            0 .. n                     values below 0
     affine    low, high        (high - low) / n    0 .. n                     up to half a step
     odd       max |x|          range / n           -n, -n + 2 .. n            nothing
 
-    z    = rint(-low / s) of affine, else 0        the code of the value 0
+    z    = rint(-low / s) on affine, else 0        the zero point: the code of the value 0
     code = clamp(rint(x / s) + z, code_min, code_max)
-    code = clamp(2 rint((x / s + n) / 2) - n, code_min, code_max)     of odd
+    code = clamp(2 rint((x / s + n) / 2) - n, code_min, code_max)     on odd
     y    = (code - z) * s
 
 Every division, sum, difference and product is rounded once, in float32, and s is at least the
 smallest normal float32. ``rint`` rounds half to even.
 
-*signed* is that of arXiv 2303.11803. Half of its codes are for values below 0, of which the output
-of a ReLU has none: that has 8 of the 15 codes at 4 bits, and two values at 2 bits. *unsigned* gives
-it 16 and 4: there b bits are to the bit the numbers of b + 1 signed bits. *affine* spends its codes
-on the range that there is, such as that of a GELU. *odd* has no 0, but as many values above it as
-below, for weights (Chen et al. 2021, AQD, arXiv 2007.06919); of 8 bits its codes would not fit
-into int8. It is computed by the reference alone.
+*signed* is the grid of arXiv 2303.11803. Almost half of its codes are for values below 0, which the
+output of a ReLU does not have: that uses 8 of the 15 codes at 4 bits, and 2 of 3 at 2 bits. On
+*unsigned* it has all 16 and 4; b unsigned bits give the same values as b + 1 signed bits. *affine*
+fits its codes to both ends of the range, such as that of a GELU. *odd* has no 0, but as many values
+above it as below, for weights (Chen et al. 2021, AQD, arXiv 2007.06919); its 8-bit codes would not
+fit into int8. Only the reference backend computes it.
 
 A NaN or an infinity makes its group NaN on every grid, -inf on *unsigned* too. On *affine* so does
-a range whose ``high - low`` overflows float32. A group of zeros stays zeros, but for *odd*, where
+a range whose ``high - low`` overflows float32. A group of zeros stays zeros, except on *odd*, where
 it becomes the smallest normal float32.
 """
 
@@ -45,15 +45,15 @@ KINDS = (SIGNED, FULL, UNSIGNED, AFFINE, ODD)
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that ``bits`` bits can tell apart, in steps of a scale.
+    """The integer codes of a quantizer, which times a scale are its values.
 
     Args:
-        bits: width of the codes, 2..8; of an odd grid 2..7.
+        bits: width of the codes, 2..8; 2..7 on the odd grid.
         kind: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``: see the table
             above.
 
     Raises:
-        TypeError: bits that are no int.
+        TypeError: ``bits`` is not an int.
         ValueError: bits out of range, or an unknown kind.
 
     Example:
@@ -73,7 +73,7 @@ class Grid:
 
     @property
     def qmax(self) -> int:
-        """2^(bits-1) - 1, from which all else follows."""
+        """2^(bits-1) - 1, from which the other limits follow."""
         return (1 << self.bits - 1) - 1
 
     @property
@@ -86,7 +86,7 @@ class Grid:
 
     @property
     def code_step(self) -> int:
-        """From one code to the next."""
+        """The distance between neighbouring codes."""
         return 2 if self.kind == ODD else 1
 
     @property
@@ -95,12 +95,12 @@ class Grid:
 
     @property
     def divisor(self) -> float:
-        """How many steps the range has."""
+        """The range divided by this is the scale."""
         return {SIGNED: self.qmax, FULL: self.qmax + 0.5}.get(self.kind, 2 * self.qmax + 1)
 
     @property
     def is_affine(self) -> bool:
-        """Whether there is a zero point, and a range has two ends."""
+        """Whether there is a zero point and the range has two ends, low and high."""
         return self.kind == AFFINE
 
     @property
@@ -113,7 +113,7 @@ class Grid:
 
 
 grid = cache(Grid)
-"""`Grid`, made once."""
+"""`Grid`, cached."""
 
 
 def check_kind(kind: object, name: str = "grid") -> None:
@@ -131,5 +131,5 @@ def check_bits(bits: object, kind: str = SIGNED, name: str = "bits") -> None:
 
 
 def most_bits(kind: str) -> int:
-    """The largest width whose codes are bytes."""
+    """The largest width whose codes fit into a byte."""
     return 7 if kind == ODD else 8

@@ -12,19 +12,20 @@ from noisyq_fast.quantizers import LearnedQuantizer
 
 
 def parameter_groups(model: nn.Module, learned_lr: float, **options: Any) -> list[dict[str, Any]]:
-    """The parameters of a model as groups for an optimizer: those that quantizers learn in one of
-    their own, with their own rate and without weight decay.
+    """The parameters of a model as groups for an optimizer: the parameters of quantizers form a
+    group with a learning rate of its own and without weight decay.
 
     Args:
         model: a module, such as `quantize_model_` returns.
-        learned_lr: the rate of what quantizers learn. Such as a tenth of that of weights.
-        options: for the others, such as ``weight_decay``.
+        learned_lr: the learning rate of the quantizers' parameters, such as a tenth of the
+            weights'.
+        options: of the group of all other parameters, such as ``weight_decay``.
 
     Returns:
-        Two groups, the second of what quantizers learn; only the first where they learn nothing.
+        Two groups, the second with the parameters of quantizers; only the first if there are none.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     Example:
         >>> import torch, noisyq_fast
@@ -48,20 +49,20 @@ def parameter_groups(model: nn.Module, learned_lr: float, **options: Any) -> lis
 
 
 def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those that the quantizers of a model learn."""
+    """The parameters of a model's quantizers."""
     return list(dict.fromkeys(p for q in _learned(model) for p in q.parameters()))
 
 
 def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """Puts what quantizers learn back where it may be (steps and clipping levels above 0, say)
-    after every step of an optimizer.
+    """After every step of an optimizer, moves the parameters of quantizers back to valid values,
+    such as step sizes and clipping levels above 0.
 
     Args:
         model: a module with quantized layers.
-        optimizer: of its parameters.
+        optimizer: the optimizer of its parameters.
 
     Returns:
-        A handle whose ``remove()`` ends that.
+        A handle; its ``remove()`` ends this.
 
     Example:
         >>> import torch, noisyq_fast

@@ -14,11 +14,11 @@ from noisyq_fast.quantizers import Quantizer
 
 _lock = threading.Lock()
 _off: weakref.WeakKeyDictionary[Quantizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
-"""How many contexts keep a quantizer off, and whether it was on before the first of them."""
+"""For each quantizer, how many contexts keep it off, and its ``enabled`` before the first."""
 
 
 def named_quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Those of a model by name; an error where there are none."""
+    """The quantizers of a model by name; an error if there are none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
     found = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
@@ -31,14 +31,14 @@ def named_quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def freeze_ranges_(model: nn.Module, frozen: bool = True) -> nn.Module:
-    """Makes the input ranges stay as they are in training too; everything else trains on.
+    """Keeps the input ranges fixed in training too; everything else trains on.
 
     In training the scale then comes from the range, as in evaluation, and values beyond it are
-    clipped (with the gradient that the quantizer's ``ste`` names). Often done for the last epochs,
-    so that the network trains with the numbers it is evaluated with, or after `calibrate`.
+    clipped (with the gradient that the quantizer's ``ste`` names). Useful for the last epochs, so
+    that the network trains with the scales that evaluation uses, or after `calibrate`.
 
-    The state dict does not say whether ranges are frozen, as it does not say what requires grad:
-    a script that goes on from a checkpoint freezes them again. Copies and pickles of the model do.
+    Like ``requires_grad``, this is not in the state dict: a script that resumes from a checkpoint
+    has to freeze the ranges again. Copies and pickles of the model keep them frozen.
 
     Args:
         model: a module with quantized layers. Changed in place.
@@ -48,8 +48,8 @@ def freeze_ranges_(model: nn.Module, frozen: bool = True) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module, or ``frozen`` no bool.
-        ValueError: a model without quantized layers, or one whose ranges have all seen nothing yet.
+        TypeError: ``model`` is not a module, or ``frozen`` not a bool.
+        ValueError: a model without quantized layers, or one whose ranges have seen no data yet.
 
     Example:
         >>> import torch, noisyq_fast
@@ -76,11 +76,11 @@ def freeze_ranges_(model: nn.Module, frozen: bool = True) -> nn.Module:
 def freeze_weights_(model: nn.Module) -> nn.Module:
     """Makes evaluation quantize each weight once, not at every call, until ``model.train()``.
 
-    Outputs are the same bits. At a batch of one image, where the time goes into many small steps,
-    evaluation is faster for it; the codes take memory beside the weights. A weight that changes by
-    an optimizer, `load_state_dict` or an operation in place is quantized again; not one that
-    changes through ``weight.data``, after which this function is to be called again. While
-    gradients are recorded, nothing is kept. `load_integers` returns such a model.
+    Outputs have the same bits. Evaluation is faster, above all with one image per batch, where most
+    of the time is overhead; the codes take memory in addition to the weights. A weight is quantized
+    again after an optimizer, `load_state_dict` or an operation in place has changed it, but not
+    after a change through ``weight.data``: then call this function again. While gradients are
+    recorded, nothing is cached. `load_integers` returns such a model.
 
     Args:
         model: a module with quantized layers, in evaluation mode. Changed in place.
@@ -89,7 +89,7 @@ def freeze_weights_(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a model without quantized layers, or one in training mode.
 
     Example:
@@ -103,7 +103,7 @@ def freeze_weights_(model: nn.Module) -> nn.Module:
     named_quantizers(model)
     layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
     if any(layer.training for layer in layers):
-        raise ValueError("freeze_weights_: got a model in training mode; call model.eval() before")
+        raise ValueError("freeze_weights_: got a model in training mode; call model.eval() first")
     for layer in layers:
         layer.made_of_weights = {}
     return model
@@ -121,7 +121,7 @@ def reset_ranges_(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a model without quantized layers.
 
     Example:
@@ -143,15 +143,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """A context in which the model computes in float: all its quantizers are off.
 
     No range moves. After the context, also after an error in it, each quantizer is on or off as it
-    was before. Contexts may be nested, and overlap in several threads: quantizers are off, for all
-    threads, until the last context of their model ends. A copy of the model that is made inside
-    has its quantizers off for good.
+    was before. Contexts may be nested, and may overlap in several threads: quantizers are off, for
+    all threads, until the last context of their model ends. The quantizers of a copy of the model
+    that is made inside stay off.
 
     Args:
         model: a module with quantized layers.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a model without quantized layers.
 
     Example:

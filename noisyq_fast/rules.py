@@ -1,12 +1,12 @@
-"""The rules of quantizers that learn: how parameters and a value make a code and a value, and how
-the value changes with each of them.
+"""The rules of learned quantizers: the code and the quantized value y of an input x, and the
+derivatives of y with respect to x and to each parameter.
 
 ``n = high`` is the largest code, ``rint`` rounds half to even, ``s`` is at least the smallest
-normal float32, and ``clip`` keeps a NaN. The derivative of rounding is taken for 1
+normal float32, and ``clip`` keeps a NaN. The derivative of rounding is taken as 1
 (*straight-through*)::
 
-    rule         parameters          y = code * s, code =                          outside
-    lsq          step s              rint(clip(x / s, low, high))                  where it clips
+    rule         parameters          y = code * s, code =                          outside where
+    lsq          step s              rint(clip(x / s, low, high))                  x / s is clipped
     pact, sat    clip a              rint(clip(x / s, 0, n)), s = a / n            x < 0, x >= a
     aqd          clip a              rint(clip(x / s, 0, n)), s = a / n            x < 0, x > a
     aqd_odd      clip a              2 rint((clip(x / s, -n, n) + n) / 2) - n      x < -a, x > a
@@ -16,8 +16,8 @@ normal float32, and ``clip`` keeps a NaN. The derivative of rounding is taken fo
                  alpha               s = (u - l) / n, y = l + code * s
     dorefa_*     absmax m, scale r   see below; y = code * (r / d)                 nowhere
 
-``v = 1/2 + (x - c) / (2 d)``, of qil_odd with ``|x|``. With ``t = tanh(x) / tanh(m)`` and
-``w = (t + 1) / 2`` the codes of dorefa are, with ``b`` bits::
+``v = 1/2 + (x - c) / (2 d)``, for qil_odd with ``|x|`` in place of x. With ``t = tanh(x) /
+tanh(m)`` and ``w = (t + 1) / 2`` the codes of dorefa are, with ``b`` bits::
 
     dorefa_original     2 rint((2^b - 1) w) - (2^b - 1)                            d = 2^b - 1
     dorefa_modified     min(floor(2^b w), 2^b - 1) - 2^(b-1)                       d = 2^(b-1)
@@ -39,11 +39,11 @@ Inside, with ``e = code - x / s``::
     dorefa         dy/dx = r (1 - tanh(x)^2) / tanh(m)      dy/dm = -r t (1 - tanh(m)^2) / tanh(m)
                    dy/dr = 0: the scale is not learned
 
-Sums over a group have an order that depends on neither threads nor backend: its elements, in the
-order of their memory, are cut into chunks of 4096, each of which is 64 rows of 64; the rows are
-added one after the other, what is left is folded in halves (64, 32, .. 1), and the sums of the
-chunks are summed in the same way. So they are equal to the bit in every backend, as codes and
-values are: tanh, exp and ln are float32 algorithms of rounded sums, products and quotients.
+Sums over a group have a fixed order, whatever the threads and the backend: the elements, in memory
+order, are cut into chunks of 4096, each seen as 64 rows of 64; the rows are added one after the
+other, the resulting row is folded in halves (64, 32, .. 1), and the sums of the chunks are summed
+in the same way. So sums have the same bits in every backend, as codes and values do: tanh, exp and
+ln are computed in float32 from correctly rounded sums, products and quotients.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ NAMES = tuple(PARAMETERS)
 
 LANES = 64
 CHUNK = LANES * LANES
-"""Of sums: see above."""
+"""Elements in one chunk of a sum: see above."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Rule:
 
     @property
     def parameters(self) -> int:
-        """How many a group has."""
+        """How many parameters a group has."""
         return len(PARAMETERS[self.name])
 
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Also of a model on which a forward has left tensors with a history, as pruning and weight
-    norm do, which cannot be copied otherwise. A ValueError where there are no values to copy."""
+    """A deep copy, also of a model that holds non-leaf tensors, such as pruning and weight norm
+    leave after a forward (`copy.deepcopy` alone refuses these). A ValueError on the device meta."""
     check_has_values(model)
     memo = {
         id(value): value.detach().clone()
@@ -37,8 +37,8 @@ def check_has_values(model: nn.Module) -> None:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Runs what is inside in evaluation mode, without gradients and without graphs compiled
-    before, and leaves all as it was."""
+    """A context in evaluation mode, without gradients and without using compiled graphs; everything
+    is restored afterwards."""
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     with left_as_it_was(model), torch.no_grad(), eager:
@@ -48,9 +48,9 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward changes: modes, buffers (such as the statistics of batch norm),
-    weights that an embedding with ``max_norm`` makes smaller, and PyTorch's random state. Until
-    then nothing requires grad, so that the model may change it as without gradients."""
+    """Restores, at its end, what a forward changes: modes, buffers (such as the statistics of batch
+    norm), weights that an embedding with ``max_norm`` renormalizes, and PyTorch's random state.
+    Inside, no parameter or buffer requires grad, so that the model may change them in place."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
@@ -66,7 +66,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     model.requires_grad_(False)
     for _, _, buffer, _, _ in buffers:
         buffer.requires_grad_(False)
-    # Of other devices not even the state is asked for, which would initialize them.
+    # Only devices in use: reading the random state of another would initialize it.
     accelerator = torch.accelerator.current_accelerator()
     devices = {x.device for x in [*model.parameters(), *model.buffers()]}
     used = [device for device in devices if accelerator and device.type == accelerator.type]
@@ -74,7 +74,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(used):
             yield
     finally:
-        # Through .data: graphs that wait for their backward take it for no change.
+        # Through .data, so that graphs whose backward is still to come see no change.
         for module, mode in modes:
             module.training = mode
         for parameter, requires_grad in parameters:
@@ -88,7 +88,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _as_leaf(x: Tensor) -> Tensor:
-    """Without the history that a change in place has given it."""
+    """``x`` detached from the graph that a change in place has attached it to."""
     return x if x.grad_fn is None else x.detach_()
 
 
@@ -99,7 +99,7 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """All that are in containers, also in those that the pytree does not know."""
+    """All tensors in nested containers, also in mappings and dataclasses unknown to the pytree."""
     found = []
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor):

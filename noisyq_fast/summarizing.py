@@ -1,4 +1,4 @@
-"""What of a network is quantized, what is float, and why."""
+"""Which parts of a network are quantized, which are float, and why."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ _ZERO_POINT_BITS = 8
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer: a module with parameters or buffers of its own.
+    """One layer: a module with parameters or buffers of its own.
 
     Attributes:
-        name: in the model; empty for the model itself.
-        kind: its class, and in brackets what makes its weight (`torch.nn.utils.parametrize`).
-        weight_bits, activation_bits: of weights and inputs; ``None`` where they are float.
-        weight_grid, activation_grid: such as ``"signed channel"``: the values of the codes, and
-            what has a scale of its own; empty where they are float.
-        calls: how often a forward calls it.
+        name: its name in the model; empty for the model itself.
+        kind: its class; in brackets the parametrizations (`torch.nn.utils.parametrize`).
+        weight_bits, activation_bits: bits of weights and inputs; ``None`` if float.
+        weight_grid, activation_grid: the grid, and what has a scale of its own, such as
+            ``"signed channel"``; empty if float.
+        calls: the number of calls in a forward.
         macs: multiply-accumulates with its weights.
-        quantized_macs: those with quantized weights and inputs.
-        additions: those without a multiplication, of an `AdderConv2d` or `AdderLinear`.
-        parameters: how many numbers it trains. Those that several layers share count at the first.
-        quantized_parameters: those of them that are quantized.
-        size_in_bits: what inference needs to store: quantized weights at their width with a float32
-            scale for each channel (or tensor, or group; with 8 bits more for a zero point), one for
-            each range of an input, all else at its own width. Weights that are made of fewer bits
-            than they have, such as of shared values, count as these. What several layers share
-            counts at the first.
-        why_float: why it, or a part of it, is float; empty where it is quantized.
-        arithmetic: ``"integer"`` where it multiplies codes; a batch norm that takes its statistics
-            from exact sums is ``"exact"``; else ``"float"``.
-        chain: what follows in its chain after `fuse_`, or, where ``arithmetic="integer"`` was asked
-            for in vain, why.
+        quantized_macs: those of ``macs`` with quantized weights and quantized inputs.
+        additions: those of ``macs`` without a multiplication (`AdderConv2d` and `AdderLinear`).
+        parameters: the number of trained values. Values shared by layers count at the first.
+        quantized_parameters: those of ``parameters`` that are quantized.
+        size_in_bits: the storage for inference: quantized weights at their width, a float32 scale
+            for each channel (or tensor, or group; plus 8 bits for a zero point), a float32 range
+            for each input range, all else at its own width. A weight that is computed from smaller
+            tensors counts with the size of these. Shared tensors count at the first layer.
+        why_float: why it, or a part of it, is float; empty if it is quantized.
+        arithmetic: ``"integer"`` if it multiplies codes, ``"exact"`` for a batch norm that takes
+            its statistics from exact sums, else ``"float"``.
+        chain: the operations after it in its chain, from `fuse_`; or, if ``arithmetic="integer"``
+            was requested but cannot be used, the reason.
     """
 
     name: str
@@ -87,9 +86,10 @@ class Summary:
 
     Attributes:
         layers: in the order of execution; those that are not called last.
-        operators: outside of the layers, in the order of execution.
-        float_size_in_bits: what inference needs to store without quantization.
-        macs, quantized_macs, additions, parameters, quantized_parameters, size_in_bits: sums.
+        operators: operators outside of layers, in the order of execution.
+        float_size_in_bits: the storage for inference without quantization.
+        macs, quantized_macs, additions, parameters, quantized_parameters, size_in_bits: sums over
+            the layers; ``macs`` includes the operators.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -136,29 +136,30 @@ class Summary:
 
 
 def summary(model: nn.Module, example: Any) -> Summary:
-    """What of a model is quantized: its layers in the order of execution, with their widths, grids,
-    calls, multiply-accumulates (MACs) and sizes; then what is float, and why.
+    """Which parts of a model are quantized: its layers in the order of execution, with their
+    widths, grids, calls, multiply-accumulates (MACs) and sizes; then the float parts, with the
+    reason.
 
-    The model runs once on the example, as float and in evaluation mode. It stays as it was: ranges,
-    statistics of batch norm, gradients, modes, hooks, and PyTorch's random state too.
+    The model runs once on the example, in float and in evaluation mode, and is left unchanged:
+    ranges, statistics of batch norm, gradients, modes, hooks, and PyTorch's random state.
 
     Args:
         model: any module, converted or not.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
-            arguments), with as many samples as the MACs should be for: usually one.
+            arguments), with as many samples as MACs are to be counted for: usually one.
 
     Returns:
         A `Summary`: ``print`` shows a table; ``layers``, ``operators`` and ``to_dict()`` have the
         numbers.
 
     MACs are counted where PyTorch computes them, by the formulas of `torch.utils.flop_counter`.
-    They are a layer's where its weight is an operand, and quantized where its weight and its input
-    are. Those of an `AdderConv2d` or `AdderLinear` are additions of absolute differences. Products
-    of two activations, such as those of attention, and additions, poolings and the like are listed
-    as operators; they are float. Of the latter, only the calls are counted.
+    MACs belong to a layer if its weight is an operand, and are quantized if its weight and its
+    input are. Those of an `AdderConv2d` or `AdderLinear` are additions of absolute differences.
+    Products of two activations, as in attention, and additions, poolings and the like are listed as
+    operators; they are float. For additions, poolings and the like only calls are counted.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: the model does not run on the example, or is lazy and has not run yet.
 
     Example:
@@ -185,7 +186,7 @@ def summary(model: nn.Module, example: Any) -> Summary:
     any_quantized = any(isinstance(layer, QuantLayer) for layer in layers.values())
     names = list(dict.fromkeys([*work.order, *layers]))
     stored = _Stored()
-    with in_evaluation(model):  # some make their weight whenever it is read
+    with in_evaluation(model):  # some layers compute their weight at each access
         rows = [_row(name, layers[name], work, stored, any_quantized) for name in names]
     return Summary(
         layers=tuple(rows),
@@ -204,7 +205,7 @@ def _has_state(name: str, module: nn.Module) -> bool:
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Those that inference needs: saved, and not only counts of batches."""
+    """The buffers that inference needs: in the state dict, and floating-point."""
     temporary = module._non_persistent_buffers_set
     return {
         name: buffer
@@ -214,16 +215,17 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Stored:
-    """What was counted so far, so that nothing that layers share counts twice."""
+    """What was counted so far, so that shared tensors count once."""
 
     def __init__(self) -> None:
         self.widths: dict[int, tuple[Tensor, set[int | None]]] = {}
-        """At which widths a tensor is stored, by its id; with the tensor, so that it keeps that."""
+        """By id: a tensor, which is kept so that the id stays its own, and its widths in
+        storage."""
         self.parameters: set[int] = set()
         self.float_bits = 0
 
     def count(self, parameters: Iterable[nn.Parameter]) -> int:
-        """The numbers in those that were not counted before."""
+        """The number of elements of the parameters that were not counted before."""
         new = {id(p): p.numel() for p in parameters if id(p) not in self.parameters}
         self.parameters |= new.keys()
         return sum(new.values())
@@ -235,8 +237,8 @@ class _Stored:
         scale_bits: int = 0,
         made_of: Sequence[Tensor] = (),
     ) -> int:
-        """The bits that a tensor takes beside what is stored already; or those that it is made of,
-        where these are fewer."""
+        """The bits that a tensor adds to the storage: its own, or those of the tensors that it is
+        computed from, whichever are fewer."""
         float_bits = sum(8 * part.element_size() * part.numel() for part in made_of or [x])
         if id(x) not in self.widths:
             self.widths[id(x)] = x, set()
@@ -255,7 +257,7 @@ def _row(
 ) -> LayerSummary:
     weight, activation = _active(layer, "weight"), _active(layer, "input")
     if work.macs_outside[name] and not work.calls[name]:
-        weight = activation = None  # it is not the layer that computes
+        weight = activation = None  # the layer itself does not compute
     own = parameters_of(layer)
     state = own | _buffers(layer)
     learned = [p for q in _quantizers(layer) for p in q.parameters()]
@@ -265,7 +267,7 @@ def _row(
         weights = layer.weights()
         each = _SCALE_BITS + (_ZERO_POINT_BITS if weight.grid.is_affine else 0)
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
-        # One weight at most is made of others.
+        # At most one weight is computed from other tensors.
         parts = [] if len(weights) > 1 else [state[key] for key in made]
         for w in weights:
             scale_bits = each * weight.scales(layer.by_channel(w))
@@ -327,7 +329,8 @@ def _active(layer: nn.Module, kind: str) -> Quantizer | None:
 
 
 def _makes_weight(name: str, x: Tensor, weights: Iterable[Tensor]) -> bool:
-    """Whether it is the weight, or what pruning, weight norm and the like make the weight from."""
+    """Whether ``x`` is the weight, or a tensor from which pruning, weight norm and the like compute
+    it."""
     if any(x is w for w in weights):
         return True
     made = not any(isinstance(w, nn.Parameter) for w in weights)

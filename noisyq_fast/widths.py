@@ -1,4 +1,4 @@
-"""One network for many widths: what each width has of its own, and which one computes."""
+"""One network for several widths: per-width quantizers and batch norms, and the active width."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ FLOAT = 32
 
 
 class ManyWidths(Quantizer):
-    """A quantizer for each width, of which `set_bits` chooses one.
+    """One quantizer for each width; `set_bits` selects the width.
 
     Args:
-        quantizers: a quantizer for each width; ``None`` leaves tensors as they are. Or one
-            quantizer, with ``widths``: a copy of it for each, with so many bits; 32 is float.
+        quantizers: maps each width to a quantizer, or to ``None`` for float. Or a single quantizer,
+            which is copied for each of ``widths`` with that many bits; 32 is float.
+        widths: the widths, if ``quantizers`` is a single quantizer.
 
-    In the first and the last layers of a model all widths have the same bits there
-    (``first_last_bits``), each still with a quantizer of its own.
+    In the first and the last layer of a model all widths have the same bits (``first_last_bits``),
+    but still a quantizer each.
 
     Example:
         >>> import noisyq_fast
@@ -51,7 +52,7 @@ class ManyWidths(Quantizer):
             }
         elif widths is not None:
             raise ValueError(
-                f"widths: got {list(widths)}, takes none with a mapping, which has them"
+                f"widths: got {list(widths)}, takes none with a mapping, whose keys are the widths"
             )
         _checked(list(quantizers))
         super().__init__()
@@ -65,7 +66,7 @@ class ManyWidths(Quantizer):
 
     @property
     def active(self) -> Quantizer | None:
-        """The one that computes."""
+        """The quantizer of the current width; ``None`` is float."""
         return self.each[str(self.at)]
 
     def set_width(self, width: int) -> None:
@@ -73,7 +74,7 @@ class ManyWidths(Quantizer):
         self.bits = FLOAT if self.active is None else self.active.bits
         if self.active is not None:
             self.grid_kind, self.axis = self.active.grid_kind, self.active.axis
-        self._left_to_look_at = 0  # the active one looks
+        self._left_to_look_at = 0  # the active quantizer checks for negatives itself
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         return x if self.active is None else self.active(x)
@@ -88,7 +89,7 @@ class ManyWidths(Quantizer):
 
     def codes(self, x: Tensor) -> Codes:
         if self.active is None:
-            raise ValueError("codes: got the width 32, which has none; takes one that is quantized")
+            raise ValueError("codes: got the width 32, which is float; takes a quantized width")
         return self.active.codes(x)
 
     def for_weight(self, weight: Tensor) -> Quantizer:
@@ -109,8 +110,8 @@ class ManyWidths(Quantizer):
     def like(self, **changes: Any) -> Self:
         if changes:
             raise ValueError(
-                f"{self}: got other {', '.join(changes)}, which are those of its widths; takes an "
-                "override with a quantizer of its own"
+                f"{self}: got other {', '.join(changes)}, which each width sets for itself; takes "
+                "an override with a quantizer of its own"
             )
         quantizer = copy.deepcopy(self)
         quantizer.reset()
@@ -142,25 +143,26 @@ class ManyWidths(Quantizer):
 
 
 class NormOfWidths(nn.Module):
-    """Batch norms of which the width says which one computes. Where `fuse_` lets the active one
-    take its statistics from exact sums, it does so for all of them."""
+    """Batch norms, one of which is active. If `fuse_` makes the active one take its statistics from
+    exact sums, it does so for all of them."""
 
     def norms(self) -> list[nn.Module]:
         raise NotImplementedError
 
     @property
     def active(self) -> nn.Module:
-        """The one that computes."""
+        """The batch norm that computes."""
         raise NotImplementedError
 
     def tell_layer(self) -> None:
-        """Has the layer of exact sums before it, if there is one, call the active one."""
+        """Makes the integer layer whose exact sums are normalized, if any, use the active one."""
         for layer in getattr(self.active, "follows", ()):
             layer.norm = (self.active,)
 
 
 class BatchNormOfWidths(NormOfWidths):
-    """A batch norm for each width: a copy of one. It takes that one's state dict too, for all."""
+    """A copy of a batch norm for each width. The original's state dict can be loaded too: it sets
+    all copies."""
 
     def __init__(self, norm: _BatchNorm, widths: Sequence[int]) -> None:
         super().__init__()
@@ -191,13 +193,24 @@ class BatchNormOfWidths(NormOfWidths):
         for name in [*first.state_dict()]:
             if prefix + name in state_dict:
                 value = state_dict.pop(prefix + name)
-                for width in self.each:  # a copy for each: with assign=True they are kept
+                for width in self.each:  # a copy each: assign=True keeps the tensors themselves
                     state_dict.setdefault(f"{prefix}each.{width}.{name}", value.clone())
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def split_norms_(model: nn.Module, widths: Sequence[int]) -> nn.Module:
-    """Gives every batch norm of a model copies for each width; before there is an optimizer.
+    """Replaces every batch norm of a model by copies, one for each width. Call it before the
+    optimizer is constructed.
+
+    Args:
+        model: any module. Changed in place.
+        widths: such as ``[4, 2]``; 32 is float.
+
+    Returns:
+        ``model``; a `BatchNormOfWidths` if it is itself a batch norm.
+
+    Raises:
+        ValueError: widths that are not 2..8 or 32, repeated ones, or norms that are split already.
 
     Example:
         >>> import noisyq_fast
@@ -226,15 +239,15 @@ def split_norms_(model: nn.Module, widths: Sequence[int]) -> nn.Module:
 def set_bits(model: nn.Module, bits: int) -> Iterator[None]:
     """A context in which the model computes at one of its widths.
 
-    After it, also after an error in it, each part is at the width where it was before.
+    Afterwards, also after an error, each part has the width that it had before.
 
     Args:
-        model: with `ManyWidths` quantizers, batch norms of `split_norms_`, or both.
-        bits: one of its widths; 32 is float, where there is that one.
+        model: a module with `ManyWidths` quantizers, batch norms of `split_norms_`, or both.
+        bits: one of its widths; 32 is float, if it has that width.
 
     Raises:
-        TypeError: ``model`` is no module, or ``bits`` no int.
-        ValueError: a model of one width, or without this one.
+        TypeError: ``model`` is not a module, or ``bits`` not an int.
+        ValueError: a model of one width, or without the width ``bits``.
 
     Example:
         >>> import torch, noisyq_fast
@@ -267,16 +280,16 @@ def set_bits(model: nn.Module, bits: int) -> Iterator[None]:
 
 
 def single_width(model: nn.Module, bits: int) -> nn.Module:
-    """A copy of a model that has one of its widths alone, and gives its outputs: without the
-    quantizers and batch norms of the others. Such as for a file, or to count its size.
+    """A copy of a model with one of its widths only, without the quantizers and batch norms of the
+    others, and with the same outputs at this width. For a file, or to count its size.
 
     Args:
-        model: with `ManyWidths` quantizers, batch norms of `split_norms_`, or both.
-        bits: one of its widths; 32 is float, where there is that one.
+        model: a module with `ManyWidths` quantizers, batch norms of `split_norms_`, or both.
+        bits: one of its widths; 32 is float, if it has that width.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a model of one width, or without this one.
+        TypeError: ``model`` is not a module.
+        ValueError: a model of one width, or without the width ``bits``.
 
     Example:
         >>> import noisyq_fast

@@ -1,4 +1,4 @@
-"""What is done to a network between its training and its use, with inputs but without labels."""
+"""Calibration and post-training quantization: with inputs, without labels, without training."""
 
 from noisyq_fast.calibration.bitsplit import bitsplit
 from noisyq_fast.calibration.dfq import dfq

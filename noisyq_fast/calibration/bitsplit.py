@@ -1,4 +1,4 @@
-"""Bit-split and stitching (Wang et al., ICML 2020): codes that are found bit by bit."""
+"""Bit-split and stitching (Wang et al., ICML 2020): codes that are optimized bit by bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK = 64
 _SETTLED = 1e-9
 _LEAST_BITS = 3
 _MOST_BITS = 7
-"""With more, the codes that are closest to the weights are good enough."""
+"""With more bits, the codes closest to the weights are good enough."""
 
 
 @in_float32
@@ -29,37 +29,36 @@ def bitsplit(
     progress: bool | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Quantizes a float network with codes and scales that make the least squared error in what
-    layers compute, layer after layer in the order of execution.
+    """Quantizes a float network with codes and scales that minimise the squared error of the
+    outputs of layers, layer by layer in the order of execution.
 
     A filter of ``b`` bits is ``a sum_m 2^-m B_m`` with ``b - 1`` planes ``B_m`` of -1, 0 and 1. It
-    begins with the codes closest to the weights; then, in turns, ``a`` is the best one for the
-    codes, and each entry of each plane is the best of its three values for all others, until none
-    changes. The error is that of ``X B`` with inputs ``X`` of the layer in the network as it is
-    quantized so far, its own input too, against the output of the float network: so later layers
-    make up for errors of earlier ones.
+    starts from the codes closest to the weights; then alternately ``a`` is optimized for the codes,
+    and each entry of each plane for all others, until none changes. The error is the difference
+    between ``X B``, with ``X`` the quantized input of the layer in the partly quantized network,
+    and the output of the float network, so that later layers compensate errors of earlier ones.
 
-    The scale of an input is the best one for its codes, in turns with these, too. Layers of 8 bits
-    (the first and the last ones, unless told otherwise) keep the codes closest to their weights.
-    Batch norms are folded into the layers before them, and their statistics are not estimated anew.
-    Labels are not looked at. Linear layers and convolutions are fitted; other layers have the
-    weights of `quantize_model_` and the ranges of `calibrate`.
+    The scale of an input is optimized alternately with its codes, too. Layers of 8 bits (by default
+    the first and the last ones) keep the codes closest to their weights. Batch norms are folded
+    into the layers before them, and their statistics are not estimated again. Labels are not used.
+    Only linear layers and convolutions are fitted; other layers have the weights of
+    `quantize_model_` and the ranges of `calibrate`.
 
     Args:
-        model: a float network, which stays as it is.
-        inputs: as for `calibrate`; all of them are kept.
-        positions: of a convolution, how many positions of its output are looked at, at random, over
-            all inputs.
-        epochs: how often all planes are gone through at most.
-        progress: whether to show a bar; ``None``: where stderr is a terminal.
-        **options: of `quantize_model_`, but for those of grids and quantizers of weights. Weights
-            have 3 bits or more, and inputs neither an affine nor an odd grid.
+        model: a float network; it is not changed.
+        inputs: as for `calibrate`; all are kept in memory.
+        positions: the number of output positions of a convolution, chosen at random over all
+            inputs, that the fit uses.
+        epochs: the largest number of passes over all planes.
+        progress: whether to show a progress bar; ``None``: if stderr is a terminal.
+        **options: of `quantize_model_`, except those of grids and quantizers of weights. Weights
+            need 3 bits or more; inputs cannot have an affine or an odd grid.
 
     Returns:
-        a quantized copy, in evaluation mode.
+        A quantized copy, in evaluation mode.
 
     Raises:
-        TypeError, ValueError: as for `easyquant`, and for bits and grids that are not taken.
+        TypeError, ValueError: as for `easyquant`, and for other bits and grids.
 
     Example:
         >>> import torch, noisyq_fast
@@ -96,7 +95,7 @@ def _check(layer: LinearLayer) -> None:
 
 
 def _fit_input(layer: LinearLayer, x: Tensor) -> None:
-    """Sets the input range of a layer by what its input is in the quantized network."""
+    """Fits the input range of a layer to its input in the quantized network."""
     quantizer: Any = layer.quantized.input_quantizer
     if quantizer is None or not quantizer.keeps_range or not x.any():
         return
@@ -108,7 +107,7 @@ def _fit_input(layer: LinearLayer, x: Tensor) -> None:
 
 
 def fit_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes, ``[..., outputs, inputs]``, and scales, ``[..., outputs]``, in the least squared
+    """Codes ``[..., outputs, inputs]`` and scales ``[..., outputs]`` that minimise the squared
     error of the weights themselves."""
     most = (1 << bits - 1) - 1
     first = weight.abs().amax(-1) / most
@@ -116,8 +115,8 @@ def fit_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_scale(x: Tensor, scale: Tensor, code_min: int, code_max: int) -> tuple[Tensor, Tensor]:
-    """Codes of the last axis and its scale, each in turns the best for the other."""
-    codes, products = torch.empty_like(x), torch.empty_like(x)  # memory for all turns
+    """Codes ``[..., n]`` and scales ``[...]``, optimized alternately."""
+    codes, products = torch.empty_like(x), torch.empty_like(x)  # reused in all iterations
     for _ in range(1000):
         before = scale
         torch.div(x, scale.unsqueeze(-1), out=codes).round_().clamp_(code_min, code_max)
@@ -131,10 +130,10 @@ def fit_scale(x: Tensor, scale: Tensor, code_min: int, code_max: int) -> tuple[T
 def stitch(
     codes: Tensor, scale: Tensor, x: Tensor, output: Tensor, bits: int, epochs: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales that lessen ``|output - x (codes scale)'|^2``.
+    """Codes and scales that reduce ``|output - x (codes scale)'|^2``.
 
     Args:
-        codes, scale: to begin with, as from `fit_weights`.
+        codes, scale: the initial ones, as from `fit_weights`.
         x: ``[..., samples, inputs]``.
         output: ``[..., samples, outputs]``.
     """
@@ -156,32 +155,33 @@ def stitch(
 
 
 def split(codes: Tensor, bits: int) -> Tensor:
-    """``[bits - 1, ...]``: their signs times their bits, the most significant first."""
+    """Bit planes of codes, ``[bits - 1, ...]``: sign times bit, the most significant first."""
     places = torch.arange(bits - 2, -1, -1, device=codes.device).view(-1, *[1] * codes.dim())
     bit = codes.abs().long().unsqueeze(0) >> places & 1
     return bit * codes.sign()
 
 
 def joined(planes: Tensor) -> Tensor:
-    """The codes, in units of the first plane."""
+    """The codes of bit planes, in units of the first plane."""
     powers = [planes[m] / (1 << m) for m in range(len(planes))]
     return torch.stack(powers).sum(0)
 
 
 def best_scale(codes: Tensor, gram: Tensor, target: Tensor, otherwise: Tensor) -> Tensor:
-    """Of each filter, in the least squared error; as it is where that is no number above 0."""
+    """The scale of each filter with the least squared error; ``otherwise`` if that is not
+    positive."""
     squared = (codes @ gram * codes).sum(-1)
     best = (codes * target).sum(-1) / torch.where(squared > 0, squared, 1.0)
     return torch.where(best > 0, best, otherwise)
 
 
 def update_planes_(planes: Tensor, top: Tensor, gram: Tensor, target: Tensor) -> None:
-    """Makes every entry in turn the best of -1, 0 and 1 for all others.
+    """Sets each entry in turn to the best of -1, 0 and 1, given all others.
 
-    With ``c`` the worth of a plane's entries, half the squared error has in entry ``n`` of a filter
-    the gradient ``c error_n``, ``error = (codes top) gram - target``, and the second derivative
-    ``c^2 gram_nn``. Blocks of entries are gone through on the CPU; what changes the error of the
-    others comes after each.
+    With ``c`` the value of a plane's entries, half the squared error has, in entry ``n`` of a
+    filter, the gradient ``c error_n`` with ``error = (codes top) gram - target``, and the second
+    derivative ``c^2 gram_nn``. Blocks of entries are updated on the CPU; after each block the error
+    of all entries is updated.
     """
     error = (joined(planes) * top.unsqueeze(-1)) @ gram - target
     for m in range(len(planes)):
@@ -199,14 +199,15 @@ def update_planes_(planes: Tensor, top: Tensor, gram: Tensor, target: Tensor) ->
 
 
 def _filters_that_differ(x: Tensor, y: Tensor) -> Tensor:
-    """Of ``[..., filters, inputs]``: bool ``[filters]``, whether they do in any group or plane."""
+    """For ``[..., filters, inputs]``: bool ``[filters]``, whether a filter differs in any group or
+    plane."""
     return (x != y).any(-1).reshape(-1, x.shape[-2]).any(0)
 
 
 def _best_entries(
     entries: np.ndarray, error: np.ndarray, gram: np.ndarray, worth: np.ndarray
 ) -> np.ndarray:
-    """Those of a block, ``[..., filters, block]``, one after the other."""
+    """The best entries of a block, ``[..., filters, block]``, one after the other."""
     found = np.moveaxis(entries, -1, 0).copy()
     error = np.moveaxis(error, -1, 0).copy()
     columns = np.moveaxis(gram, (-2, -1), (0, 1))[..., np.newaxis].copy()

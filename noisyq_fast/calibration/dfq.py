@@ -1,5 +1,5 @@
-"""Data-free quantization (Nagel et al. 2019, arXiv 1906.04721): channels of equal size, and biases
-that make up for the mean error of weights."""
+"""Data-free quantization (Nagel et al. 2019, arXiv 1906.04721): equalised channel ranges, and
+biases that correct the mean error of quantized weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from noisyq_fast.layers.layer import DEFAULT_BITS
 from noisyq_fast.quantizers import AbsMax
 
 _SWEEPS = 1000
-# What lets a positive factor of a channel pass, if the channels stay where they are.
+# Functions f with f(c x) = c f(x) for a positive factor c of a channel.
 _ELEMENTWISE = (*RELU, F.dropout, F.dropout2d, Tensor.contiguous)
 _POOLS = {
     **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d), 1),
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), 2),
     **dict.fromkeys((F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d), 3),
 }
-"""Of how many axes, which are the last ones."""
+"""With the number of axes, counted from the last, that they pool."""
 _MEANS = (torch.mean, Tensor.mean)
 _RESHAPES = (torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape)
 
@@ -48,33 +48,34 @@ def dfq(
     """Quantizes a float network without data, with one scale for all weights of a layer.
 
     1. Batch norms are folded into the layers before them, and ReLU6 become ReLU.
-    2. *Equalisation*: where a layer alone reads what another makes, also behind a ReLU, the weights
-       of channel ``i`` of the first are divided, and those of the second multiplied, by
-       ``s_i = sqrt(r1_i / r2_i)``, with ``r`` the largest weight of the channel in each: the
-       network computes the same, and both have the same range. Over all pairs until nothing
-       changes.
-    3. *Absorption*: a channel that is normally at least ``c = beta - 3 |gamma|`` above 0 (from its
-       batch norm) has a bias that is smaller by ``c``, and the second layer a bias that makes up
-       for it: but for rare values, and for borders that are padded with zeros.
-    4. Input ranges are ``beta +- 6 |gamma|``, behind a ReLU from 0. Where branches add, so do means
-       and variances.
-    5. *Correction*: the mean of what the error of the weights makes of the input, of which the
-       batch norm tells the mean, is taken off the bias.
+    2. *Equalisation*: for two layers in sequence, also with a ReLU between them, if nothing else
+       reads the output of the first: the weights of channel ``i`` of the first are divided, and
+       those of the second multiplied, by ``s_i = sqrt(r1_i / r2_i)``, with ``r`` the largest weight
+       of the channel in each layer. The network computes the same, and both have the same range.
+       Repeated over all pairs until nothing changes.
+    3. *Absorption*: if a channel normally exceeds ``c = beta - 3 |gamma| > 0`` (from its batch
+       norm), its bias is reduced by ``c``, and the bias of the second layer compensates, except for
+       rare values and at borders padded with zeros.
+    4. Input ranges are ``beta +- 6 |gamma|``, after a ReLU from 0. In an addition of branches,
+    means
+       and variances are added.
+    5. *Correction*: the mean output error due to quantized weights, for the mean input that the
+       batch norm gives, is subtracted from the bias.
 
-    An input that no batch norm tells of, such as that of the network, has its range from
+    An input without a batch norm before it, such as the network's own, gets its range from
     ``inputs``, and no correction.
 
     Args:
-        model: a float network, which stays as it is.
-        inputs: as for `calibrate`. One is enough: it tells how layers are connected, and the range
+        model: a float network; it is not changed.
+        inputs: as for `calibrate`. One is enough: it shows how layers are connected, and the range
             of the network's own input.
-        correct: whether to do step 5. Where the channels differ in size and cannot be equalised, it
-            can make things worse.
-        progress: whether to show a bar; ``None``: where stderr is a terminal.
-        **options: of `quantize_model_`, but for those of grids and quantizers of weights.
+        correct: whether to do step 5, which can reduce accuracy if channels have different ranges
+            and cannot be equalised.
+        progress: whether to show a progress bar; ``None``: if stderr is a terminal.
+        **options: of `quantize_model_`, except those of grids and quantizers of weights.
 
     Returns:
-        a quantized copy, in evaluation mode.
+        A quantized copy, in evaluation mode.
 
     Raises:
         TypeError, ValueError: as for `easyquant`.
@@ -112,7 +113,8 @@ def _equalize_and_absorb_(both: PostTraining) -> None:
 
 
 def pairs(both: PostTraining) -> list[tuple[str, str]]:
-    """Names of layers, the second of which alone reads what the first makes, also behind a ReLU."""
+    """Names of two layers in sequence: only the second reads the output of the first, also after a
+    ReLU."""
     layers = changeable(both.float, both.trace)
     found = []
     for step in both.trace.of_layers():
@@ -126,8 +128,8 @@ def pairs(both: PostTraining) -> list[tuple[str, str]]:
 
 
 def _after(both: PostTraining, step: Step) -> str | None:
-    """The layer that alone reads the channels that a layer makes, behind what lets positive factors
-    pass."""
+    """The only layer that reads the output channels of a layer, directly or through functions that
+    keep channels and positive factors; None if there is none."""
     layers = both.trace.layers
     axis = _channel_axis(layers[step.layer_name], step.outputs[0])
     folded = step.layer in both.normal
@@ -143,12 +145,12 @@ def _after(both: PostTraining, step: Step) -> str | None:
 
 
 def _channel_axis(layer: nn.Module, value: Value) -> int:
-    """That of the input or the output of a layer."""
+    """The channel axis of an input or output of a layer."""
     return len(value.shape) - 1 - len(getattr(layer, "kernel_size", ()))
 
 
 def _keeps_channels(step: Step, axis: int) -> bool:
-    """Whether a function leaves the channels where they are, each by itself."""
+    """Whether a function computes each channel from itself only, and keeps positive factors."""
     x, y = step.inputs[0], step.outputs[0]
     if step.function in _POOLS:
         return axis == len(x.shape) - 1 - _POOLS[step.function]
@@ -171,18 +173,18 @@ def _by_input(layer: Linear) -> Tensor:
 
 
 def _along(values: Tensor, dimensions: int) -> Tensor:
-    """Values of channels, before other dimensions."""
+    """Values of channels, with trailing dimensions of size 1."""
     return values.view(*values.shape, *[1] * (dimensions - values.dim()))
 
 
 # Equalisation and absorption.
 
 Pair = tuple[Linear, Linear, Normal | None]
-"""Two layers, and what a batch norm told of the first one's output."""
+"""Two layers, and mean and deviation of the first one's output if its batch norm was folded."""
 
 
 def equalize_(found: list[Pair]) -> int:
-    """Equalises pairs of layers in turn until nothing changes; gives the number of sweeps."""
+    """Equalises pairs of layers in turn until nothing changes; returns the number of sweeps."""
     for sweep in range(1, _SWEEPS + 1):
         largest = 0.0
         for first, second, normal in found:
@@ -195,7 +197,7 @@ def equalize_(found: list[Pair]) -> int:
 
 def equalize_pair_(first: Linear, second: Linear, normal: Normal | None = None) -> Tensor:
     """Divides the output channels of a layer and multiplies the input channels of the next, so that
-    both have the same largest weight; gives the divisors. Channels without weights stay."""
+    both have the same largest weight; returns the divisors: 1 for channels without weights."""
     weight, reads = first.weight.data, _by_input(second)
     groups, inputs = reads.shape[:2]
     r1 = weight.flatten(1).abs().amax(1)
@@ -213,7 +215,8 @@ def equalize_pair_(first: Linear, second: Linear, normal: Normal | None = None) 
 
 
 def absorb_(first: Linear, second: Linear, normal: Normal) -> Tensor:
-    """Moves what a channel normally exceeds into the bias of the next layer; gives how much."""
+    """Moves the part of a channel that is normally exceeded into the bias of the next layer;
+    returns these amounts."""
     surplus = (normal.mean - 3 * normal.std).clamp(min=0)
     with_bias_(first).sub_(surplus)
     with_bias_(second).add_(through(second, second.weight.data, surplus))
@@ -222,7 +225,7 @@ def absorb_(first: Linear, second: Linear, normal: Normal) -> Tensor:
 
 
 def through(layer: nn.Module, weight: Tensor, channels: Tensor) -> Tensor:
-    """What a layer with this weight makes of an input whose channels have one value each."""
+    """The output of a layer with this weight for an input that is constant in each channel."""
     groups = getattr(layer, "groups", 1)
     taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
     inputs = channels.view(groups, -1, 1)

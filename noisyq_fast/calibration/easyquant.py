@@ -1,5 +1,5 @@
-"""EasyQuant (Wu et al. 2020, arXiv 2006.16669): scales whose products point where the float ones
-do."""
+"""EasyQuant (Wu et al. 2020, arXiv 2006.16669): scales that maximise the cosine between the outputs
+of quantized and of float layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from noisyq_fast.calibration.post_training import LinearLayer, PostTraining, in_float32, shown
 
 RATIOS = torch.linspace(0.5, 2, 100, dtype=torch.float64).tolist()
-"""What the factor before rounding, 1 / scale, is multiplied by: the scale is divided by it."""
+"""Candidates: the initial scale is divided by these."""
 _ROUNDS = 3
 
 
@@ -25,36 +25,35 @@ def easyquant(
     progress: bool | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Quantizes a float network with scales that are searched, layer after layer in the order of
-    execution, each with all layers before it already quantized.
+    """Quantizes a float network with searched scales, layer by layer in the order of execution,
+    with all earlier layers already quantized.
 
-    Of a layer, let ``O`` be its output in the float network, and ``O'`` that of its quantized
-    weights and of its quantized input, both without the bias. In turns, until nothing changes or
+    Let ``O`` be the output of a layer in the float network, and ``O'`` its output with quantized
+    weights and quantized input, both without bias. Alternately, until nothing changes but at most
     three times::
 
         weights  for each channel the scale s0 / r that maximises cos(O, O') over all samples
         input    the scale s0 / r that maximises cos(O, O') over samples and channels
 
-    with ``r`` in 100 steps from 0.5 to 2 (the first of equals), and ``s0`` the scale that comes
-    from the largest value. Batch norms are folded into the layers before them. Labels are not
-    looked at.
+    with ``r`` in 100 steps from 0.5 to 2 (the first of equal ones), and ``s0`` the scale from the
+    largest value. Batch norms are folded into the layers before them. Labels are not used.
 
-    Linear layers and convolutions are searched; other layers have the weights of
+    The search covers linear layers and convolutions; other layers have the weights of
     `quantize_model_` and the ranges of `calibrate`.
 
     Args:
-        model: a float network, which stays as it is.
-        inputs: as for `calibrate`; all of them are kept. 50 images are usual.
-        positions: of a convolution, how many positions of its output are looked at, at random, over
-            all inputs.
-        progress: whether to show a bar; ``None``: where stderr is a terminal.
-        **options: of `quantize_model_`, but for those of grids and quantizers of weights.
+        model: a float network; it is not changed.
+        inputs: as for `calibrate`; all are kept in memory. 50 images are usual.
+        positions: the number of output positions of a convolution, chosen at random over all
+            inputs, that the search uses.
+        progress: whether to show a progress bar; ``None``: if stderr is a terminal.
+        **options: of `quantize_model_`, except those of grids and quantizers of weights.
 
     Returns:
-        a quantized copy, in evaluation mode.
+        A quantized copy, in evaluation mode.
 
     Raises:
-        TypeError: wrong type of an argument, or an option that is not taken.
+        TypeError: wrong type of an argument, or an unknown option.
         ValueError: no inputs, inputs on which the model does not run, a model that is quantized
             already, or an option out of range.
 
@@ -99,7 +98,7 @@ def _search(layer: LinearLayer, positions: int) -> None:
 
 
 def first_scale(weight: Tensor, bits: int) -> Tensor:
-    """Of each channel, from its largest value; 1 where all are 0."""
+    """The scale of each channel from its largest value; 1 if all are 0."""
     scale = weight.abs().amax(-1) / ((1 << bits - 1) - 1)
     return torch.where(scale > 0, scale, 1.0)
 
@@ -112,13 +111,13 @@ def to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def weight_cosines(output: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """How well the output of each channel keeps its direction, for each of `RATIOS`.
+    """The cosine between float and quantized output of each channel, for each of `RATIOS`.
 
     Args:
-        output: ``[..., samples, outputs]``, of the float network.
+        output: ``[..., samples, outputs]``, from the float network.
         x: ``[..., samples, inputs]``, quantized.
         weight: ``[..., outputs, inputs]``, float.
-        scale: ``[..., outputs]``, which is divided by the ratios.
+        scale: ``[..., outputs]``; it is divided by the ratios.
 
     Returns:
         ``[..., outputs, ratios]``.
@@ -128,11 +127,11 @@ def weight_cosines(output: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bit
 
 
 def input_cosines(output: Tensor, candidates: Iterable[Tensor], weight: Tensor) -> Tensor:
-    """The same for all channels together and each of several quantized inputs."""
+    """The cosine over all channels together, for each of several quantized inputs."""
     return torch.stack([cosine(output.flatten(), (x @ weight.mT).flatten()) for x in candidates])
 
 
 def cosine(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
-    """0 where either is all 0."""
+    """The cosine between ``a`` and ``b`` along ``dim``; 0 if either is all 0."""
     norms = a.norm(dim=dim) * b.norm(dim=dim)
     return (a * b).sum(dim) / torch.where(norms > 0, norms, 1.0)

@@ -1,4 +1,4 @@
-"""Batch norms that a layer before them can do on its own."""
+"""Folding of batch norms into the layers before them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from noisyq_fast.calibration.tracing import Trace
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Linear = nn.Linear | _ConvNd
-"""The type of one of them."""
-"""Their weights have the output channels first, and the input channels of a group second."""
+"""The type of these layers. Their weights have the output channels first, and the input channels
+of a group second."""
 
 
 @dataclass(frozen=True)
 class Normal:
-    """What a batch norm says of each channel of its output: mean and standard deviation."""
+    """Mean and standard deviation of each channel, ``[C]``, of the output of a batch norm."""
 
     mean: Tensor
     std: Tensor
 
 
 def changeable(model: nn.Module, trace: Trace) -> dict[str, Linear]:
-    """Linear layers and convolutions by name whose weight is a parameter of theirs, and which alone
-    read their weight and bias."""
+    """By name, the linear layers and convolutions whose weight is a parameter of their own, and
+    whose weight and bias nothing else reads."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -46,11 +46,11 @@ def changeable(model: nn.Module, trace: Trace) -> dict[str, Linear]:
 
 @torch.no_grad()
 def fold_batch_norms_(model: nn.Module, trace: Trace) -> dict[str, Normal]:
-    """Makes layers do the batch norm that alone reads their output, with the statistics that it has
-    in evaluation; what was a batch norm is a `torch.nn.Identity`.
+    """Folds a batch norm into the layer before it, if nothing else reads the layer's output, with
+    the running statistics; the batch norm becomes a `torch.nn.Identity`.
 
     Returns:
-        for each such layer by name, what its output is like.
+        By layer name, mean and deviation of the folded layer's output.
     """
     layers, modules = changeable(model, trace), dict(model.named_modules())
     found: dict[str, Normal] = {}
@@ -93,7 +93,7 @@ def with_bias_(layer: Any) -> Tensor:
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module in the place of another, under all names that it has."""
+    """Replaces a module by another, under all of its names."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
             parent, _, child = name.rpartition(".")

@@ -18,7 +18,7 @@ METHODS = ("absmax", "percentile", "mse", "initial")
 _BITS = 14
 _BINS = 2**_BITS
 _AT_ONCE = 2**22
-"""Values that are counted at once, which takes some bytes for each."""
+"""Values that are counted in one pass; limits the temporary memory."""
 _CANDIDATES = [2 ** (-k / 32) for k in range(257)]
 
 
@@ -31,7 +31,7 @@ def calibrate(
     """Sets the input ranges of a converted model from batches of inputs, such as those of a
     pre-trained float network before it is trained quantized, or evaluated without training.
 
-    The model runs in evaluation mode with all quantizers off: every layer sees the input that it
+    The model runs in evaluation mode with all quantizers off: every layer gets the input that it
     has in the float network, so the ranges depend neither on the widths nor on the order of the
     batches. Then, for each range, with ``m`` the largest ``|x|`` of all batches::
 
@@ -39,16 +39,16 @@ def calibrate(
         percentile  range = the smallest that at least `percentile` % of all |x| do not exceed
         mse         range = argmin over r of sum (x - fake_quantize(x, r))^2,
                     r = m * 2^(-k/32), k = 0, 1, ..., 256 (the larger of equals)
-        initial     absmax; of a quantizer that learns, where its parameters begin by themselves,
-                    from the first batch, and from the weight
+        initial     absmax; learned quantizers instead use their own initialization, from the
+                    first batch
 
     For percentile and mse, values are counted in equal bins, at least 8192 from 0 to ``m``, so that
     memory stays the same however many batches there are (256 KiB for each range). The percentile
     is the outer edge of its bin, at most ``m``; the squared error is that of the bins' centers. The
-    result is the same in whatever batches the same values come.
+    result does not depend on how the values are divided into batches.
 
     Nothing else changes: no weight, no statistic of batch norm, no mode, no gradient, no random
-    state, and where there is an error no range. Ranges that are frozen are set and stay frozen.
+    state, and in case of an error no range. Frozen ranges are set too, and stay frozen.
 
     Args:
         model: a module with quantized layers, such as `quantize_model_` returns.
@@ -56,9 +56,9 @@ def calibrate(
             arguments, on the model's device. Labels left out: ``(x for x, _ in loader)``. For a
             progress bar, wrap them: ``tqdm(loader)``. A few hundred samples are usual. Calibrate
             before `DistributedDataParallel`, which then gives all ranks the ranges of the first.
-        method: ``"absmax"``, ``"percentile"``, ``"mse"`` or ``"initial"``. The wider the codes, the
-            closer the first three; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
-        percentile: of method ``"percentile"``, above 0, up to 100.
+        method: ``"absmax"``, ``"percentile"``, ``"mse"`` or ``"initial"``. The first three differ
+            less at more bits; at 4 bits and fewer, outliers make ``"absmax"`` coarse.
+        percentile: for method ``"percentile"``, above 0, up to 100.
 
     Returns:
         ``model``.
@@ -70,7 +70,7 @@ def calibrate(
             error names the first).
 
     Warns:
-        UserWarning: a list of layers that the model has not called. Their ranges stay as they were.
+        UserWarning: a list of layers that the model has not called. Their ranges are unchanged.
 
     Example:
         >>> import torch, noisyq_fast
@@ -148,7 +148,8 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
 
 
 def _warn_of_uncalled(uncalled: set[str], names: set[str]) -> None:
-    """An attention leaves out its quantizers of key and value where these are the query."""
+    """Warns of uncalled layers. Of attention one called quantizer is enough: those of key and value
+    are not used if these are the query."""
     called = {name.rpartition(".")[0] for name in names - uncalled}
     if missed := sorted({name.rpartition(".")[0] for name in uncalled} - called):
         warnings.warn(
@@ -159,8 +160,7 @@ def _warn_of_uncalled(uncalled: set[str], names: set[str]) -> None:
 
 
 class _Seen:
-    """The least and the greatest value that each range of a quantizer has seen, and how many are
-    in each bin.
+    """The smallest and the largest value of each range of a quantizer, and a histogram.
 
     There are `_BINS` bins on either side of 0, of the same width for all values of a range: a power
     of two, so that when it doubles, each bin is one half of a new one.
@@ -178,7 +178,7 @@ class _Seen:
         self.high: Tensor | None = None
 
     def add(self, values: Tensor) -> bool:
-        """Whether all of ``[ranges, values]`` are finite; only then they count."""
+        """Adds values ``[ranges, values]`` and returns True, unless some are not finite."""
         if values.numel() == 0:
             return True
         low, high = (x.float() for x in torch.aminmax(values, dim=1))
@@ -216,19 +216,20 @@ class _Seen:
         self.counts += counts.view_as(self.counts)
 
     def bins(self, at: float) -> Tensor:
-        """A value of each bin, float32 ``[ranges, bins]``: its inner edge at 0, its outer at 1."""
+        """A point of each bin, float32 ``[ranges, bins]``: its inner edge for ``at=0``, its outer
+        for 1."""
         positive = torch.arange(_BINS, device=self.counts.device) + at
         bins = torch.cat([-positive.flip(0), positive]).float()
         return bins * self._width()
 
     def _width(self) -> Tensor:
-        """Of the bins, ``[ranges, 1]``."""
+        """The width of the bins, ``[ranges, 1]``."""
         exponents = (self.exponents - _BITS).unsqueeze(1)
         return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 
 
 def _exponents(absmax: Tensor) -> Tensor:
-    """Of the least power of two above; not so small that the width of the bins underflows."""
+    """Exponents of the smallest powers of two above; limited so that widths do not underflow."""
     return torch.frexp(absmax).exponent.to(torch.int64).clamp(min=-100)
 
 
@@ -248,14 +249,14 @@ def _bounds(
 
 
 def _percentile(seen: _Seen, low: Tensor, high: Tensor, percentile: float) -> Tensor:
-    """The smallest factor by which the range may shrink and still hold that share of the values."""
+    """The smallest factor of the range that still contains that share of the values."""
     edges = seen.bins(1)
     ends = torch.where(edges < 0, low.unsqueeze(1), high.unsqueeze(1))
-    # No factor makes a range hold values beyond an end at 0.
+    # An end at 0 stays 0: values beyond it are never contained.
     factors = torch.where(ends == 0, 0.0, edges / ends).clamp(max=1)
     factors, order = factors.sort(dim=1)
     held = seen.counts.gather(1, order).cumsum(1).double()
-    enough = held >= held[:, -1:] * (percentile / 100) * (1 - 1e-12)  # 99.9 is no exact number
+    enough = held >= held[:, -1:] * (percentile / 100) * (1 - 1e-12)  # 99.9 is not exact in binary
     return factors.gather(1, enough.int().argmax(1, keepdim=True)).squeeze(1)
 
 

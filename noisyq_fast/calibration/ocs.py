@@ -1,5 +1,5 @@
-"""Outlier channel splitting (Zhao et al. 2019, arXiv 1901.09504): the channels with the largest
-values become two of half the size."""
+"""Outlier channel splitting (Zhao et al. 2019, arXiv 1901.09504): each channel with the largest
+values becomes two channels of half the size."""
 
 from __future__ import annotations
 
@@ -30,32 +30,33 @@ def ocs(
     progress: bool | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Quantizes a float network after splitting input channels whose weights, or whose values, are
-    the largest, so that one scale for all is finer. The network computes the same function.
+    """Quantizes a float network after splitting the input channels with the largest weights, or
+    with the largest values, so that the common scale is finer. The network computes the same
+    function.
 
-    Of a layer with ``I`` input channels, ``ceil(ratio I)`` times, the one with the largest weight
-    is read twice, with weights ``(w - s / 2) / 2`` and ``(w + s / 2) / 2``, whose codes then sum to
-    that of ``w`` (0 stays 0). The scale ``s`` is that of the weights in plain halves, one for all
-    weights of a layer. With an ``activation_ratio``, input channels are split by their largest
-    value before that: ``(x - s / 2) / 2`` and ``(x + s / 2) / 2``, with the same weights; on a grid
-    without values below 0, in plain halves.
+    In a layer with ``I`` input channels, ``ceil(ratio I)`` times, the channel with the largest
+    weight is duplicated, with weights ``(w - s / 2) / 2`` and ``(w + s / 2) / 2``, whose codes add
+    up to the code of ``w`` (0 stays 0). ``s`` is the scale after splitting into equal halves, one
+    for all weights of a layer. With an ``activation_ratio``, input channels are first split by
+    their largest value into ``(x - s / 2) / 2`` and ``(x + s / 2) / 2`` with the same weights, or
+    into equal halves on a grid without values below 0.
 
     Batch norms are folded into the layers before them. Linear layers and convolutions with one
-    group are split, but for those that see the model's input; other layers have the weights of
-    `quantize_model_`. Input ranges are those of `calibrate`, of the float network. The network
-    grows: `summary` tells by how much.
+    group are split, except those that read the model's input; other layers have the weights of
+    `quantize_model_`. Input ranges are from `calibrate` on the float network. The network grows:
+    `summary` shows by how much.
 
     Args:
-        model: a float network, which stays as it is.
-        inputs: as for `calibrate`; all of them are kept.
-        ratio: share of the input channels that are split by their weights, 0..1.
-        activation_ratio: share that are split by their values, 0..1.
-        progress: whether to show a bar; ``None``: where stderr is a terminal.
-        **options: of `quantize_model_`, but for those of grids and quantizers of weights.
+        model: a float network; it is not changed.
+        inputs: as for `calibrate`; all are kept in memory.
+        ratio: share of the input channels to split by their weights, 0..1.
+        activation_ratio: share of the input channels to split by their values, 0..1.
+        progress: whether to show a progress bar; ``None``: if stderr is a terminal.
+        **options: of `quantize_model_`, except those of grids and quantizers of weights.
 
     Returns:
-        a quantized copy, in evaluation mode. A layer that was split is the second of two modules,
-        of which the first makes its input: such as ``conv.1``.
+        A quantized copy, in evaluation mode. A split layer becomes two modules in sequence: the
+        first splits the channels, the second is the layer, such as ``conv.1``.
 
     Raises:
         TypeError, ValueError: as for `easyquant`, and for ratios out of range.
@@ -87,14 +88,15 @@ def ocs(
 
 
 class SplitChannels(nn.Module):
-    """Makes the channels that a split layer reads.
+    """Duplicates channels for the split layer after it.
 
     Args:
-        sources: of each, the channel that it comes from.
-        factor, shift: of each, what is done to all its values but 0; ``None``: nothing.
+        sources: int64 ``[outputs]``, the input channel that each output channel copies.
+        factor, shift: float32 ``[outputs]``: all values but 0 become ``x * factor + shift``;
+            ``None``: they are copied.
 
     Attributes:
-        dim: that of the channels.
+        dim: the dimension of the channels, negative.
     """
 
     dim: int = -1
@@ -121,14 +123,15 @@ class SplitChannels(nn.Module):
 
 
 def split_weight(weight: Tensor, count: int, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Splits the input channel with the largest weight, so many times.
+    """Splits the input channel with the largest weight, ``count`` times.
 
     Args:
         weight: ``[outputs, inputs, ...]``.
-        scale: of the codes, or 0 for plain halves.
+        scale: the scale of the codes, or 0 for equal halves.
 
     Returns:
-        ``[outputs, inputs + count, ...]``, and the input channel that each of these reads.
+        The weight ``[outputs, inputs + count, ...]``, and the original input channel of each of its
+        input channels.
     """
     sources = list(range(weight.shape[1]))
     for _ in range(count):
@@ -152,12 +155,14 @@ def split_for(weight: Tensor, count: int, bits: int) -> tuple[Tensor, Tensor, Te
 
 
 def split_inputs(largest: Tensor, count: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits the input channel with the largest values, so many times: the channel that each comes
-    from, the factor of its values, and what is added to them.
+    """Splits the input channel with the largest values, ``count`` times.
 
     Args:
-        largest: ``[inputs]``, the largest magnitude of each.
-        scale: of the codes, or 0 for plain halves.
+        largest: ``[inputs]``, the largest magnitude of each channel.
+        scale: the scale of the codes, or 0 for equal halves.
+
+    Returns:
+        ``sources``, ``factor`` and ``shift`` of `SplitChannels`.
     """
     largest = largest.clone()
     sources = list(range(len(largest)))
@@ -176,8 +181,8 @@ def split_inputs(largest: Tensor, count: int, scale: float) -> tuple[Tensor, Ten
 
 
 def _split_(layer: LinearLayer, ratio: float, by_values: float, largest: Tensor | None) -> None:
-    """Splits the inputs of a layer of the quantized network by their values, if these are known,
-    and then by its weights."""
+    """Splits the input channels of a layer of the quantized network by their values, if ``largest``
+    is given, and then by its weights."""
     quantized, weight = layer.quantized, layer.float.weight.detach()
     channels = weight.shape[1]
     sources = torch.arange(channels, device=weight.device)
@@ -201,7 +206,7 @@ def _split_(layer: LinearLayer, ratio: float, by_values: float, largest: Tensor 
 
 
 def split_inputs_(model: nn.Module, layer: Any, split: SplitChannels) -> None:
-    """Puts a module before a layer of a model, which gets a weight of zeros for its channels."""
+    """Puts ``split`` before a layer of a model, and gives the layer a weight of zeros that fits."""
     count = len(split.sources)
     split.dim = -1 - len(getattr(layer, "kernel_size", ()))
     weight = layer.weight.new_zeros(len(layer.weight), count, *layer.weight.shape[2:])
@@ -211,7 +216,8 @@ def split_inputs_(model: nn.Module, layer: Any, split: SplitChannels) -> None:
 
 
 def _input_scale(quantizer: Quantizer | None, largest: Tensor, count: int) -> float:
-    """Of the codes of inputs in plain halves; 0 where these are what they shall be split into."""
+    """The scale of inputs that are split into equal halves; 0 if the grid calls for equal
+    halves."""
     if quantizer is None or quantizer.grid_kind not in (SIGNED, FULL):
         return 0.0
     sources, factor, _ = split_inputs(largest, count, 0.0)
@@ -219,7 +225,7 @@ def _input_scale(quantizer: Quantizer | None, largest: Tensor, count: int) -> fl
 
 
 def _largest_inputs(both: PostTraining, layers: list[LinearLayer]) -> dict[str, Tensor]:
-    """The largest magnitude in each channel of what layers see in the float network."""
+    """By layer name, the largest magnitude of each input channel in the float network."""
     found: dict[str, Tensor] = {}
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:

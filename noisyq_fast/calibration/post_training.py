@@ -1,5 +1,5 @@
-"""What post-training methods share: a float network with folded batch norms and its quantized copy,
-and of a layer the linear problem that it solves on some inputs."""
+"""The common part of post-training methods: a float network with folded batch norms, its quantized
+copy, and the inputs and weights of a layer as a linear problem."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TAKES = [
 
 
 def in_float32(method: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A method that runs without gradients and without autocast, which would round what it fits."""
+    """Runs a method without gradients and without autocast, which would round its values."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> nn.Module:
@@ -52,18 +52,18 @@ class PostTraining:
     """A float network and its quantized copy, both in evaluation mode.
 
     Args:
-        model: float; left as it is.
-        inputs: of the model, as for `calibrate`, without labels. All batches are kept.
-        options: of `quantize_model_`.
+        model: a float network; it is not changed.
+        inputs: inputs of the model, as for `calibrate`, without labels. All batches are kept.
+        options: options of `quantize_model_`.
         weight: as for `quantize_model_`.
-        change_: what is done to the float copy before it is quantized, such as to equalise it.
+        change_: changes the float copy before it is quantized, such as equalisation.
 
     Attributes:
         batches: the inputs, as a list.
-        float: a copy of the model, in which layers do the batch norms after them.
-        normal: by names of layers, what their output is like, where a batch norm told it.
-        trace: of the model before its batch norms were folded.
-        quantized: a quantized copy of that, with input ranges of the inputs of the float network.
+        float: a copy of the model with folded batch norms.
+        normal: by layer name, mean and deviation of outputs whose batch norm was folded.
+        trace: the trace of the model before batch norms were folded.
+        quantized: a quantized copy of ``float``, with input ranges calibrated on it.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class PostTraining:
 
 
 def shown(layers: list[LinearLayer], what: str, progress: bool | None) -> Iterable[LinearLayer]:
-    """The same behind a progress bar, on stderr; None shows it where that is a terminal."""
+    """The layers, with a progress bar on stderr; None shows it if that is a terminal."""
     off = None if progress is None else not progress
     return tqdm(layers, what, unit="layer", disable=off, file=sys.stderr)
 
 
 class LinearLayer:
-    """A layer ``y = W x`` for each group of channels: a linear layer has one group, a convolution
-    as many as it says, and each of its output positions is a sample.
+    """A layer as ``y = W x`` for each group of channels. A linear layer has one group, a
+    convolution its ``groups``, and each output position of a convolution is a sample.
 
     Attributes:
         float, quantized: the layer in both networks.
@@ -141,14 +141,14 @@ class LinearLayer:
 
     @property
     def weight_quantizer(self) -> Quantizer:
-        """Of the quantized layer."""
+        """The weight quantizer of the quantized layer."""
         assert self.quantized.weight_quantizer is not None  # see `PostTraining.layers`
         return self.quantized.weight_quantizer
 
     def inputs(self, positions: int) -> tuple[Tensor, Tensor]:
-        """What the layer sees in the float network and in the quantized one, before its own
-        quantizer, as ``[groups, samples, inputs]``: all samples or about so many, at the same
-        random positions."""
+        """The layer's input in the float and in the quantized network, before its own quantizer,
+        each ``[groups, samples, inputs]``: all samples, or about ``positions`` at the same random
+        positions."""
         of_float = self._seen(self.both.float, self.float, positions)
         return of_float, self._seen(self.both.quantized, self.quantized, positions)
 
@@ -178,7 +178,7 @@ class LinearLayer:
         return torch.cat(found, 1)
 
     def quantized_inputs(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """Inputs as the layer's quantizer makes them, with its range times a factor."""
+        """Inputs quantized by the layer's quantizer, with its range times a factor."""
         quantizer = self.quantized.input_quantizer
         if quantizer is None:
             return x
@@ -200,7 +200,7 @@ class LinearLayer:
         return (torch.zeros_like(ends) if quantizer.grid.is_unsigned else -ends), ends
 
     def set_weight_scale(self, scale: Tensor) -> None:
-        """Gives each output channel a scale, ``[groups, outputs]``, or all of them one, ``[]``."""
+        """Sets a scale for each output channel, ``[groups, outputs]``, or one for all, ``[]``."""
         before = self.weight_quantizer
         of_all = scale.dim() == 0
         scale = scale.float()
@@ -214,7 +214,7 @@ class LinearLayer:
 
 
 class _Seen(Exception):
-    """Ends a forward whose rest nobody needs."""
+    """Ends a forward early."""
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -233,8 +233,8 @@ def _is_step(module: nn.Module) -> bool:
 
 
 def samples(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The inputs of a linear layer or convolution, ``[groups, samples, inputs]``: those of all
-    outputs, or of ``count`` at random."""
+    """The inputs of a linear layer or convolution, ``[groups, samples, inputs]``, for all output
+    positions, or for ``count`` random ones."""
     if not isinstance(layer, _ConvNd):
         flat = x.detach().reshape(1, -1, x.shape[-1])
         return flat if flat.shape[1] <= count else flat[:, _chosen(flat.shape[1], count, generator)]

@@ -1,4 +1,4 @@
-"""What reads what, as a model runs on an example."""
+"""A trace of a model on an example: which step computes and which steps read each tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from noisyq_fast.running import arguments, in_evaluation, tensors_in
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of a run: stands for it where a step has it among its arguments."""
+    """Stands for a tensor of the run among the arguments and outputs of steps."""
 
     number: int
     shape: torch.Size
@@ -27,13 +27,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of a function or, whatever it does inside, of a layer.
+    """A call of a function, or of a layer (calls inside a layer are not recorded).
 
     Attributes:
-        layer: its name; None of a function.
-        function: None of a layer.
-        args, kwargs: with a `Value` in place of every tensor.
-        outputs: those that are tensors, in order.
+        layer: the name of the layer; None for a function.
+        function: the function; None for a layer.
+        args, kwargs: the arguments, with a `Value` in place of each tensor.
+        outputs: the tensors among the outputs, in order.
     """
 
     layer: str | None
@@ -44,7 +44,7 @@ class Step:
 
     @property
     def layer_name(self) -> str:
-        """Of a layer."""
+        """The name, for a step that is a layer."""
         assert self.layer is not None
         return self.layer
 
@@ -56,8 +56,9 @@ class Step:
 
 @dataclass
 class Trace:
-    """The steps of a run in order, who makes and who reads each value, and how often each of the
-    layers is called. A value that the model returns has one reader more: None."""
+    """The steps of a run in order, the step that computes and the steps that read each value, and
+    how often each layer is called. A value that the model returns has an additional reader,
+    None."""
 
     layers: Mapping[str, nn.Module]
     steps: list[Step] = field(default_factory=list)
@@ -65,15 +66,15 @@ class Trace:
     readers: dict[Value, list[Step | None]] = field(default_factory=lambda: defaultdict(list))
     calls: Counter[str] = field(default_factory=Counter)
     read_by_others: set[str] = field(default_factory=set)
-    """Names of layers of which a function reads a parameter directly."""
+    """Names of layers with a parameter that a function outside reads directly."""
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Trace:
-        """Runs a model, in evaluation mode, and leaves it as it was.
+        """Runs a model in evaluation mode and leaves it unchanged.
 
         Args:
-            model: any.
-            layers: the modules of it, by name, whose calls are steps.
+            model: any module.
+            layers: the modules, by name, whose calls are recorded as steps.
             example: a tensor, a tuple of arguments or a dict of keyword arguments.
 
         Raises:
@@ -104,7 +105,7 @@ class Trace:
         return readers[0] if len(readers) == 1 else None
 
     def once(self, name: str | None) -> bool:
-        """Whether there is such a layer, called once."""
+        """Whether the layer exists and is called exactly once."""
         return name is not None and self.calls[name] == 1
 
     def of_layers(self) -> Iterator[Step]:
@@ -118,7 +119,7 @@ class _Recorder(TorchFunctionMode):
         self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.count = 0
         self.inside: list[tuple[str, Any]] = []
-        """The layer that runs now, with its arguments, and those inside of it."""
+        """The layers that are running, outermost first, with their arguments."""
 
     def watch(self, name: str, layer: nn.Module) -> list[Any]:
         before = functools.partial(self._enter, name)
@@ -133,7 +134,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return function(*args, **kwargs)
-        named = self._named((args, kwargs))  # before a change in place makes them new values
+        named = self._named((args, kwargs))  # before an operation in place gives them new values
         output = function(*args, **kwargs)
         self._record(None, function, named, output)
         return output

@@ -1,4 +1,4 @@
-"""What values are like, as far as batch norms tell: without data."""
+"""Distributions of activations, without data: derived from batch norms."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SAME = (
     *(torch.permute, Tensor.permute, torch.transpose, Tensor.transpose),
     *(torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze),
 )
-"""What is done to mean, deviation and ends as it is to the values."""
+"""Functions that are applied to mean, deviation and ends in the same way as to the values."""
 _DEVIATIONS = 6
 
 
 @dataclass(frozen=True)
 class Typical:
-    """The mean and the standard deviation of a value, and the ends of its range: each a tensor in
-    the shape of the value."""
+    """Mean, standard deviation and the ends of the range of an activation: each a tensor in its
+    shape."""
 
     mean: Tensor
     std: Tensor
@@ -48,7 +48,7 @@ class Typical:
         return cls(mean, std, mean - _DEVIATIONS * std, mean + _DEVIATIONS * std)
 
     def rectified(self, most: float = math.inf) -> Typical:
-        """Behind a ReLU, or one that ends at ``most``."""
+        """After a ReLU, or one that is clipped at ``most``."""
         if bool((self.low >= 0).all()) and bool((self.high <= most).all()):
             return self
         mean, square = relu_mean(self.mean, self.std), relu_square(self.mean, self.std)
@@ -63,18 +63,18 @@ class Typical:
         return Typical(mean, std, low, (mean + _DEVIATIONS * std).minimum(self.high + other.high))
 
     def by_channel(self, layer: nn.Module) -> Typical:
-        """With one value for each input channel of a layer."""
+        """Reduced to one value for each input channel of a layer."""
         channel = -1 - len(getattr(layer, "kernel_size", ()))
         flat = [t.movedim(channel, 0).flatten(1) for t in vars(self).values()]
         return Typical(flat[0].mean(1), flat[1].mean(1), flat[2].amin(1), flat[3].amax(1))
 
 
 def typical_inputs(trace: Trace, normal: dict[str, Normal]) -> dict[str, Typical]:
-    """What the input of layers is like, by their names, each channel.
+    """The distribution of each input channel of layers, by layer name.
 
     Args:
-        trace: of the model.
-        normal: by the names of layers with a folded batch norm, what that made of their output.
+        trace: the trace of the model.
+        normal: for layers with a folded batch norm, by name, mean and deviation of their output.
     """
     known: dict[Value, Typical] = {}
     found: dict[str, Typical] = {}
@@ -96,7 +96,7 @@ def _made(
     normal: dict[str, Normal],
     known: dict[Value, Typical],
 ) -> Typical | None:
-    """What the output of a step is like; None where nobody knows."""
+    """The distribution of the output of a step; None if it is unknown."""
     if len(step.outputs) != 1 or not step.inputs:
         return None
     (output,), inputs = step.outputs, step.inputs
@@ -111,7 +111,7 @@ def _made(
     if step.function in RELU:
         return known[inputs[0]].rectified()
     if isinstance(layer, nn.ReLU6):
-        return known[inputs[0]].rectified()  # which became a ReLU
+        return known[inputs[0]].rectified()  # `dfq` has replaced it by a ReLU
     if step.function is F.relu6:
         return known[inputs[0]].rectified(6)
     if step.function in _ADD and len(inputs) == 2:
@@ -133,7 +133,7 @@ def _same(step: Step, known: dict[Value, Typical]) -> Typical:
     return Typical(*map(done, ("mean", "std", "low", "high")))
 
 
-# Of a normal variable; with a deviation of 0 it is constant.
+# Moments of a ReLU of a normal variable; with a deviation of 0 this is a constant.
 
 
 def relu_mean(mean: Tensor, std: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def relu_square(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def clipped_relu_mean(mean: Tensor, std: Tensor, most: float) -> Tensor:
-    """Of ``min(relu(x), most)``, which is ``relu(x) - relu(x - most)``."""
+    """The mean of ``min(relu(x), most)``, which is ``relu(x) - relu(x - most)``."""
     return relu_mean(mean, std) - relu_mean(mean - most, std)
 
 

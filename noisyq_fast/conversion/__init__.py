@@ -1,1 +1,1 @@
-"""Conversion of whole models, and which of their layers come first and last."""
+"""Conversion of whole models, and detection of their first and last layers."""

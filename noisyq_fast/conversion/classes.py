@@ -1,4 +1,4 @@
-"""Which quantized class a layer's class becomes, and what it was before."""
+"""The quantized class for each float class of layers, and back."""
 
 from __future__ import annotations
 
@@ -40,21 +40,22 @@ _LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     AdderLinear: QuantAdderLinear,
 }
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": QuantTransposedLinear}
-"""Layers of packages that are not imported for it."""
+"""Layers of packages that are not imported here."""
 
 
 def register_layer(float_class: type[nn.Module], quant_class: type[QuantLayer]) -> None:
     """Makes `quantize_model_` convert layers of a class of your own.
 
     Args:
-        float_class: of the layers in models, such as a subclass of `torch.nn.Linear` whose forward
-            does something else. Subclasses with the same forward are converted too.
+        float_class: the class of the layers in float models, such as a subclass of
+            `torch.nn.Linear` with another forward. Subclasses with the same forward are converted
+            too.
         quant_class: a subclass of `QuantLayer` and of ``float_class``, in this order, whose
-            ``compute(x, weight, bias)`` is what the float layer's forward does with its input, its
-            ``weight`` and its ``bias``.
+            ``compute(x, weight, bias)`` does what the float layer's forward does with its input,
+            its ``weight`` and its ``bias``.
 
     Raises:
-        TypeError: not such classes.
+        TypeError: the classes are not such classes.
 
     Example:
         >>> import torch, noisyq_fast
@@ -87,8 +88,8 @@ def check_not_lazy(modules: Mapping[str, nn.Module]) -> None:
 
 
 def why_not_quantized(module: nn.Module) -> str | None:
-    """Why a layer of a kind that can be quantized cannot be; empty if it can; None if it is of no
-    such kind."""
+    """Why a layer of a supported class cannot be quantized; empty if it can; None for a module of
+    another class."""
     kind = _kind(type(module))
     if kind is None:
         return None
@@ -103,7 +104,7 @@ def why_not_quantized(module: nn.Module) -> str | None:
 
 
 def _kind(cls: type) -> tuple[type, type[QuantLayer]] | None:
-    """The float class that a module's class is or derives from, and its quantized one."""
+    """The supported float class that a class is or derives from, and its quantized class."""
     for base in cls.__mro__:
         quant = _LAYERS.get(base) or _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if quant is not None:
@@ -112,8 +113,8 @@ def _kind(cls: type) -> tuple[type, type[QuantLayer]] | None:
 
 
 def float_class(layer: nn.Module) -> type[nn.Module]:
-    """What a module was before its conversion and before `fuse_`; of a quantized layer that was
-    made by hand, its float base class."""
+    """The class of a module before its conversion and before `fuse_`; for a quantized layer that
+    was constructed directly, its float base class."""
     if isinstance(layer, ExactBatchNorm):
         return layer.float_class
     if not isinstance(layer, QuantLayer):
@@ -137,7 +138,7 @@ def quant_class(float_class: type[nn.Module]) -> type[QuantLayer]:
 
 @functools.cache
 def _derived(quant: type[QuantLayer], float_class: type[nn.Module]) -> type[QuantLayer]:
-    """A quantized class for a subclass of a float layer, with all else that it has."""
+    """A quantized class for a subclass of a float layer, which also inherits from the subclass."""
     namespace = {
         "__reduce_ex__": lambda self, _: (
             _new,
@@ -155,7 +156,7 @@ def _new(quant: type[QuantLayer], float_class: type[nn.Module]) -> QuantLayer:
 
 
 def rebased(layer: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
-    """``base``, with the properties of the layer where it is parametrized
+    """``base``, or, for a parametrized layer, a subclass with the layer's properties
     (`torch.nn.utils.parametrize` makes a class for each such layer)."""
     if not is_parametrized(layer):
         return base

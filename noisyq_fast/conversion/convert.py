@@ -45,11 +45,12 @@ _GRID_OPTIONS: dict[str, dict[str, Any]] = {
     "weight": {"weight_grid": SIGNED, "weight_group_size": None},
     "activation": {"activation_grid": SIGNED, "activation_granularity": PER_TENSOR},
 }
-"""With their defaults: what a quantizer given as ``weight`` or ``activation`` has of its own."""
+"""Options, with their defaults, that a quantizer given as ``weight`` or ``activation`` sets
+itself."""
 _OF_LAYERS = ("input_ranges", "arithmetic")
-"""Options that concern no quantizer."""
+"""Options of layers, not of quantizers."""
 _NOTES = ("was_given_parameters", "has_stored_weight", "made_of_weights")
-"""What a quantized layer remembers of its calls and its weight."""
+"""Attributes in which a quantized layer notes its calls and its weight."""
 _OPTIONS = (
     *("weight_bits", "activation_bits", "averaging_constant", "ste", "weight", "activation"),
     *_GRID_OPTIONS["weight"],
@@ -78,16 +79,16 @@ def quantize_model_(
     example: Any = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
-    """Makes the layers of a model quantized, for training with any ordinary loop.
+    """Quantizes the layers of a model in place, for training with any ordinary loop.
 
     These are `Linear`, `Conv1d` to `Conv3d`, `ConvTranspose1d` to `ConvTranspose3d`, `Embedding`
     (its weight), `MultiheadAttention`, `GroupedLinear`, the `Conv1D` of Hugging Face, subclasses of
-    all these with the same forward, and what `register_layer` has added.
+    these with the same forward, and layers added with `register_layer`.
 
     Modules and parameters stay the same objects, so optimizers, hooks, tied weights and the names
     of parameters remain valid. Each layer gains two modules, ``weight_quantizer`` and
-    ``input_quantizer``. Whatever makes a layer's weight before its forward (pruning, weight norm,
-    sharding, offloading) may be added before or after.
+    ``input_quantizer``. Tools that compute or fetch a weight before the forward (pruning, weight
+    norm, sharding, offloading) may be applied before or after.
 
     Args:
         model: any module; a single layer too. Changed in place.
@@ -97,30 +98,30 @@ def quantize_model_(
             treats them like the others.
         averaging_constant: weight of a batch in the moving average of an input's absmax, 0..1.
         ste: as for `MovingAbsMax`.
-        overrides: for layers by name, the options that differ (``weight_bits``,
+        overrides: by layer name, a dict of the options that differ (``weight_bits``,
             ``activation_bits``, ``averaging_constant``, ``ste``, ``weight``, ``activation``, the
-            four of grids and granularity, ``arithmetic``, and of a `GroupedLinear`
-            ``input_ranges``); ``None``
-            keeps a layer in float.
+            four of grids and granularity, ``arithmetic``, and for a `GroupedLinear`
+            ``input_ranges``); ``None`` keeps a layer in float.
         input_ranges: as for `QuantGroupedLinear`, for the `GroupedLinear` layers.
         weight: a quantizer to copy for every weight, instead of ``AbsMax(weight_bits, ...)``;
-            ``None`` leaves weights as they are.
+            ``None`` leaves weights in float.
         activation: the same for inputs, instead of ``MovingAbsMax(activation_bits, ...)``.
         weight_grid, activation_grid: ``"signed"`` (the paper's), ``"full"``, ``"unsigned"``,
             ``"affine"`` or ``"odd"``, as in `Grid`. After a ReLU ``"unsigned"`` has twice the
-            levels of ``"signed"``. It is not for the input of the model: where ``first_last_bits``
-            is not ``None``, the first layers have a signed grid instead, unless ``overrides`` name
-            one. Nor is ``"odd"``, which has no 0, for the first and last layers.
-        weight_group_size: one scale for each so many consecutive input channels of a weight, with
-            all kernel positions, instead of one for each output channel.
+            levels of ``"signed"``. It does not suit the input of the model: unless
+            ``first_last_bits`` is ``None``, the first layers have a signed grid instead, if
+            ``overrides`` do not name one. Likewise ``"odd"``, which has no 0, is not used in the
+            first and last layers.
+        weight_group_size: the number of consecutive input channels of a weight, with all kernel
+            positions, that share a scale, instead of one scale for each output channel.
         activation_granularity: ``"tensor"``, or ``"token"``: one scale for each index of all axes
-            but the last, taken anew at every call, in evaluation too; not for convolutions.
+            but the last, computed at every call, in evaluation too; not for convolutions.
         arithmetic: ``"float"``, or ``"integer"``: layers multiply codes, exactly, as in
-            `QuantLayer`; `fuse_` then makes chains of them.
+            `QuantLayer`; `fuse_` then forms chains of them.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
-            arguments), on which it is run, in evaluation and in training, to find its first and
-            last layers: all that see the input, and all that make the outputs. Without one they are
-            the first and the last in the order of ``model.named_modules()``, and the log
+            arguments). The model is run on it, in evaluation and in training, to find its first and
+            last layers: all that read the input, and all that compute the outputs. Without one they
+            are the first and the last in the order of ``model.named_modules()``, and the log
             (`logging`) names them unless the model is a `Sequential`.
         filter: called with the name and the module of each layer; ``False`` keeps it in float.
 
@@ -131,15 +132,15 @@ def quantize_model_(
         TypeError: wrong type of an argument.
         ValueError: a value out of range, a model without layers to quantize or with layers that
             are quantized already, an override that names no layer or no option, a
-            ``weight_group_size`` that leaves a remainder, tokens of a convolution, or an example on
-            which the model does not run. The model is then as it was.
+            ``weight_group_size`` that leaves a remainder, ``"token"`` for a convolution, or an
+            example on which the model does not run. The model is then unchanged.
 
     Warns:
-        UserWarning: a list of all weights that stay float, but for those that ``overrides`` and
-            ``filter`` name. In the second forward in training, a list of quantized layers that the
-            model has not called; whenever it calls one several times in one forward, its name. In
-            the first two batches in training, a quantizer with an unsigned grid that gets values
-            below 0 (to ask waits for a GPU, so later batches are not looked at).
+        UserWarning: lists all weights that stay float, except those that ``overrides`` and
+            ``filter`` name. In the second training forward: quantized layers that the model has not
+            called. Whenever it happens: a layer that is called several times in one forward. In
+            the first two training batches: a quantizer with an unsigned grid that gets values below
+            0 (the check synchronizes with a GPU, so later batches are not checked).
 
     Example:
         >>> import noisyq_fast
@@ -190,7 +191,7 @@ def quantize_model_(
     def quantizers_of(
         name: str, bits: int | None, **others: Any
     ) -> tuple[Quantizer | None, Quantizer | None]:
-        """For a layer; ``bits`` and ``others`` for all that its override does not name."""
+        """For a layer; ``bits`` and ``others`` apply unless its override sets them."""
         chosen = _with_bits(bits, {k: v for k, v in options.items() if k not in others}) | others
         override = {k: v for k, v in (overrides.get(name) or {}).items() if k not in _OF_LAYERS}
         for kind in _GRID_OPTIONS.keys() & override.keys():
@@ -248,14 +249,17 @@ def quantize_model_(
 def dequantize_model_(model: nn.Module) -> nn.Module:
     """Undoes `quantize_model_`: the layers are float again, with the weights as trained.
 
-    Modules and parameters stay the same objects. The way from a quantized checkpoint to a float
-    model: load it into a converted model, and undo the conversion.
+    Modules and parameters stay the same objects. To turn a quantized checkpoint into a float model,
+    load it into a converted model, and undo the conversion.
+
+    Args:
+        model: a module with quantized layers. Changed in place.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a model without quantized layers.
 
     Example:
@@ -393,8 +397,8 @@ def _first_and_last(model: nn.Module, layers: Mapping[str, nn.Module], example: 
             quantizer.enabled = True
     if not found.last:
         _log.warning(
-            "quantize_model_: no layer counts as last: none made an output of the model on the "
-            "example, of which it looks at tensors of floats"
+            "quantize_model_: no layer counts as last: none computed a floating-point "
+            "output of the model on the example"
         )
     return found
 
@@ -414,7 +418,7 @@ def _quantizers(
     activation_grid: str,
     activation_granularity: str,
 ) -> tuple[Quantizer | None, Quantizer | None]:
-    """Of the weight and of the input."""
+    """The quantizers of the weight and of the input."""
     return (
         weight_quantizer(weight_bits, weight, weight_grid, weight_group_size),
         input_quantizer(
@@ -442,7 +446,7 @@ def _with_bits(bits: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
 def _at_ends(
     bits: int, given: Mapping[str, Any], places: Mapping[str, str]
 ) -> dict[str, Quantizer]:
-    """What stands for the quantizers that were given, in the first and the last layers."""
+    """The replacements of given quantizers in the first and the last layers."""
     return {
         option: given[option].at_end(bits, place)
         for option, place in places.items()
@@ -476,8 +480,8 @@ def _set_quantizers(
         quantizer.name = f"{name}.{kind}" if name else kind
 
 
-# With padding, `torch.nn.TransformerEncoder` makes nested tensors for the fast path of its layers,
-# which quantized layers do not take.
+# With padding, `torch.nn.TransformerEncoder` passes nested tensors to the fast path of its layers;
+# quantized layers have no such path.
 
 
 def _refuse_nested_tensors(model: nn.Module) -> None:
@@ -502,7 +506,7 @@ def _warn_of_floats(
     kept: set[str],
     refused: Mapping[str, str],
 ) -> None:
-    """Names the weights that stay float although nobody asked for it: not those ``kept``."""
+    """Warns of weights that stay float unintentionally: not of those in ``kept``."""
     quantized = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
     lines, count = [], 0
     for name, module in model.named_modules():

@@ -1,5 +1,5 @@
-"""Which layers of a model are first and last: those that see its input, and those that make its
-output."""
+"""The first and the last layers of a model: those that read its input, and those that compute its
+outputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from noisyq_fast.running import arguments, left_as_it_was, tensors_in
 
 Call = tuple[str, int]
-"""The name of a layer, and which of its calls."""
+"""The name of a layer, and the number of the call, from 1."""
 _INPUT = None
 """Stands for the model's input among calls."""
 Sources = frozenset[Call | None]
-"""Calls of layers, and the input, from which something was computed with no layer between."""
+"""The calls of layers, and the model's input, from which a tensor was computed directly: with no
+other layer in between."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,27 @@ class FirstLast:
     first: set[str] = field(default_factory=set)
     last: set[str] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
-    """Those that the model has called at all."""
+    """All layers that the model has called."""
 
 
 def by_registration(layers: Mapping[str, nn.Module]) -> FirstLast:
-    """The first and the last in the order in which the model has them."""
+    """The first and the last layer in the order of registration."""
     names = list(layers)
     return FirstLast({names[0]}, {names[-1]}, set(names))
 
 
 def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> FirstLast:
-    """Those that see the model's input and those that make its outputs, on an example.
+    """The layers that read the model's input and those that compute its outputs, on an example.
 
-    A layer sees the input if its own input, or a part of it that was concatenated, was computed
-    from the model's input, or from nothing, by no other of the layers. It makes an output if it
-    is the last of the layers on a way to it. So the stream of a residual network, to which all
-    layers add, makes neither the first nor the last of all.
+    A layer is first if its input, or a concatenated part of it, was computed from the model's
+    input, or from no input, without any other of the layers. It is last if it is the last of the
+    layers on a path to an output. So the residual stream of a network, to which all layers add,
+    does not make all of them first or last.
 
     Args:
-        model: run in evaluation mode and, if it is in training, in that mode too, where some models
-            have further heads. Left as it was.
-        layers: by name.
+        model: is run in evaluation mode and, if it is in training mode, in that mode too, where
+            some models have further heads. It is left unchanged.
+        layers: the layers, by name.
         example: a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Raises:
@@ -59,7 +60,7 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
     found = FirstLast()
     before: dict[Call, Sources] = {}
     count = dict.fromkeys(layers, 0)
-    token = torch.ones((), requires_grad=True)  # makes every marked tensor a part of the graph
+    token = torch.ones((), requires_grad=True)  # attaches every marked tensor to the graph
 
     def marked(call: Call | None, values: Any) -> Any:
         done: dict[int, Tensor] = {}  # the same tensor twice stays the same
@@ -79,12 +80,12 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
         call = name, count[name]
         graph = _Graph()
         tensors = tensors_in((args, kwargs))
-        # Indices are an input where there is no other; else integers are masks or the like.
+        # Integers count as input if there are no floats (indices); else they are masks or the like.
         tensors = [x for x in tensors if x.is_floating_point()] or tensors
         before[call] = frozenset().union(*map(graph.sources, tensors))
         if not before[call] or any(map(graph.sees_input, tensors)):
             found.first.add(name)
-        # The name of an attention stands for its first projections: the last is a layer of its own.
+        # An attention's name means its input projections; its output projection is another layer.
         return marked(call, (args, kwargs)) if has_layers else None
 
     def name_output(name: str, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -108,7 +109,7 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
                 try:
                     outputs += tensors_in(model(*args, **kwargs))
                 except Exception:
-                    if evaluating:  # in training a batch norm, say, can ask for more samples
+                    if evaluating:  # in training, batch norm for example needs more samples
                         raise
     except Exception as error:
         raise ValueError(f"example: the model does not run on it: {error}") from error
@@ -122,7 +123,7 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
 
 
 def _makers(sources: Sources, before: Mapping[Call, Sources]) -> set[Call]:
-    """Those of the sources of an output that come before no other layer on a way to it."""
+    """The sources of an output that precede no other layer on a path to it."""
     makers = _calls(sources)
     ways: set[Call] = set()
     nodes = list(makers)
@@ -139,7 +140,7 @@ def _calls(sources: Sources) -> set[Call]:
 
 
 class _Mark(torch.autograd.Function):
-    """A copy whose place in autograd's graph has a name."""
+    """A copy whose node in autograd's graph names the call of a layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, call: Call | None) -> Tensor:
@@ -152,7 +153,7 @@ class _Mark(torch.autograd.Function):
 
 
 class _RecordsAll(TorchFunctionMode):
-    """Autograd's graph goes on where a model stops it."""
+    """Keeps autograd's graph connected across no_grad and detach."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
@@ -165,7 +166,7 @@ class _RecordsAll(TorchFunctionMode):
 
 
 class _Graph:
-    """Autograd's graph behind tensors, as far as the marks."""
+    """Autograd's graph from tensors back to the marks."""
 
     def __init__(self) -> None:
         self.known: dict[Any, Sources] = {}
@@ -194,7 +195,7 @@ class _Graph:
         return False
 
     def _sources_of(self, node: Any) -> Sources:
-        # Without recursion, as graphs are deep.
+        # Iterative, because graphs are deep.
         todo = [node]
         while todo:
             node = todo[-1]

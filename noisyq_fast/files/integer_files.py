@@ -1,4 +1,4 @@
-"""Files of quantized networks: weights as packed codes with their scales, all else as it is."""
+"""Files of quantized networks: weights as packed codes with scales, all other tensors unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from noisyq_fast.running import check_has_values, copy_of
 
 FORMAT = "noisyq_fast integers"
 VERSION = 2
-"""Of the format: larger in files that older versions would misread."""
+"""The version of the format; it is increased if older versions would misread a file."""
 _OF_LAYERS = {"arithmetic", "input_ranges"}
 _WEIGHT = "weight_quantizer"
 _EXTRA = "_extra_state"
@@ -41,36 +41,36 @@ _PARTS = ("codes", "scale", "zero_point", "step", "offset")
 def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Writes a quantized network into a file, with its weights as integers.
 
-    The file is a safetensors file. Of each quantized weight it has, under the name of the weight,
-    ``.codes``: bytes with the codes minus the least one, in steps of the grid, output channels
-    first, packed (two codes of 4 bits to a byte); ``.scale`` and, on the affine grid,
-    ``.zero_point``; or what `EvenlySpaced` takes. All other parameters and buffers are there as
-    they are, among them the range of each input. The metadata say which layers are quantized, with
-    how many bits and on which grid, which modules there are, and what `fuse_` has joined.
+    The file is a safetensors file. For each quantized weight it holds, under the weight's name,
+    ``.codes``: packed bytes with the codes minus the smallest one, in steps of the grid, output
+    channels first (two 4-bit codes per byte); ``.scale`` and, on the affine grid, ``.zero_point``;
+    or the arguments of `EvenlySpaced`. All other parameters and buffers are stored unchanged,
+    among them the range of each input. The metadata list the quantized layers with bits and grids,
+    all modules, and the chains of `fuse_`.
 
-    What only training needs, such as the float weights, is not kept. But a weight that something
-    else than its layer's own quantizer makes use of is kept as it is: that of a layer that the
-    model does not call (it may read the weight directly), one that another layer uses otherwise,
-    that of a `GroupedLinear` called with ``parameters=``, and the three of an attention with other
-    sizes of key and value.
+    Tensors that only training needs, such as the float weights, are not stored. But a weight that
+    is not only read through its layer's own quantizer is stored in float: of a layer that the model
+    does not call (it may read the weight directly), a weight that another layer uses differently,
+    of a `GroupedLinear` called with ``parameters=``, and the three weights of an attention with
+    other sizes of key and value.
 
     Args:
-        model: as from `quantize_model_` and trained, or from a post-training method.
-        path: of the file, which is replaced if there is one.
+        model: a network from `quantize_model_`, trained, or from a post-training method.
+        path: the path of the file. An existing file is replaced.
 
     Returns:
-        the size of the file in bytes.
+        The size of the file in bytes.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a model without quantized layers; a layer whose weight is made by something else
-            (pruning, weight norm) or is not finite, or whose quantizers are off or of a kind that
-            files do not know.
+        TypeError: ``model`` is not a module.
+        ValueError: a model without quantized layers; a layer whose weight is computed by something
+            else (pruning, weight norm) or is not finite, or whose quantizers are off or of a class
+            that files do not support.
         OSError: the file cannot be written.
 
     Warns:
-        UserWarning: layers whose weights are kept in float because they have seen no input, or
-            share them.
+        UserWarning: layers whose weights are stored in float because the layers have seen no input,
+            or share the weights.
 
     Example:
         >>> import noisyq_fast, os, tempfile, torch
@@ -118,7 +118,7 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
 def _describe(
     name: str, layer: QuantLayer, keep: bool, names: dict[int, str], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """What is said of a layer; its codes go to ``tensors``, once for each of the weights in
+    """The metadata of a layer; adds its codes to ``tensors``, once for each of the weights in
     ``names``."""
     for each in layer.quantizers().values():
         if not each.enabled:
@@ -162,7 +162,7 @@ _OTHERWISE = "shares its weight with something that uses it otherwise"
 
 
 def _why_kept(layer: QuantLayer) -> str:
-    """Why the weight of a layer is kept as it is; empty where codes can stand for it."""
+    """Why the weight of a layer is stored in float; empty if it can be stored as codes."""
     if layer.weight_quantizer is None:
         return ""
     if len(layer.weights()) > 1:
@@ -175,8 +175,7 @@ def _why_kept(layer: QuantLayer) -> str:
 
 
 def _of_several_uses(model: nn.Module, names: Set[str]) -> dict[str, str]:
-    """Those of the layers whose weight has another user too, for which other codes, or none,
-    stand for it."""
+    """The layers whose weight has another user too, which needs other codes or the float weight."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -204,8 +203,8 @@ def _warn_of(kept: Mapping[str, str]) -> None:
 
 
 def _others(model: nn.Module, seen: set[int], stored: set[str]) -> dict[str, Tensor]:
-    """Parameters and buffers but for those that were ``seen`` and what quantizes the weights of
-    ``stored`` layers, each once."""
+    """Parameters and buffers, each once, except those in ``seen`` and those of the weight
+    quantizers of ``stored`` layers."""
     left_out = []
     for name, module in model.named_modules():
         if name in stored:
@@ -224,22 +223,22 @@ def _others(model: nn.Module, seen: set[int], stored: set[str]) -> dict[str, Ten
 
 
 def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Reads what `save_integers` has written.
+    """Reads a file that `save_integers` has written.
 
     Args:
-        model: a float network, built as the saved one was before its conversion. It stays as it is.
-            Where a post-training method has folded a batch norm, split a layer or made a ReLU6 a
-            ReLU, so does this function.
-        path: of the file.
+        model: a float network, constructed like the saved one before its conversion. It is not
+            changed. Folded batch norms, split layers and replaced ReLU6 of post-training methods
+            are reproduced in the copy.
+        path: the path of the file.
 
     Returns:
-        a quantized copy in evaluation mode, which computes what the saved one does in evaluation,
-        to the bit. Its weights are the quantized values, frozen (`freeze_weights_`) until
-        ``model.train()``; they can be trained on, with the scales that they have.
+        A quantized copy in evaluation mode, with the same bits as the saved network in evaluation.
+        Its weights are the quantized values, frozen (`freeze_weights_`) until ``model.train()``;
+        they can be trained further, with fixed scales.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a file that is damaged, of a newer version or something else, or that holds
+        TypeError: ``model`` is not a module.
+        ValueError: a file that is damaged, of a newer version or of another format, or that holds
             another network.
         OSError: the file cannot be read.
 
@@ -265,7 +264,7 @@ def load_integers(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         _quantize_(model, content["layers"], tensors)
         _load_others_(model, content["layers"], tensors)
         fuse_as_(model, content["fused"])
-    except Exception as error:  # there can be anything in it
+    except Exception as error:  # a damaged file can raise almost anything
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{path}: does not fit the model, or is damaged ({what:.500}); build the model as it "
@@ -313,7 +312,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _change_as_saved_(
     model: nn.Module, modules: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Does to a network what post-training methods have done to the saved one."""
+    """Repeats the changes of modules that post-training methods have made to the saved network."""
     for name, module in list(model.named_modules()):
         kind = modules.get(name)
         if not name or kind is None:
@@ -417,7 +416,7 @@ def _quantized(model: nn.Module, name: str) -> QuantLayer:
 def _input(
     name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Quantizer | None:
-    """What all input quantizers of a layer are copies of."""
+    """A quantizer like all input quantizers of a layer."""
     about = described["inputs"].get("input_quantizer")
     if about is None:
         return None

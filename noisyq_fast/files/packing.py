@@ -1,5 +1,5 @@
-"""Codes of a few bits, packed into bytes: code after code, from the lowest bit of each byte. Two
-codes of 4 bits have a byte, four of 2 bits, and eight of 3 bits three bytes."""
+"""Codes of a few bits, packed into bytes: code after code, from the lowest bit of each byte. A
+byte holds two codes of 4 bits or four of 2 bits; three bytes hold eight codes of 3 bits."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def pack_codes(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
-    """The codes of which the bytes were made; a ValueError says what does not fit."""
+    """The codes in packed bytes; a ValueError if the size or a code does not fit."""
     count, bits = shape.numel(), grid.bits
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(count, bits),):
         got = f"{packed.dtype} of shape {list(packed.shape)}"

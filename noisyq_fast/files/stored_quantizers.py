@@ -1,5 +1,5 @@
-"""Quantizers in files: what makes them, and weights as packed codes with the quantizer that gives
-them back."""
+"""Quantizers in files: their class and arguments; and weights as packed codes, with the quantizer
+that restores their values."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _ARGUMENTS: dict[type[Quantizer], dict[str, str]] = {
     DSQ: {"bits": "bits", "alpha": "first_alpha", "learn_alpha": "learn_alpha"},
     AQD: {name: name for name in ("bits", "axis", "signed")},
 }
-"""The quantizers that a file can name: the arguments that make them, and where they keep them."""
+"""The quantizers of inputs that a file can name: their arguments, and the attributes with these."""
 _KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
 
 
 def describe(quantizer: Quantizer, of: str) -> dict[str, Any]:
-    """What `make` makes it of. Its buffers and parameters are in the file as they are."""
+    """The arguments of `make` for a quantizer. Its buffers and parameters are stored unchanged."""
     kind = type(quantizer)
     if kind not in _ARGUMENTS:
         raise ValueError(f"got {quantizer} for its {of}, takes one of {', '.join(_KINDS)}")
@@ -54,7 +54,7 @@ def describe(quantizer: Quantizer, of: str) -> dict[str, Any]:
 
 
 def make(about: Mapping[str, Any], ranges: int | None = None) -> Quantizer:
-    """A quantizer, with as many ranges along its axis, that has seen nothing."""
+    """A new quantizer with this number of ranges along its axis."""
     kind = _KINDS[about["kind"]]
     options = {name: about[name] for name in _ARGUMENTS[kind]}
     if kind is MovingAbsMax and about["axis"] is not None:
@@ -68,8 +68,8 @@ def make(about: Mapping[str, Any], ranges: int | None = None) -> Quantizer:
 def store(
     quantizer: Quantizer, weight: Tensor, values: Tensor
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A weight, output channels first, and the values that it is quantized to: as a description
-    and the tensors that `restore` takes."""
+    """Stores a weight, output channels first, and its quantized values as a description and
+    tensors, which `restore` takes."""
     quantizer = given_values(quantizer, weight)
     if not torch.equal(quantizer(values), values):
         raise ValueError(
@@ -99,7 +99,7 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fixed | 
 
 
 def stored_values(quantizer: Fixed | EvenlySpaced, packed: Tensor, shape: torch.Size) -> Tensor:
-    """The values of the codes, float32."""
+    """The dequantized values of the codes, float32."""
     if isinstance(quantizer, EvenlySpaced):
         return quantizer.values_of(unpack_codes(packed, Grid(quantizer.bits, UNSIGNED), shape))
     return quantizer.values_of(unpack_codes(packed, quantizer.grid, shape))
@@ -107,7 +107,7 @@ def stored_values(quantizer: Fixed | EvenlySpaced, packed: Tensor, shape: torch.
 
 @torch.no_grad()
 def given_values(quantizer: Quantizer, weight: Tensor) -> Fixed | EvenlySpaced:
-    """One that rounds to the values that a quantizer gives a weight, wherever it has them from."""
+    """A quantizer with fixed values: those to which another quantizer rounds a weight."""
     bits, axis = quantizer.bits, quantizer.axis
     if isinstance(quantizer, EvenlySpaced):
         return quantizer

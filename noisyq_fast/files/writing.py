@@ -1,4 +1,4 @@
-"""Writing files so that nobody finds half of one."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def checked(path: str | os.PathLike[str]) -> Path:
-    """A place for a file; an OSError where there can be none, before work is done for it."""
+    """The path of a file to write; an OSError, before any work is done, if it cannot be written."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, takes the path of a file")
@@ -17,7 +17,7 @@ def checked(path: str | os.PathLike[str]) -> Path:
 
 
 def write(path: Path, blob: bytes) -> None:
-    """Replaces the file if there is one. After an error it is as it was."""
+    """Writes or replaces the file atomically: after an error an existing file is unchanged."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(blob)

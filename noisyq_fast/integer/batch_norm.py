@@ -1,6 +1,6 @@
 """Batch norm of exact sums, with exact statistics.
 
-Over the N sums v of a channel, which are whole numbers, and s, what they are to be multiplied by::
+For the N sums v of a channel, which are integers, and their scale s::
 
     S1  = sum v                  S2 = sum v^2            exact
     p   = rint(S1 / N)           d  = S1 - N p           exact
@@ -10,8 +10,8 @@ Over the N sums v of a channel, which are whole numbers, and s, what they are to
     factor   = float32(weight inverse s)      term = float32(bias - mean weight inverse)
     y        = v factor + term
 
-where all that is not exact is rounded once for each operation, in float64 but for the last line,
-which is in float32. So nothing depends on an order of summation. A bias of the layer cancels; the
+where everything that is not exact is rounded once for each operation, in float64, and in float32
+in the last line. So nothing depends on an order of summation. A bias of the layer cancels; the
 running mean includes it. Momentum, the unbiased running variance and evaluation are those of
 `torch.nn.BatchNorm2d`. A `torch.nn.SyncBatchNorm` adds S1, S2 and N of all ranks, exactly.
 """
@@ -46,7 +46,7 @@ from noisyq_fast.quantizers.moving_absmax import in_backward
 
 
 class _NormGradient(gradients.Gradient):
-    """That of a batch norm of sums, as in a chain."""
+    """The gradient of a batch norm of sums, as in a chain."""
 
     @staticmethod
     def forward(ctx: Any, below_autograd: Any, product: Tensor, *others: Any) -> Tensor:
@@ -143,13 +143,13 @@ _grads_of_norm_of_sums = declare(
 
 @dataclass(frozen=True)
 class _Ranks:
-    """The ranks that share a batch: each has a part."""
+    """The ranks over which a batch is spread."""
 
     process_group: dist.ProcessGroup | None
 
     @torch.no_grad()
     def added(self, sum_: Tensor, squares: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """The sums of v and of v^2 over all parts, and how many v there are."""
+        """The sums of v and of v^2 over all ranks, and the number of v."""
         parts = torch.cat([sum_, squares.flatten(), sum_.new_tensor([count])])
         dist.all_reduce(parts, dist.ReduceOp.SUM, self.process_group)
         total, squares, count = parts.split([len(sum_), 2 * len(sum_), 1])
@@ -165,7 +165,7 @@ class _Ranks:
         of_bias: Tensor,
         spread: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Slope, shift and tilt of all parts: the gradients of weight and bias of each part are
+        """Slope, shift and tilt for the whole batch: the ranks' gradients of weight and bias are
         added in the order of the ranks, in float64."""
         part = torch.stack([of_bias, of_weight]).double()
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.process_group))]
@@ -178,11 +178,11 @@ class _Ranks:
 
 
 class ExactBatchNorm(_Mixed):
-    """What a batch norm gains from `fuse_`: it normalizes the exact sums of the layer before it.
-    Of other tensors it is the batch norm that it was.
+    """A batch norm after `fuse_`: it normalizes the exact sums of the layer before it. For other
+    inputs it is an ordinary batch norm.
 
     Attributes:
-        follows: the layer before it, in a tuple, so that it is no module of this one.
+        follows: the layer before it; in a tuple, so that it is not registered as a submodule.
         float_class: what the batch norm was.
     """
 
@@ -200,7 +200,8 @@ class ExactBatchNorm(_Mixed):
     def of_sums(
         self, product: Tensor, sums: Tensor, scale: Tensor, bias: Tensor | None, bound: int
     ) -> Tensor:
-        """For a graph that is traced: of sums that are a tensor. Gradients flow to ``product``."""
+        """For traced graphs: normalizes sums that are an ordinary tensor. Gradients flow to
+        ``product``."""
         count = sums.numel() // scale.numel()
 
         def statistics(running: Running | None, *affine: Tensor | None) -> tuple[Tensor, ...]:
@@ -236,7 +237,7 @@ class ExactBatchNorm(_Mixed):
         return x.normalized(self, norm, factor, term)
 
     def _ranks(self) -> _Ranks | None:
-        """Those that share the batch."""
+        """The ranks over which the batch is spread; None if there are none."""
         if not isinstance(self, nn.SyncBatchNorm) or not self._takes_batch() or records:
             return None
         return _Ranks(self.process_group) if has_other_ranks(self.process_group) else None
@@ -248,7 +249,7 @@ class ExactBatchNorm(_Mixed):
     def _line(
         self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
     ) -> tuple[Tensor, Tensor, Norm]:
-        """Factor and term of the sums, and the norm that they are made of."""
+        """Factor and term of the sums, and the norm that they come from."""
         keeps_numbers = self.weight is not None or self.running_mean is not None
         if keeps_numbers and len(scale) != self.num_features:
             got = f"got a layer of {len(scale)} channels before it"
@@ -270,15 +271,15 @@ class ExactBatchNorm(_Mixed):
     def _running_line(
         self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of running statistics; with frozen weights what was computed before, if it was of the
-        same scale (which is NaN where an input was)."""
+        """The line from running statistics; with frozen weights the cached one, if the scale is the
+        same (it is NaN if an input was)."""
         made = self.follows[0].made_of_weights if self.follows else None
         if made is None or scale.device.type != "cpu" or not deferrable(scale):
             return self._computed_line(scale, bias, *affine)
         of = self.running_mean, self.running_var, bias, self.weight, self.bias
         if not can_be_watched(of):
             return self._computed_line(scale, bias, *affine)
-        # The scale is made anew at every call.
+        # The scale is a new tensor at every call, so its values are compared.
         before = made.get(("line", ""))
         options = self.eps, scale.tolist()
         if before is None or not before.is_of(of, options):

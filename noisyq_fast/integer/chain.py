@@ -1,8 +1,8 @@
-"""A chain of layers: exact sums, and how the values of what follows them are made,::
+"""A chain of operations: the exact sums v of a layer, and how values y are computed from them::
 
     y = relu(v * factor + term + residual)
 
-with their gradient, and with what `fuse_` sees of chains while it looks.
+Also its gradient, and the record of chains from which `fuse_` decides.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Sums(NamedTuple):
 
     Attributes:
         values: float32, or int16 where that is wide enough.
-        scale: float32 ``[C]``: what they are to be multiplied by.
+        scale: float32 ``[C]``, the scale of the sums.
         bias: ``[C]`` or ``None``.
-        bound: no ``|v|`` is above it.
-        product: what the gradient of ``v * scale + bias`` flows to; without values.
-        layer: whose sums they are.
-        moments: of each channel, as from `reference_integer.moments`; ``None``: not known.
-        again: what `convolve_sums` made them of, to be saved for the backward in their place.
+        bound: an upper bound of ``|v|``.
+        product: the tensor to which the gradient of ``v * scale + bias`` flows; without values.
+        layer: the layer that has computed the sums.
+        moments: by channel, as from `reference_integer.moments`; ``None``: not known.
+        again: the arguments of `convolve_sums`, saved for the backward in place of the sums.
     """
 
     values: Tensor
@@ -48,10 +48,12 @@ class Norm(NamedTuple):
     """A batch norm that was applied to sums.
 
     Attributes:
-        mean: of v, float32 ``[C]``; inverse: 1 / standard deviation; both as they were used.
-        uses_batch: whether they are of the batch, so that gradients flow through them.
-        of_ranks: of a batch of which other ranks have parts: makes of slope, shift and tilt, as
-            from `reference_integer.grads_of_norm`, those of the whole; ``None``: there are none.
+        weight, bias: of the batch norm, ``[C]`` or ``None``.
+        mean: the mean of v that was used, float32 ``[C]``.
+        inverse: 1 / standard deviation that was used, float32 ``[C]``.
+        uses_batch: whether these are of the batch, so that gradients flow through them.
+        of_ranks: for a batch that is spread over ranks, combines slope, shift and tilt, as from
+            `reference_integer.grads_of_norm`, over the ranks; else ``None``.
     """
 
     weight: Tensor | None
@@ -63,7 +65,8 @@ class Norm(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The sums and what follows them; ``line`` is the factor and the term of a batch norm."""
+    """The sums and the operations after them; ``line`` is the factor and the term of a batch
+    norm."""
 
     sums: Sums
     line: tuple[Tensor, Tensor] | None = None
@@ -88,7 +91,8 @@ class Chain(NamedTuple):
 
 
 class Record:
-    """What chains went on with while `fuse_` looks: of each layer the steps, and its norms."""
+    """For `fuse_`: by layer, the operations of its chain and its batch norms; and the layers whose
+    sums something else has read."""
 
     def __init__(self) -> None:
         self.steps: dict[nn.Module, list[str]] = {}
@@ -116,7 +120,7 @@ def record(chain: Chain, step: str) -> None:
 
 
 class ChainGradient(torch.autograd.Function):
-    """From the gradient of a chain's y to those of its product, norm and residual."""
+    """Computes the gradients of a chain's product, norm and residual from that of its y."""
 
     @staticmethod
     def forward(
@@ -156,7 +160,7 @@ class ChainGradient(torch.autograd.Function):
             values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
         relu = ctx.relu
         _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
-        if zeros is not None:  # behind an addition, where the sums alone do not tell
+        if zeros is not None:  # after an addition, the sign of y does not follow from the sums
             grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
             relu = False
         residual = grad if to_residual else None
@@ -188,7 +192,7 @@ def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tens
 
 
 def extremes(chain: Chain) -> Tensor:
-    """As `reference_integer.ends`."""
+    """The ends of y, as `reference_integer.ends` computes them."""
     if chain.sums.values.numel() == 0:
         return chain.factor.new_zeros(2)
     moments = chain.sums.moments

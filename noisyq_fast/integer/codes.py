@@ -14,12 +14,12 @@ class Codes:
 
     Attributes:
         codes: int8 or uint8, in the shape of the tensor.
-        scale: float32: one, one for each index of an axis, or one for each token or group.
+        scale: float32, one value, or one for each index of an axis, token or group.
         zero_point: uint8, in the shape of ``scale``, on an affine grid; else ``None``.
-        largest: no ``|code - zero_point|`` is above it.
-        source: the tensor that was quantized. Gradients go straight through to it.
-        masked: a bit for each element of ``codes``, in the order of memory, that has no gradient;
-            ``None`` where all have one.
+        largest: an upper bound of ``|code - zero_point|``.
+        source: the tensor that was quantized. Gradients pass straight through to it.
+        masked: packed bits, one for each element of ``codes`` in memory order, set if the element
+            has no gradient; ``None`` if all have one.
 
     Example:
         >>> import torch, noisyq_fast
@@ -36,5 +36,6 @@ class Codes:
     masked: Tensor | None = None
 
     def dequantized(self, axis: int | None = None) -> Tensor:
-        """The values, float32, where ``scale`` belongs to an axis."""
+        """The dequantized values, float32; ``scale`` has one value, or one for each index of
+        ``axis``."""
         return torch.ops.noisyq.dequantize_on_grid(self.codes, self.scale, self.zero_point, axis)

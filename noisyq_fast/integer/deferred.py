@@ -1,15 +1,15 @@
 """The output of an integer layer before it is written as floats.
 
-After `fuse_`, an integer layer returns its exact sums, v, as a `Deferred`: a tensor that knows how
-its values would be made,::
+After `fuse_`, an integer layer returns its exact sums v as a `Deferred`, a tensor that records how
+its values are to be computed::
 
     y = relu(v * factor + term + residual)
 
-of which a batch norm changes factor and term, an addition the residual and a ReLU the rest. The
-quantizer of the next layer then makes its codes of it in one pass, and takes their range from the
-least and the largest v of each channel: rounding is monotone, so the extremes of y are those of its
-line. Whatever else reads the tensor gets its values, which are made then and kept, so that a model
-computes the same bits whoever reads what.
+A batch norm sets factor and term, an addition the residual, and a ReLU the flag ``relu``. The
+quantizer of the next layer then computes its codes from v in one pass, and their range from the
+smallest and the largest v of each channel: rounding is monotone, so the line ``v * factor + term``
+maps extremes to extremes. Any other reader gets the values, which are then computed and kept, so
+that a model computes the same bits whatever reads its tensors.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from noisyq_fast.operators import checks
 
 
 def deferrable(x: Tensor) -> bool:
-    """Whether a tensor has values, and nothing traces or transforms what is computed of them."""
+    """Whether a tensor has values, and no tracing or function transform is active."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return isinstance(x, Deferred) or checks.is_plain(x)
 
 
 class _Written(torch.autograd.Function):
-    """The values of a deferred tensor, whose gradient is its own. They are no input, so that they
-    may be changed in place."""
+    """Returns the values of a deferred tensor, and passes their gradient on to it. The values are
+    no input of the function, so that they may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, values: Callable[[], Tensor]) -> Tensor:
@@ -61,16 +61,16 @@ class _Written(torch.autograd.Function):
 
 
 class Deferred(Tensor):
-    """A tensor whose values are made when something reads them.
+    """A tensor whose values are computed when something reads them.
 
-    Once something outside of chains has read them, they can change without notice (by a view, by
-    NumPy), so from then on it is they that count.
+    After a reader outside of chains has got the values, they can change unnoticed (through a view
+    or NumPy); so from then on the values are used instead of the chain.
     """
 
     _chain: Chain
-    _carrier: Tensor  # what gradients flow to; without values
-    _raw: Tensor | None  # the values, while nothing but chains has read them
-    _values: Tensor | None  # type: ignore[assignment]  # and since something else has
+    _carrier: Tensor  # gradients flow to it; it has no values
+    _raw: Tensor | None  # the values, while only chains have read them
+    _values: Tensor | None  # type: ignore[assignment]  # the values, after another reader
     _version_read: int
     _extremes: Tensor | None
     _format: torch.memory_format
@@ -80,7 +80,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
-        # Nothing follows yet: the gradient is that of the product.
+        # No operation follows yet: the gradient is that of the product.
         return _deferred(sums.product, Chain(sums), format_)
 
     # What continues a chain.
@@ -90,14 +90,14 @@ class Deferred(Tensor):
         return self.current()._chain
 
     def current(self) -> Deferred:
-        """What the tensor has become by operations in place."""
+        """The tensor that operations in place have replaced this one by."""
         found = self
         while found._instead is not None:
             found = found._instead
         with torch._C.DisableTorchFunctionSubclass():
             adopted = self.requires_grad and not found._carrier.requires_grad
             if adopted and (found._values is None or not found._values.requires_grad):
-                # An autograd Function has returned what it made without gradients.
+                # An autograd Function has returned a tensor that it computed without gradients.
                 raw = found._written() if found._values is None else found._values.detach()
                 with torch.enable_grad():
                     found._values = _Written.apply(self, lambda: raw)
@@ -107,14 +107,14 @@ class Deferred(Tensor):
         return found
 
     def _goes_on(self) -> Chain | None:
-        """The chain, where an operation may become part of it."""
+        """The chain, if it can take another operation."""
         own = self.current()
         if own._values is not None or own._has_hook or own._chain.relu:
             return None
         return own._chain
 
     def is_sums(self) -> bool:
-        """Whether nothing followed the product yet, and a reader of the values has left them."""
+        """Whether no operation follows the product yet, and no reader has changed the values."""
         own = self.current()
         chain = own._chain
         if chain.norm is not None or chain.relu or chain.residual is not None:
@@ -178,13 +178,13 @@ class Deferred(Tensor):
         chain = chain._replace(residual=other.detach(), residual_source=source)
         made = _extended(chain, own._format)
         if not records and "ReLU" not in chain.sums.layer.followed_by:
-            made._written()  # while the residual is as it is
+            made._written()  # before the residual can change
         return made
 
     # What ends one.
 
     def written(self) -> Tensor:
-        """The values, for a reader that does not change them; without gradients."""
+        """The values, for a reader that does not change them; without gradient history."""
         own = self.current()
         return own._written() if own._values is None else own._values.detach()
 
@@ -195,7 +195,7 @@ class Deferred(Tensor):
         return self._raw
 
     def values(self) -> Tensor:
-        """An ordinary tensor."""
+        """The values, as an ordinary tensor."""
         own = self.current()
         if own._values is None:
             for found in records:
@@ -207,17 +207,18 @@ class Deferred(Tensor):
         raw, self._raw = self._written(), None
         with torch._C.DisableTorchFunctionSubclass():
             if self._carrier.requires_grad:
-                with torch.enable_grad():  # also where the first reader takes none
+                with torch.enable_grad():  # also if the first reader needs no gradient
                     raw = _Written.apply(self._carrier, lambda: raw)
         self._values, self._version_read = raw, _version(raw)
 
     def range_on(self, grid: Grid) -> Tensor | None:
-        """As `reference.range_of`, of the tensor as a whole; None where it is to be asked for."""
+        """As `reference.range_of`, with one range; None if it has to be computed from the
+        values."""
         ends = self.ends()
         return None if ends is None else range_of_ends(ends, grid)
 
     def ends(self) -> Tensor | None:
-        """As `reference_integer.ends`; None where values are there to be asked for it."""
+        """As `reference_integer.ends`; None if it has to be computed from the values."""
         own = self.current()
         if own._values is not None:
             return None
@@ -229,16 +230,16 @@ class Deferred(Tensor):
         return own._extremes
 
     def masks_none(self, masked: str) -> bool:
-        """Whether no element would be without a gradient in its own range."""
+        """Whether every element has a gradient when quantized with the tensor's own range."""
         return masked == NOTHING or (masked == NEGATIVE and self.chain.relu)
 
     def extremes_found(self) -> Tensor | None:
-        """min(y, 0) and max(y, 0), where values were made and these with them."""
+        """min(y, 0) and max(y, 0), if they were computed along with the values; else None."""
         own = self.current()
         return own._extremes if own._raw is not None else None
 
     def codes_within(self, range_: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Codes, scale and zero point in a range; None where values are there to be quantized."""
+        """Codes, scale and zero point for a range; None if values exist and should be quantized."""
         own = self.current()
         chain = own._chain
         record(chain, "quantizer")
@@ -250,12 +251,12 @@ class Deferred(Tensor):
 
     @property
     def source(self) -> Tensor:
-        """What gradients of the values flow to."""
+        """The tensor that gradients of the values flow to."""
         own = self.current()
         return own._carrier if own._values is None else own._values
 
     def _watched(self) -> Tensor:
-        """What all gradients of the values pass, for a hook."""
+        """The tensor that all gradients of the values pass through, for a hook."""
         own = self.current()
         if own._is_passed:
             raise RuntimeError(
@@ -283,8 +284,8 @@ class Deferred(Tensor):
         if func in _OF_THE_SHELL:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == _DTYPE:  # made anew at each access, so never the same object
-            return torch.float32  # of gradients it can be another
+        if func == _DTYPE:  # a new object at each access, so compared by value
+            return torch.float32  # a carrier's gradient can have another dtype
         if func in _OF_GRAPH:
             args = pytree.tree_map(lambda x: x.source if isinstance(x, Deferred) else x, args)
             return func(*args, **kwargs)
@@ -303,7 +304,7 @@ class Deferred(Tensor):
     def __torch_dispatch__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """For what does not ask `__torch_function__`, such as a function of TorchScript."""
+        """For callers that bypass `__torch_function__`, such as TorchScript functions."""
         args, kwargs = pytree.tree_map(
             lambda x: x.values().detach() if isinstance(x, Deferred) else x, (args, kwargs or {})
         )
@@ -311,14 +312,14 @@ class Deferred(Tensor):
 
 
 def _uncompiled() -> Callable:
-    """In a compiled part of a model that gets a deferred tensor, what is done with it is no part of
-    the graph."""
+    """`compute_function` outside the graph, for compiled parts of a model that get a deferred
+    tensor."""
     if not _made_uncompiled:
         _made_uncompiled.append(torch.compiler.disable(Deferred.compute_function))
     return _made_uncompiled[0]
 
 
-_made_uncompiled: list[Callable] = []  # when torch.compile is used first
+_made_uncompiled: list[Callable] = []  # set at the first use of torch.compile
 
 
 _torch_function: Any = Deferred.__torch_function__
@@ -375,8 +376,8 @@ def _extended(chain: Chain, format_: torch.memory_format, zeros: Tensor | None =
     return _deferred(carrier, chain, format_)
 
 
-# What a chain goes on with: None where it does not, and values are made. The parameters are named
-# as PyTorch names them.
+# Operations that continue a chain. They return None if they cannot; then values are computed. Their
+# parameters have PyTorch's names.
 
 
 def _relu(input: Deferred, inplace: bool = False) -> Tensor | None:
@@ -401,7 +402,7 @@ def _add_in_place(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
 
 def _in_place(x: Deferred, step: Callable) -> Deferred | None:
     if x.requires_grad and not torch.is_grad_enabled():
-        return None  # which changes values, and not whose gradient they are
+        return None  # PyTorch then changes the values but not the graph
     made = step(x)
     if made is not None:
         x.current()._instead = made

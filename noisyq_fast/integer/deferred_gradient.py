@@ -1,7 +1,7 @@
 """The gradient of an integer layer's sums before it is written as floats.
 
-The backward of the layer makes it where it multiplies it, a few pixels at a time; whatever else
-reads it gets its values.
+The backward of the layer computes it on the fly, a few pixels at a time, where it multiplies it;
+any other reader gets its values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from noisyq_fast.backends.reference_integer import GradOfSums
 
 
 class DeferredGradient(Tensor):
-    """A tensor whose values are made when something reads them."""
+    """A tensor whose values are computed when something reads them."""
 
     made_of: GradOfSums
     _values: Tensor | None  # type: ignore[assignment]  # a private method of Tensor
@@ -34,11 +34,11 @@ class DeferredGradient(Tensor):
         return made
 
     def current(self) -> GradOfSums | Tensor:
-        """What it is to be made of, or its values where they were made."""
+        """The values if they were computed, else the tensors that they are computed from."""
         return self.made_of if self._values is None else self._values
 
     def values(self) -> Tensor:
-        """An ordinary tensor."""
+        """The values, as an ordinary tensor."""
         if self._values is None:
             compute = select("grads_of_sums", self.made_of.sums.device.type)
             self._values = compute(*self.made_of)

@@ -1,4 +1,4 @@
-"""Factors as whole numbers: a multiplier and a right shift.
+"""Factors as integers: a multiplier and a right shift.
 
 A factor f, one for each channel, becomes a multiplier M of up to 31 bits and a shift n::
 
@@ -25,7 +25,7 @@ _MOST_SHIFT = 62
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """``v f + t`` by whole numbers.
+    """``v f + t`` in integer arithmetic.
 
     Attributes:
         multiplier, shift, term: int64, in the shape of the factor: M, n and B.
@@ -37,7 +37,7 @@ class FixedPoint:
 
     @classmethod
     def of(cls, factor: Tensor, term: Tensor | None = None) -> FixedPoint:
-        """Of a factor and a term, float64. A ValueError says what is out of range."""
+        """From a factor and a term, float64. A ValueError names the one that is out of range."""
         term = torch.zeros_like(factor) if term is None else term
         if not bool((factor.isfinite() & term.isfinite()).all()):
             raise ValueError("got a factor or a term that is not finite")
@@ -54,7 +54,7 @@ class FixedPoint:
         return cls(multiplier, shift, terms)
 
     def along(self, axis: int, dimensions: int) -> FixedPoint:
-        """One value for each index of an axis of a tensor."""
+        """Reshaped to broadcast along an axis of a tensor."""
         shape = [-1 if d == axis % dimensions else 1 for d in range(dimensions)]
         return FixedPoint(*(x.reshape(shape) for x in vars(self).values()))
 
@@ -68,5 +68,5 @@ def saturated(v: Tensor) -> Tensor:
 
 
 def _exponents(x: Tensor) -> Tensor:
-    """e of ``2^(e-1) <= |x| < 2^e``; of 0 a small one."""
+    """The e with ``2^(e-1) <= |x| < 2^e``; a small one for 0."""
     return torch.where(x == 0, -_MOST_SHIFT, torch.frexp(x).exponent.long())

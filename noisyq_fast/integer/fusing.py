@@ -1,4 +1,4 @@
-"""Making chains of layers compute without floats between them, and undoing it."""
+"""Fusing layers into chains that compute without float tensors in between, and undoing it."""
 
 from __future__ import annotations
 
@@ -20,37 +20,40 @@ _MOST_TERMS = LARGEST_SUM // 255**2
 
 
 def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Module:
-    """Makes convolutions that compute in integers, and what follows them, one chain: a batch norm,
-    an addition, a ReLU and the quantizer of the next layer.
+    """Fuses each convolution that computes in integers with the operations after it into a chain: a
+    batch norm, an addition, a ReLU and the quantizer of the next layer.
 
-    Such a convolution hands on its exact sums. A batch norm that follows takes its statistics from
-    them, exactly (`noisyq_fast.integer.batch_norm`), and the quantizer makes its codes of them in
-    one pass; no float tensor is written between the two unless something else reads it. Then a
-    forward gives the same bits on every backend and with every number of threads, in training too.
-    The mean over all pixels of a tensor in a chain is summed in a fixed order; what is no chain
-    (another activation, a batch norm of a class of its own) is PyTorch's.
+    Such a convolution passes on its exact sums. A batch norm after it computes exact statistics
+    from them (`noisyq_fast.integer.batch_norm`), and the quantizer computes its codes from them in
+    one pass; no float tensor is written in between unless something else reads it. A forward then
+    gives the same bits on every backend and with every number of threads, in training too. The mean
+    over all pixels of a tensor in a chain is summed in a fixed order. Operations that a chain does
+    not support (another activation, a batch norm of another class) are PyTorch's.
 
     The model's own forward is called as before, so it may depend on its mode, on Python state and
-    on shapes. Whatever reads a tensor within a chain (another layer, a hook) gets its values.
-    Modules, parameters, hooks and the names of the state dict stay. A `torch.nn.SyncBatchNorm` adds
-    the sums of all ranks, exactly. Batch norms of `split_norms_` are in the chain at every width.
+    on shapes. Any code that reads a tensor within a chain (another layer, a hook) gets its values.
+    Modules, parameters, hooks and the names of the state dict do not change. A
+    `torch.nn.SyncBatchNorm` adds the sums of all ranks, exactly. Batch norms of `split_norms_` are
+    in the chain at every width.
 
-    Where a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can wait: there
-    a convolution computes its batch norm too, with the same bits, and the graph has to use the two
-    as the model does on the example. The mean over pixels and a `SyncBatchNorm` are then PyTorch's.
+    While a graph is traced (`torch.compile`, `torch.export`, `torch.func`) nothing can be deferred:
+    the convolution computes its batch norm too, with the same bits, and the graph has to use the
+    two as the model does on the example. The mean over pixels and a `SyncBatchNorm` are then
+    PyTorch's.
 
     Args:
-        model: with layers of ``quantize_model_(..., arithmetic="integer")``. Changed in place.
+        model: a model from ``quantize_model_(..., arithmetic="integer")``. Changed in place.
         example: an input of the model (a tensor, a tuple of arguments or a dict of keyword
-            arguments), on which it is run, in evaluation and in training, to see what follows
-            what. Ranges, statistics, modes and PyTorch's random state stay as they were.
-        recompute: save only codes for the backward, and make the sums of a convolution anew there.
+            arguments). The model is run on it, in evaluation and in training, to find the chains;
+            ranges, statistics, modes and PyTorch's random state do not change.
+        recompute: save only codes for the backward, and compute the sums of a convolution again
+            there: less memory, more time.
 
     Returns:
-        ``model``. `summary` shows what follows which layer.
+        ``model``. `summary` shows the chain of each layer.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a model without layers that compute in integers, or an example on which it does
             not run.
 
@@ -93,7 +96,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
 
 
 def unfuse_(model: nn.Module) -> None:
-    """Undoes `fuse_`, where it was called."""
+    """Undoes `fuse_`; does nothing if it was not called."""
     for module in model.modules():
         if isinstance(module, QuantLayer):
             for name in ("defers", "recomputes", "norm", "followed_by"):
@@ -105,7 +108,7 @@ def unfuse_(model: nn.Module) -> None:
 
 
 def how_fused(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What `fuse_` has made of layers, by name, for `fuse_as_`."""
+    """The chains that `fuse_` has formed, by layer name, as `fuse_as_` takes them."""
     names = {module: name for name, module in model.named_modules()}
     return {
         name: {
@@ -119,7 +122,8 @@ def how_fused(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def fuse_as_(model: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Does what `fuse_` did to a model of the same modules, without an example."""
+    """Forms the chains that `how_fused` found in a model with the same modules, without an
+    example."""
     for name, about in found.items():
         layer = model.get_submodule(name)
         norms: list[Any] = [model.get_submodule(norm) for norm in about["norm"]]
@@ -141,7 +145,7 @@ def _seen(model: nn.Module, example: Any, training: bool) -> Record:
         model.train(training)
         for quantizer in model.modules():
             if isinstance(quantizer, Quantizer):
-                quantizer.train()  # which may have seen nothing yet
+                quantizer.train()  # ranges may have seen no data yet
         try:
             model(*positional, **named)
         except Exception as error:
@@ -175,7 +179,7 @@ def _pair(layers: list[QuantLayer], norms: list[Any], seen: list[Record]) -> Non
 
 
 def _treat_widths_alike(model: nn.Module) -> None:
-    """Makes batch norms of other widths exact where the one that has run on the example is."""
+    """Makes the batch norms of all widths exact if the one that ran on the example is."""
     for several in model.modules():
         if isinstance(several, NormOfWidths) and isinstance(several.active, ExactBatchNorm):
             norms: list[Any] = several.norms()

@@ -1,19 +1,19 @@
 """Inference in integers alone, after AQD (Chen et al. 2020, arXiv 2007.06919): batch norms and
-scales are a multiplier and a right shift, and what is added lies on a common scale.
+scales become a multiplier and a right shift, and additions use a common scale.
 
-Between the codes of two layers there are int32 values q, which stand for ``q S``. Values that are
+Between the codes of two layers there are int32 values q, which represent ``q S``. Values that are
 added, or are parts of each other, have the same scale S: that of the finest quantizer that reads
-one of them, divided by ``2^guard_bits``; where none does, that of the sums. By
-`noisyq_fast.integer.fixed_point`,::
+one of them, or of the sums if no quantizer does, divided by ``2^guard_bits``. With the arithmetic
+of `noisyq_fast.integer.fixed_point`::
 
-    acc  = sum (c - z) (d - w)                               exact, the product of two layers' codes
-    q    = acc f + t          f = factor s_x s_w / S         batch norm and bias, a channel each
-    q    = q + q', max(q, 0), ...                            saturating
-    code = clamp(q S / s_x, code_min, code_max)              of the next layer
+    acc  = sum (c - z) (d - w)                               exact, from the codes of input and
+    weight q    = acc f + t          f = factor s_x s_w / S         batch norm and bias, per channel
+    q    = q + q', max(q, 0), ...                            saturating code = clamp(q S / s_x,
+    code_min, code_max)              of the next layer
 
-with one rounding, half up, in each of the two that have a factor. That is not the rounding of the
-network that was trained, which rounds floats, half to even: some codes differ by one, these change
-others behind them, and `IntegerOnly.compare` counts them all. With 16 guard bits there are few.
+with one rounding, half up, in each of the two lines with a factor. The trained network rounds
+floats, half to even, so some codes differ by one, and change codes of later layers;
+`IntegerOnly.compare` counts all of them. With 16 guard bits there are few.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ _LAYERS = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
 class IntegerOnly(nn.Module):
     """A trained network whose layers, batch norms, additions and ReLUs compute in integers.
 
-    It is made of what the network does with an example, and takes inputs of other batch sizes.
-    The quantizer of the first layer makes integers of the input; the outputs are the integers that
-    come out, times their scale. It is a specification: exact in plain PyTorch, on every device and
-    with every number of threads, and slow.
+    It is traced from a run of the network on an example; inputs of other batch sizes work too. The
+    quantizer of the first layer converts the input to integers; the outputs are integers times
+    their scale, float32. It is a specification in plain PyTorch: exact on every device and with
+    every number of threads, and slow.
 
     Args:
-        model: quantized, trained and of linear layers and convolutions with one scale for their
-            input, from `MovingAbsMax`, `LSQ`, `PACT`, `QIL`, `AQD` or `Fixed`; batch norms;
-            additions, ReLUs, poolings, slices and paddings with zeros. It stays as it is.
+        model: a trained, quantized network of linear layers and convolutions whose input has one
+            scale, from `MovingAbsMax`, `LSQ`, `PACT`, `QIL`, `AQD` or `Fixed`; batch norms;
+            additions, ReLUs, poolings, slices and zero paddings. It is not changed.
         example: an input of the model.
-        guard_bits: by how much what is between layers is finer than their codes, 0..20. Values
+        guard_bits: how many bits below the step of a code are kept between layers, 0..20. Values
             beyond ``2^(31 - guard_bits)`` steps of the finest quantizer saturate.
 
     Attributes:
-        layers: the names of the layers, in the order in which they compute.
+        layers: the names of the layers, in the order of execution.
 
     Raises:
-        ValueError: something that has no form in integers; the message names it.
+        ValueError: a part of the model that cannot be computed in integers; the message names it.
 
     Example:
         >>> import noisyq_fast, torch
@@ -81,7 +81,7 @@ class IntegerOnly(nn.Module):
         super().__init__()
         if not isinstance(guard_bits, int) or not 0 <= guard_bits <= 20:
             raise ValueError(f"guard_bits: got {guard_bits!r}, takes 0..20")
-        # In a tuple: the float-scale network is no module of this one.
+        # In a tuple, so that the network with float scales is not registered as a submodule.
         model = copy_of(model).eval()
         unfuse_(model)
         self._model = (model,)
@@ -96,8 +96,7 @@ class IntegerOnly(nn.Module):
         return (self._run(x)[self._output].double() * self._output_scale).float()
 
     def codes(self, x: Tensor) -> dict[str, Tensor]:
-        """What each layer multiplies its weight with: its input's codes, minus their zero point,
-        int64."""
+        """By layer name, the codes of its input minus their zero point, int64."""
         values = self._run(x)
         return {name: values[key] for name, key in self._codes}
 
@@ -109,7 +108,7 @@ class IntegerOnly(nn.Module):
 
     @torch.no_grad()
     def compare(self, inputs: Iterable[Any]) -> Comparison:
-        """Beside the network that it was made of, on batches of inputs."""
+        """Compares with the network that it was made from, on batches of inputs."""
         found = Comparison(dict.fromkeys(self.layers, 0.0))
         elements = dict.fromkeys(self.layers, 0)
         model = self._model[0]
@@ -142,14 +141,14 @@ class IntegerOnly(nn.Module):
 
 @dataclass
 class Comparison:
-    """Integers alone beside the network with float scales.
+    """The integer network compared with the network with float scales.
 
     Attributes:
-        differing: for each layer by name, the share of its input's codes that differ.
-        largest_difference: of an output.
-        largest_output: of the network with float scales.
-        outputs: how many rows of outputs there were.
-        agreeing: in how many of them the largest output is the same one.
+        differing: by layer name, the share of its input's codes that differ, 0..1.
+        largest_difference: the largest absolute difference of an output.
+        largest_output: the largest magnitude of an output of the network with float scales.
+        outputs: the number of rows of outputs.
+        agreeing: the number of rows with the same argmax.
     """
 
     differing: dict[str, float] = field(default_factory=dict)
@@ -188,7 +187,7 @@ class _Operation:
 
 @dataclass(frozen=True)
 class _Product:
-    """Exact sums of a layer: in float64, where every sum of whole numbers below 2^53 is."""
+    """Exact sums of a layer: float64 is exact for sums of integers below 2^53."""
 
     layer: Any  # a convolution or a linear layer
     weight: Tensor
@@ -206,7 +205,7 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Quantize:
-    """From ``q`` to the codes minus the zero point."""
+    """Computes the codes, minus the zero point, from ``q``."""
 
     factor: FixedPoint
     low: int
@@ -238,7 +237,7 @@ def _max_pool(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return F.max_pool2d(q.double(), *args, **kwargs).long()  # exact
 
 
-# Functions that pass integers on, on the scale that they have.
+# Functions whose output has the scale of their input.
 _SAME_SCALE: dict[Callable, Callable[..., Tensor]] = {
     **dict.fromkeys(
         (F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_),
@@ -260,11 +259,11 @@ _MEANS = {torch.mean, Tensor.mean, F.adaptive_avg_pool2d}
 
 
 class _Program:
-    """Makes the operations.
+    """Converts a traced model to a list of operations on integers.
 
     Attributes:
-        scales: S of each value that is there as integers.
-        codes: of each layer its name, and the key of its input's codes.
+        scales: S of each integer value.
+        codes: pairs of a layer's name and the key of its input's codes.
     """
 
     def __init__(self, model: nn.Module, example: Any, guard_bits: int) -> None:
@@ -281,7 +280,7 @@ class _Program:
         self.codes: list[tuple[str, Any]] = []
         self.scales: dict[Value, float] = {}
         self.sums: dict[Value, tuple[Tensor, Tensor]] = {}
-        """Of the exact sums of a layer, which have no S yet: scale and bias of each channel."""
+        """Scale and bias, by channel, of exact sums that have no S yet."""
         self._set_sides()
         for step in self.trace.steps:
             self._add(step)
@@ -291,7 +290,7 @@ class _Program:
         (self.output,) = returned
 
     def _set_sides(self) -> None:
-        """Which values have one scale, and which quantizers read them."""
+        """Finds the values that share a scale, and the finest quantizer that reads them."""
         made = self.trace.maker
         inputs = {v for step in self.trace.steps for v in step.inputs if v not in made}
         if len(inputs) != 1:
@@ -407,7 +406,7 @@ class _Program:
     def _rescale(
         self, step: Step, output: Value, source: Any, scale: Tensor, term: Tensor, axis: int
     ) -> None:
-        """``q = (v scale + term) / S``."""
+        """Adds the operation ``q = (v scale + term) / S``."""
         root = self._root(output)
         if root not in self.finest:  # no quantizer reads it
             self.finest[root] = (float(scale.abs().max()) or 1.0) * self.guard
@@ -459,13 +458,13 @@ def _check(name: str, layer: QuantLayer) -> None:
 
 
 def _quantizer_of(layer: QuantLayer) -> Quantizer:
-    """That of its input, which `_check` has asked for."""
+    """The quantizer of the input; `_check` has made sure that there is one."""
     assert layer.input_quantizer is not None
     return layer.input_quantizer
 
 
 def _known(layer: QuantLayer) -> tuple[Tensor, int, int]:
-    """Of its input the scale, and the least and the largest code minus the zero point."""
+    """The scale of the input, and its smallest and largest code minus the zero point."""
     quantizer = _quantizer_of(layer)
     made = quantizer.codes(layer.weights()[0].new_zeros(1))
     least, most = _ends(quantizer)
@@ -474,7 +473,8 @@ def _known(layer: QuantLayer) -> tuple[Tensor, int, int]:
 
 
 def _step_and_offset(quantizer: Quantizer, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes are ``x / step + offset``, rounded and clamped, without their zero point; float64."""
+    """``step`` and ``offset``, float64: codes minus the zero point are ``x / step + offset``,
+    rounded and clamped."""
     step, offset = scale.double(), torch.zeros_like(scale, dtype=torch.float64)
     if isinstance(quantizer, QIL):  # n (1/2 + (x - c) / 2 d)
         center, distance = (p.detach().double() for p in (quantizer.center, quantizer.distance))
@@ -484,7 +484,7 @@ def _step_and_offset(quantizer: Quantizer, scale: Tensor) -> tuple[Tensor, Tenso
 
 
 def _ends(quantizer: Quantizer) -> tuple[int, int]:
-    ends = getattr(quantizer, "code_ends", None)  # of quantizers that learn
+    ends = getattr(quantizer, "code_ends", None)  # learned quantizers have it
     return ends or (quantizer.grid.code_min, quantizer.grid.code_max)
 
 

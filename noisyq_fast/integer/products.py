@@ -1,4 +1,4 @@
-"""Products of codes: exact sums of whole numbers, then one scale.
+"""Products of codes: exact integer sums, then one scale.
 
 For codes ``c``, ``d`` with scales ``s``, ``t`` and zero points ``z``, ``w`` (0 where there are
 none)::
@@ -7,14 +7,14 @@ none)::
     v   = float32(acc)               one rounding
     y   = v * (s * t) + bias         one rounding each
 
-so that an output is the same to the bit on every backend and with every number of threads. Padding
-is the value 0, which is the code z. Gradients are those of the product of the dequantized values,
-and go straight through to the tensors that were quantized::
+so that outputs have the same bits on every backend and with every number of threads. Padding has
+the value 0, so its code is z. Gradients are those of the product of the dequantized values, and
+pass straight through to the tensors that were quantized::
 
     dx = product(dy, (d - w) t)      dw = product(dy, c - z) s      dbias = sum dy
 
-Under autocast the forward stays as it is, and these products are computed in the lower precision,
-in which codes are exact; the scale of x stays outside.
+Autocast does not change the forward; the products of the backward are computed in the lower
+precision, which represents codes exactly; the scale of x is applied afterwards.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from noisyq_fast.operators.declare import declare
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37
-"""Sums of so many products of two bytes are exact in float64."""
+"""Sums of up to this many products of two one-byte codes are exact in float64."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a convolution, as `torch.convolution` takes it."""
+    """The geometry arguments of `torch.convolution`, in its order."""
 
     stride: list[int]
     padding: list[int]
@@ -182,7 +182,8 @@ _OPERANDS = (
 
 
 class _Product(gradients.Gradient):
-    """Straight through to ``x`` and ``weight``, of which nothing is read. Saves codes."""
+    """The straight-through gradients of ``x`` and ``weight``. Their values are not used: the
+    backward needs, and saves, only codes and scales."""
 
     grads: ClassVar[Callable[..., tuple[Tensor | None, Tensor | None]]]
     grad_of_bias: ClassVar[Callable[..., Tensor]]
@@ -248,7 +249,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype:
 def _without_autocast(device_type: str) -> AbstractContextManager:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # to enter it takes as long as a small operator
+    return nullcontext()  # entering the context costs as much as a small operator
 
 
 def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tensor | None:
@@ -314,7 +315,7 @@ def _floats(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _channel_values(
     codes: Tensor, scale: Tensor, zero: Tensor | None, geometry: list[Any]
 ) -> Tensor:
-    """A weight dequantized: its scales are of the output channels."""
+    """The dequantized weight; it has one scale for each output channel."""
     *_, transposed, _, groups = geometry
     if not transposed:
         return torch.ops.noisyq.dequantize_on_grid(codes, scale, zero, 0)
@@ -349,7 +350,7 @@ class _Linear(_Product):
             dx = grad.to(dtype) @ w.to(dtype)
         if to_weight:
             x, g = _floats(codes, zero, dtype), grad
-            if scale.dim() > 0:  # of tokens or of groups
+            if scale.dim() > 0:  # one scale for each token or group
                 g = grad.float() * scale.reshape([*scale.shape, *[1] * (codes.dim() - scale.dim())])
             if w_codes.dim() == 2:
                 x, g = as_rows(x), as_rows(g)
@@ -418,14 +419,14 @@ integer_linear = declare(
 
 
 def convolution(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The convolution of ``x``, ``[N, C, ...]``, and ``weight``, with one scale for each output
-    channel. The dtype is that of ``x.source``."""
+    """The convolution of ``x`` ``[N, C, ...]`` with ``weight``, which has one scale for each output
+    channel; in the dtype of ``x.source``."""
     return integer_convolution(*_operands(x, weight, bias), *vars(geometry).values())
 
 
 def linear(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
-    """``x`` ``[..., I]`` times ``weight`` ``[O, I]``; or, of ``[T, N, I]`` and ``[T, O, I]``, for
-    each of T groups."""
+    """``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``; or, with ``[T, N, I]`` and
+    ``[T, O, I]``, for each of T groups."""
     return integer_linear(*_operands(x, weight, bias))
 
 
@@ -437,12 +438,13 @@ def _operands(x: Codes, weight: Codes, bias: Tensor | None) -> tuple[Tensor | No
 def deferred_convolution(
     x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, layer: nn.Module, like: Tensor
 ) -> Tensor:
-    """`convolution`, whose values are made when something reads them. ``layer`` computes it."""
+    """`convolution` as a `Deferred`, whose values are computed when something reads them. ``layer``
+    is the layer that computes it."""
     how = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     operands = x.codes, x.zero_point, weight.codes, weight.zero_point
     _convolution(*operands, *vars(geometry).values())
     made_of = (*operands, *how, bound(x, weight))
-    measures = layer.training  # a batch norm of the batch may follow
+    measures = layer.training  # a batch norm may need statistics of the batch
     values, moments = select("convolve_sums", x.codes.device.type)(*made_of, measures)
     with torch.no_grad():
         scale = x.scale * weight.scale
@@ -465,13 +467,13 @@ def normalized_convolution(
     product: Tensor,
     norm: Any,
 ) -> Tensor:
-    """`convolution`, which is ``product``, with the batch norm that follows, for a graph that is
-    traced."""
+    """The batch norm of ``product``, the output of `convolution`, from exact sums; for traced
+    graphs."""
     how = vars(geometry).values()
     sums = convolve_codes(x.codes, x.zero_point, weight.codes, weight.zero_point, *how)
     return norm.of_sums(product, sums, x.scale * weight.scale, bias, bound(x, weight))
 
 
 def bound(x: Codes, weight: Codes) -> int:
-    """No sum of a convolution is larger."""
+    """An upper bound of the magnitude of the sums of a convolution."""
     return weight.codes[0].numel() * x.largest * weight.largest

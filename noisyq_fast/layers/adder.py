@@ -3,8 +3,8 @@ differences in place of products, and so compute without multiplications::
 
     y[o, n] = -sum_k |weight[o, k] - x[k, n]|
 
-over the windows ``k`` of the input in its border of zeros, which takes part. Their gradients are
-not the derivatives, which are signs, but what the paper has found to train::
+over the elements ``k`` of each window of the zero-padded input (the padding counts too). Their
+gradients are not the derivatives, which are signs, but those that the paper found to train well::
 
     dx[k, n]      = sum_o clip(weight[o, k] - x[k, n], -1, 1) dy[o, n]
     dweight[o, k] = sum_n (x[k, n] - weight[o, k]) dy[o, n]
@@ -42,8 +42,8 @@ _adder_conv2d = declare(
 
 @register_decomposition(_adder_conv2d)
 def _in_plain_operators(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
-    """What `torch.onnx.export` writes for the operator: a difference, absolute values and a sum for
-    each element of the kernel. The order of the sums is another."""
+    """The decomposition that `torch.onnx.export` writes: a difference, absolute values and a sum
+    for each element of the kernel. It sums in another order."""
     size = checks.output_size(x, weight, stride, padding)
     sums: Any = sum(
         (weight[:, :, i, j, None, None] - window[:, None]).abs().sum(2)
@@ -67,7 +67,7 @@ declare(
 
 
 class _Normalized(torch.autograd.Function):
-    """``w`` itself, whose gradient gets the length ``sqrt(numel) / 5``."""
+    """The identity, whose gradient is scaled to the norm ``sqrt(numel) / 5``."""
 
     generate_vmap_rule = True
 
@@ -86,8 +86,8 @@ class _Normalized(torch.autograd.Function):
 
 
 class _AdderLayer(nn.Module):
-    """What the two layers share: weights as in the paper, drawn from the normal distribution, and
-    the normalisation of their gradient."""
+    """Base of the two layers: initial weights from the normal distribution, as in the paper, and
+    the normalised gradient of the weight."""
 
     weight: Tensor
     bias: Any  # Tensor | None, as the float layer declares it
@@ -109,16 +109,16 @@ class AdderConv2d(_AdderLayer, nn.Conv2d):
     """`torch.nn.Conv2d` of AdderNet: ``-sum |weight - x|`` over each window of the input.
 
     Args:
-        *args, **kwargs: as for `torch.nn.Conv2d`, without groups, dilation and other borders than
-            zeros. The weight is drawn from the normal distribution, the bias starts as 0.
+        *args, **kwargs: as for `torch.nn.Conv2d`, without groups or dilation, and with zero padding
+            only. The weight is drawn from the normal distribution, the bias starts as 0.
 
-    All outputs are below 0 and large, so a batch norm has to follow. In the backward pass the
-    gradient of the weight gets the length ``sqrt(weight.numel()) / 5``, whatever the scale of the
-    loss. So gradients of micro-batches, or of processes, that are summed have been normalised one
-    by one. Computes in float32 (under autocast too) or float64.
+    All outputs are negative and large, so a batch norm has to follow. In the backward the gradient
+    of the weight is scaled to the norm ``sqrt(weight.numel()) / 5``, whatever the scale of the
+    loss. With micro-batches or several processes, each gradient is normalised before they are
+    summed. Computes in float32 (under autocast too) or float64.
 
     Raises:
-        ValueError: groups, a dilation or a padding that the layer does not have.
+        ValueError: groups, a dilation or a padding that the layer does not support.
 
     Example:
         >>> import torch, noisyq_fast
@@ -134,7 +134,7 @@ class AdderConv2d(_AdderLayer, nn.Conv2d):
 
     @staticmethod
     def check(layer: nn.Conv2d) -> None:
-        """Raises ValueError for a convolution that has no form of AdderNet."""
+        """Raises ValueError for options that AdderNet does not support."""
         for name, takes in (("groups", 1), ("dilation", (1, 1)), ("padding_mode", "zeros")):
             if getattr(layer, name) != takes:
                 raise ValueError(f"{name}: got {getattr(layer, name)!r}, takes {takes!r}")
@@ -171,12 +171,12 @@ class AdderLinear(_AdderLayer, nn.Linear):
 
 
 def _full(x: Tensor) -> Tensor:
-    """Sums of many absolute values need the digits of float32 at least."""
+    """``x`` in float32 or float64: sums of many absolute values need at least float32."""
     return x if x.dtype in checks.ADDER_DTYPES else x.float()
 
 
 class _QuantAdderLayer(QuantLayer, _AdderLayer):
-    """The gradient is normalised as that of the float layer, after the quantizer's."""
+    """The gradient is normalised as in the float layer, after the quantizer's backward."""
 
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
         return super().quantized_weight(self.normalized_weight() if weight is None else weight)

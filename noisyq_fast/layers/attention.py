@@ -161,7 +161,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
     ) -> Tensor | None:
-        """What is added to the scores ``[N, heads, L, S]``; None for nothing."""
+        """The mask to add to the scores ``[N, heads, L, S]``; None if there is none."""
         added = []
         if attn_mask is not None:
             mask = _as_float(attn_mask, q.dtype)
@@ -172,8 +172,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             added.append(_as_float(padding, q.dtype).view(len(q), 1, 1, -1))
         if not added:
             return None
-        total: Any = sum(added)
-        return F.pad(total, (0, k.shape[2] - total.shape[-1]))  # nothing hides what was appended
+        mask: Any = sum(added)
+        return F.pad(mask, (0, k.shape[2] - mask.shape[-1]))  # appended keys are not masked
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
@@ -187,14 +187,14 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
 
 
 def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask whose ``True`` hides, as numbers to add."""
+    """A mask to add to scores; ``True`` in a bool mask becomes -inf."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 def _thirds(weight: Codes) -> list[Codes]:
-    """The projections that share a weight."""
+    """The codes of the three projections in one weight."""
     zeros = [None] * 3 if weight.zero_point is None else weight.zero_point.chunk(3)
     parts = (weight.codes.chunk(3), weight.scale.chunk(3), zeros, weight.source.chunk(3))
     return [

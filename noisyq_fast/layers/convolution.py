@@ -56,13 +56,14 @@ class _QuantConv(QuantLayer):
         return super().why_float()
 
     def _pads_before(self) -> bool:
-        """Whether there are zeros around the input that the product cannot add."""
+        """Whether zeros have to be added to the input before the product, which pads
+        symmetrically."""
         pads = self._reversed_padding_repeated_twice
         return self.padding_mode == "zeros" and pads[::2] != pads[1::2]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """The input with what the product cannot pad, and what it can. Padding before the quantizer
-        changes no range, and the value 0 has a code."""
+        """The input with the padding that the product cannot do, and the padding that it can.
+        Padding before the quantizer changes no range, and the value 0 has a code."""
         pads = self._reversed_padding_repeated_twice
         none = [0] * len(self.kernel_size)
         if self.padding_mode != "zeros":
@@ -93,7 +94,8 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 
 class _QuantConvTranspose(QuantLayer):
-    """The weight is ``[in, out / groups, ...]``: group g has the g-th part of ``in``."""
+    """Transposed convolutions. The weight is ``[in, out / groups, ...]``; group g has the g-th part
+    of ``in``."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]

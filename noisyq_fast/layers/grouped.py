@@ -1,4 +1,4 @@
-"""A linear layer for each group, all in one batched matrix product: the heads of a network that
+"""One linear layer per group, computed as one batched matrix product: the heads of a network that
 predicts many labels, such as the facial action units of arXiv 2303.11803, section 3.2."""
 
 import math
@@ -24,24 +24,24 @@ Parameters = tuple[Tensor, Tensor | None]
 
 
 class GroupedLinear(nn.Module):
-    """A `torch.nn.Linear` of its own for each group: ``y[t] = weight[t] @ x[t] + bias[t]``.
+    """One `torch.nn.Linear` per group: ``y[t] = weight[t] @ x[t] + bias[t]``.
 
     Args:
-        groups: how many linear layers, T.
+        groups: the number of linear layers, T.
         in_features: size of a group's input, I.
         out_features: size of a group's output, U.
         bias: whether to add a bias.
         device, dtype: of the parameters.
 
     Attributes:
-        weight: ``[T, U, I]``, and ``bias``: ``[T, U]`` or ``None``. Every group is initialised as
-            `torch.nn.Linear` does it, to the bit as T of them made one after the other.
+        weight: ``[T, U, I]``, and ``bias``: ``[T, U]`` or ``None``. Each group is initialised like
+            a `torch.nn.Linear`, with the same bits as T of them constructed one after the other.
 
     Takes ``[..., T, I]`` (such as ``[batch, T, I]``), returns ``[..., T, U]``, both of the dtype of
     the parameters. In memory the groups of the output lie one after the other.
 
-    ``layer(x, parameters=(weight, bias))`` computes with these in place of the layer's own, such as
-    its own with a batch norm folded into them.
+    ``layer(x, parameters=(weight, bias))`` uses these instead of the layer's own, such as weights
+    with a folded batch norm.
 
     An input ``[batch, I]`` that all groups share can be passed as
     ``x.unsqueeze(-2).expand(-1, T, -1)``. ``torch.nn.Linear(I, T * U)`` and then
@@ -49,7 +49,7 @@ class GroupedLinear(nn.Module):
     faster.
 
     Raises:
-        TypeError: a size that is no int, an input that is no tensor.
+        TypeError: a size that is not an int, an input that is not a tensor.
         ValueError: a size below 1, an input whose last two sizes are not ``T, I``.
 
     Example:
@@ -130,13 +130,14 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         s_w[t, u] = max_i |weight[t, u, i]| / qmax
         s_x[t]    = max_{b, i} |x[b, t, i]| / qmax
 
-    so that no group loses resolution to the outliers of another, and its numbers are to the bit
-    those of a `QuantLinear` for each group (arXiv 2303.11803, section 3.2: scales per action unit).
+    so that no group loses resolution to the outliers of another, and the outputs have the same bits
+    as those of a `QuantLinear` for each group (arXiv 2303.11803, section 3.2: scales per action
+    unit).
 
     Args:
         *args, **kwargs: as for `GroupedLinear`, and as for `QuantLayer`.
-        input_ranges: ``"per-group"``, where the input has T ranges; or ``"shared"``: one for all
-            groups. The scales of the weights stay. With a quantizer for ``activation``, its own.
+        input_ranges: ``"per-group"``: T ranges of the input; ``"shared"``: one for all groups. Does
+            not affect the scales of the weights, nor a quantizer given as ``activation``.
 
     Raises:
         TypeError: wrong type of an argument or of the input.
@@ -188,7 +189,7 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
         return _grouped_linear(self.quantized_input(x), self.quantized_weight(weight), bias)
 
     def _note(self, parameters: Parameters | None) -> None:
-        """Integer files have to know which layers are called with parameters."""
+        """Records, for integer files, that the layer was called with parameters."""
         if parameters is None or torch.compiler.is_compiling():
             return
         if self.has_stored_weight:

@@ -33,8 +33,8 @@ PER_TENSOR = "tensor"
 
 
 class QuantLayer(nn.Module):
-    """What quantized layers share. A subclass names its float layer as its second base class and
-    defines `compute`.
+    """The base class of quantized layers. A subclass has its float layer as the second base class
+    and defines `compute`.
 
     Args:
         *args, **kwargs: as for the float layer.
@@ -43,19 +43,19 @@ class QuantLayer(nn.Module):
         averaging_constant: weight of a batch in the moving average of the input's absmax, 0..1.
         ste: as for `MovingAbsMax`.
         arithmetic: ``"float"`` multiplies fake-quantized floats; ``"integer"`` multiplies codes,
-            exactly, and their scales (`noisyq_fast.integer.products`): values that are the same to
-            the bit on every backend and with every number of threads. `why_float` tells where that
-            is not possible; there it computes in float.
+            exactly, and applies the scales to the sums (`noisyq_fast.integer.products`): the same
+            bits on every backend and with every number of threads. If that is not possible, the
+            layer computes in float, and `why_float` says why.
         weight: a quantizer to copy for the weight, instead of ``AbsMax(weight_bits, ...)``;
-            ``None`` leaves the weight as it is.
+            ``None`` leaves the weight in float.
         activation: the same for the input, instead of ``MovingAbsMax(activation_bits, ...)``.
         weight_grid, activation_grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or
             ``"odd"``, as in `Grid`.
-        weight_group_size: one scale for each so many consecutive input channels, instead of one for
-            each output channel; must divide their number.
+        weight_group_size: the number of consecutive input channels that share a scale, instead of
+            one scale for each output channel; must divide the number of input channels.
         activation_granularity: ``"tensor"``: one range for the input. ``"token"``: one scale for
-            each index of all axes but the last, taken anew at every call, in evaluation too; not
-            for convolutions.
+            each index of all axes but the last, computed at every call, in evaluation too; not for
+            convolutions.
         device, dtype: of the parameters.
 
     Attributes:
@@ -71,13 +71,13 @@ class QuantLayer(nn.Module):
     can_defer: bool = False
     """Whether `fuse_` can make it return a `Deferred`."""
     integer_axes: tuple[Axis, ...] = (None, TOKEN)
-    """Those of the scales of its input with which it computes in integers."""
+    """The axes of input scales with which it can compute in integers."""
     made_of_weights: dict[tuple[str, str], Made] | None = None
-    """Codes and values of its weights while `freeze_weights_` keeps them."""
+    """The cache of `freeze_weights_`: codes and values of the weights; ``None``: not frozen."""
     # `fuse_` sets these.
     defers: bool = False
-    recomputes: bool = False  # makes its sums again in the backward
-    norm: tuple[nn.Module, ...] = ()  # the batch norm that follows; a tuple: no module of this one
+    recomputes: bool = False  # computes its sums again in the backward
+    norm: tuple[nn.Module, ...] = ()  # the batch norm after it; in a tuple: no submodule
     followed_by: str = ""
 
     def __init__(
@@ -114,7 +114,7 @@ class QuantLayer(nn.Module):
         )
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
-        """Gives the layer copies of quantizers, which have seen nothing yet."""
+        """Gives the layer reset copies of quantizers."""
         self.check_granularity(weight, activation)
         device = next(self.parameters()).device
         if weight is not None:
@@ -144,11 +144,11 @@ class QuantLayer(nn.Module):
             )
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """Those of the layer by name."""
+        """The layer's quantizers by name."""
         return {k: m for k, m in self._modules.items() if isinstance(m, Quantizer)}
 
     def weights(self) -> list[Tensor]:
-        """Those that the weight quantizer quantizes."""
+        """The weights that the weight quantizer quantizes."""
         return [self.weight]
 
     @property
@@ -159,7 +159,7 @@ class QuantLayer(nn.Module):
     def activation_bits(self) -> int | None:
         return None if self.input_quantizer is None else self.input_quantizer.bits
 
-    # What is computed.
+    # The forward.
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as by PyTorch
         usage.called(self)
@@ -169,11 +169,11 @@ class QuantLayer(nn.Module):
         return self.compute(x, weight, self.bias, *args, **kwargs)
 
     def compute_integers(self, x: Tensor, *args: Any) -> Tensor:
-        """The same on codes, with one scale: see `noisyq_fast.integer.products`."""
+        """The forward on codes: see `noisyq_fast.integer.products`."""
         raise NotImplementedError
 
     def why_float(self) -> str | None:
-        """Why a layer with ``arithmetic="integer"`` computes in float; ``None``: it does not."""
+        """Why a layer with ``arithmetic="integer"`` computes in float; ``None`` if it does not."""
         if type(self).compute_integers is QuantLayer.compute_integers:
             return "has no product of codes"
         weight, input = self.weight_quantizer, self.input_quantizer
@@ -193,17 +193,17 @@ class QuantLayer(nn.Module):
         return None
 
     def normalizes(self, output: Tensor) -> bool:
-        """Whether a batch norm that follows is part of what the layer computes: where its sums
-        cannot be deferred, because its output is traced or transformed."""
+        """Whether the layer also computes the batch norm after it, because its sums cannot be
+        deferred: its output is traced or transformed."""
         if any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norm):
-            return False  # whose ranks meet in no graph
+            return False  # a graph cannot reduce over ranks
         return self.defers and self.computes_in_integers() and not deferrable(output)
 
     def computes_in_integers(self) -> bool:
         return self.arithmetic == INTEGER and self.why_float() is None
 
     def weight_codes(self, weight: Tensor | None = None) -> Codes:
-        """The layer's weight as it is now, or another of its shape, as codes of its shape."""
+        """The layer's current weight, or another of its shape, as codes of that shape."""
         weight = self.weight if weight is None else weight
         return self._made_once("codes", self._weight_codes, weight)
 
@@ -230,18 +230,18 @@ class QuantLayer(nn.Module):
         return quantizer.codes(x)
 
     def coded(self, x: Tensor) -> tuple[Codes, Codes, Tensor | None]:
-        """Its input as codes, and the weight, as codes, and the bias that meet it."""
+        """The input as codes, the weight as codes, and the bias."""
         return self.input_codes(x), self.weight_codes(), self.bias
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-        """The float layer's own arithmetic, with the rest of its forward's arguments."""
+        """The arithmetic of the float layer; ``args`` are the further arguments of its forward."""
         raise NotImplementedError
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The layer's weight as it is now, or another of its shape, quantized."""
+        """The layer's current weight, or another of its shape, fake-quantized."""
         weight = self.weight if weight is None else weight
         if self.weight_quantizer is None:
             return weight
@@ -249,7 +249,7 @@ class QuantLayer(nn.Module):
 
     def _quantized_weight(self, weight: Tensor) -> Tensor:
         if not gradients.wanted():
-            # Such as PyTorch's counter of FLOPs hook the inputs of modules that require grad.
+            # Tools such as PyTorch's FLOP counter hook module inputs that require grad.
             weight = weight.detach()
         quantizer = self.weight_quantizer
         assert quantizer is not None  # see `quantized_weight`
@@ -257,18 +257,18 @@ class QuantLayer(nn.Module):
         return self.from_channels(by_channel, weight)
 
     def _made_once(self, what: str, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
-        """What is made of a weight; of one that is frozen, what was made of it before."""
+        """``make(weight)``, or the cached result for a frozen weight."""
         if self.made_of_weights is None or torch.compiler.is_compiling():
             return make(weight)
         if gradients.wanted():
-            self._forget_what_was_made()  # fused optimizers leave no trace of what they change
+            self._forget_what_was_made()  # fused optimizers do not change the version of a tensor
             return make(weight)
         name = next((name for name, p in self._parameters.items() if p is weight), None)
         quantizer = self.weight_quantizer
         if name is None or type(weight) is not nn.Parameter:
             return make(weight)
         assert quantizer is not None  # nothing else makes anything of a weight
-        if quantizer._modules:  # of several, which change each by itself
+        if quantizer._modules:  # composed of several quantizers, whose state is not watched
             return make(weight)
         of = weight, *quantizer._parameters.values(), *quantizer._buffers.values()
         if not can_be_watched(of):
@@ -287,7 +287,7 @@ class QuantLayer(nn.Module):
         """Undoes `by_channel`, for a quantized weight laid out like ``weight``."""
         return by_channel
 
-    # What is kept.
+    # The state.
 
     def train(self, mode: bool = True) -> QuantLayer:
         if mode:
@@ -310,20 +310,20 @@ class QuantLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]  # of the float layer
-        for quantizer in self.quantizers().values():  # none yet while the float layer is made
+        for quantizer in self.quantizers().values():  # none yet during the float layer's __init__
             quantizer.reset()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.widths()}"
 
     def widths(self) -> str:
-        """Such as W4/A4 or W4 group 32/A8 affine token; F stands for a float."""
+        """Such as W4/A4 or W4 group 32/A8 affine token; F is float."""
         both = self.weight_quantizer, self.input_quantizer
         weight, activation = ("F" if q is None else q.width() for q in both)
         return f"W{weight}/A{activation}"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"  # in one line: without the quantizers
+        return f"{type(self).__name__}({self.extra_repr()})"  # one line, without submodules
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         self._rename_old_range(state_dict, prefix)
@@ -331,7 +331,7 @@ class QuantLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _rename_old_range(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Version 0.1 kept the range in the layer, NaN where nothing was seen, and no bits."""
+        """Version 0.1 kept the range in the layer, NaN before the first batch, and no bits."""
         value = state_dict.pop(f"{prefix}running_absmax", None)
         if value is None:
             return
@@ -354,7 +354,7 @@ def weight_quantizer(
     grid: str = SIGNED,
     group_size: int | None = None,
 ) -> Quantizer | None:
-    """The quantizer for weights that the options of a layer stand for."""
+    """The quantizer of weights for the options of a layer."""
     check_kind(grid, "weight_grid")
     check_bits(bits, grid, "weight_bits")
     check_group_size(group_size, "weight_group_size")

@@ -32,15 +32,15 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
-    """`torch.nn.Embedding` with a fake-quantized weight, one scale for each row. Its input stays:
-    indices. Arguments as for `QuantLayer`."""
+    """`torch.nn.Embedding` with a fake-quantized weight, one scale for each row. Its input,
+    indices, is not quantized. Arguments as for `QuantLayer`."""
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().set_quantizers_(weight, None)
 
     def check_granularity(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().check_granularity(weight, activation)
-        # Sparse gradients pass as they are, but can be neither cut into groups nor masked.
+        # Sparse gradients can pass unchanged, but can be neither split into groups nor masked.
         if self.sparse and weight and (weight.group_size or weight.grid_kind == UNSIGNED):
             raise ValueError(
                 f"weight: got {weight} for an embedding with sparse gradients; takes a grid that "
@@ -63,7 +63,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
 class QuantTransposedLinear(QuantLayer):
     """The linear layer of GPT-2 in Hugging Face transformers (`Conv1D`), whose weight is
-    ``[in, out]``, on fake-quantized weights and inputs. `quantize_model_` makes it."""
+    ``[in, out]``, on fake-quantized weights and inputs. Made by `quantize_model_`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)

@@ -1,4 +1,4 @@
-"""What is made of tensors once, as long as they stay what they are."""
+"""Cached values that are valid while the tensors they were computed from do not change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Made:
-    """A value, and the tensors and options that it was made of."""
+    """A value, with the tensors and options that it was computed from."""
 
     def __init__(self, value: Any, tensors: Iterable[Tensor | None], options: Any) -> None:
         self.value = value
@@ -17,7 +17,8 @@ class Made:
         self._options = options
 
     def is_of(self, tensors: Iterable[Tensor | None], options: Any) -> bool:
-        """Whether the tensors are the same ones, unchanged but through ``x.data``."""
+        """Whether the tensors and options are the same and unchanged. Changes through ``x.data``
+        are not seen."""
         now = list(tensors)
         return (
             options == self._options
@@ -30,5 +31,5 @@ class Made:
 
 
 def can_be_watched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether changes of the tensors can be seen."""
+    """Whether changes of the tensors can be detected: inference tensors have no version."""
     return not any(x is not None and x.is_inference() for x in tensors)

@@ -1,8 +1,8 @@
-"""Tells of converted layers that a model does not call, or calls several times in one forward.
+"""Warns of converted layers that a model does not call, or calls several times in one forward.
 
-A layer that a model never calls computes nothing: some models read ``layer.weight`` and multiply by
-themselves, in float. Only the first two forwards in training are watched. What is noted about them
-is kept here, under weak references, so that nothing of it is copied or saved with the model.
+A layer that is never called is not quantized: some models read ``layer.weight`` and multiply in
+their own code, in float. Only the first two training forwards are watched. The records are kept in
+this module, under weak references, so that they are not copied or saved with the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _lock = threading.RLock()
 
 
 def watch(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Notes, from now on, which of the layers the model calls in training."""
+    """Starts to record which of the layers the model calls in training."""
     layers = {name: layer for name, layer in layers.items() if layer is not model}
     noted = _Watch(model, layers)
     for layer in layers.values():
@@ -31,7 +31,7 @@ def watch(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def called(layer: nn.Module) -> None:
-    """A layer tells that it computes."""
+    """Records a call of a layer; layers call this in their forward."""
     if torch.compiler.is_compiling() or not _watches or not layer.training:
         return
     with _lock:
@@ -41,14 +41,14 @@ def called(layer: nn.Module) -> None:
 
 
 class _Forward:
-    """One call of a model, kept alive by nothing but the frame in which it runs."""
+    """One call of a model. Only the frame in which it runs keeps this object alive."""
 
     def __init__(self) -> None:
         self.called: set[str] = set()
 
 
 class _Watch:
-    """One model's."""
+    """The record of one model."""
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         self.model = weakref.ref(model)
@@ -59,7 +59,7 @@ class _Watch:
 
     def called(self, layer: nn.Module, caller: FrameType) -> None:
         forward = self._forward(caller)
-        if forward is None:  # a layer or a part of the model is called by itself
+        if forward is None:  # a layer or a part of the model is called directly
             return
         name = self.names[layer]
         self.ever.add(name)
@@ -67,7 +67,7 @@ class _Watch:
             self.several.add(name)
             warnings.warn(
                 f"layer {name!r} is called several times in one forward, and all calls share the "
-                "range of one input quantizer: where their inputs differ in size, evaluation "
+                "range of one input quantizer: if their inputs differ in magnitude, evaluation "
                 "differs from training. Give each call a layer of its own (they may share the "
                 "weight), or keep the layer float with overrides",
                 stacklevel=5,
@@ -75,11 +75,11 @@ class _Watch:
         forward.called.add(name)
 
     def _forward(self, frame: FrameType | None) -> _Forward | None:
-        """The call of the model in which the code of ``frame`` runs, if it does."""
+        """The call of the model within which ``frame`` runs, if any."""
         model = self.model()
         while frame is not None and model is not None:
             if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is model:
-                # A name more among a frame's variables lives as long as they do.
+                # An additional local variable of the frame lives as long as the frame.
                 if _NAME not in frame.f_locals:
                     frame.f_locals[_NAME] = forward = _Forward()
                     weakref.finalize(forward, self._ended).atexit = False

@@ -1,7 +1,7 @@
-"""The operators under torch.vmap: to the bit what a loop over the samples computes.
+"""The operators under torch.vmap, with the same bits as a loop over the samples.
 
-An operator has a scale for each channel, so the samples become channels: each rule moves them to
-the front, joins them with the channels that a sample has, and takes the result apart again.
+An operator has one scale per channel, so samples become channels: each rule moves the batch axis to
+the front, merges it with the channels of a sample, and splits the result again.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def fake_quantize(info: Any, dims: Dims, x: Tensor, bits: int, axis: int | None)
 def fake_quantize_many(
     info: Any, dims: Dims, tensors: list[Tensor], bits: list[int], axis: int | None
 ) -> tuple:
-    # One that is the same for all samples is a batch of one.
+    # A tensor that all samples share is a batch of one.
     dims = dims[0]
     groups = [
         _Groups(x, dim, axis, 1 if dim is None else info.batch_size)
@@ -72,7 +72,7 @@ def fake_quantize_fixed_range_clipped(
 def zero_clipped(info: Any, dims: Dims, grad: Tensor, clipped: Tensor) -> tuple:
     grad = _for_each_sample(grad, dims[0], info.batch_size)
     clipped = _for_each_sample(clipped, dims[1], info.batch_size)
-    # The bits are in the order of a sample's memory.
+    # The bits of a mask are in the memory order of a sample.
     order = sorted(range(1, grad.dim()), key=lambda d: -grad.stride()[d])
     grad = grad.permute(0, *order)
     masked = _operators.zero_clipped(_whole_bytes(grad).contiguous(), clipped.flatten())
@@ -186,7 +186,7 @@ def fake_quantize_learned_backward(
     info: Any, dims: Dims, grad: Tensor, x: Tensor, parameters: Tensor, *others: Any
 ) -> tuple:
     *rule, axis, gradient_scale = others
-    # The order of a sum is that of a sample's memory.
+    # Sums are in the memory order of a sample.
     x = _for_each_sample(x, dims[1], info.batch_size)
     order = [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride()[d])]
     back = [order.index(d) for d in range(x.dim())]
@@ -217,8 +217,8 @@ def _parameters_of_groups(parameters: Tensor, dim: int | None, batch: int) -> Te
 
 
 class _Groups:
-    """A batch with a group for each sample, or for each channel of each sample, along its first
-    axis: ``x``."""
+    """A batch as ``x``, with one group per sample, or per channel of each sample, along the first
+    axis."""
 
     def __init__(self, x: Tensor, dim: int | None, axis: int | None, batch: int) -> None:
         x = _for_each_sample(x, dim, batch)
@@ -231,7 +231,7 @@ class _Groups:
         self.x = x
 
     def restored(self, y: Tensor) -> Tensor:
-        """Samples along the first axis, as they were."""
+        """Undoes the grouping: samples along the first axis."""
         if self.axis is None:
             return y
         return y.unflatten(0, self.scale_shape).movedim(1, self.axis + 1)
@@ -243,7 +243,7 @@ def _with_masks(groups: _Groups, y: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     y = groups.restored(y)
     if is_masked is None:
         return y, mask.expand(y.shape[0], 0)
-    # Every sample has bytes of its own, and is laid out as they are.
+    # Each sample's mask starts at a byte, and its memory order is that of the mask.
     return y.contiguous(), reference.packed(_whole_bytes(groups.restored(is_masked)))
 
 
@@ -257,13 +257,13 @@ def _ranges(x: Tensor, dim: int | None, batch: int, grid: str) -> Tensor:
 
 
 def _whole_bytes(x: Tensor) -> Tensor:
-    """A row for each sample, whose size 8 divides."""
+    """One row per sample, padded to a multiple of 8."""
     size = x[:1].numel()
     return F.pad(x.reshape(x.shape[0], size), (0, -size % 8))
 
 
 def _one_by_one(name: str) -> Callable:
-    """The rule of an operator that is called for each sample."""
+    """The rule of an operator that is called once per sample."""
 
     def rule(info: Any, dims: Dims, *arguments: Any) -> tuple:
         operator = getattr(_operators, name)

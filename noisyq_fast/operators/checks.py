@@ -28,7 +28,7 @@ def tensors(**values: object) -> None:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether it has values that may be asked for: not so while something traces or batches."""
+    """Whether the values of ``x`` can be read: not while it is traced or batched."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
@@ -82,8 +82,8 @@ def ste(name: str) -> None:
         raise ValueError(f"ste: got {name!r}, takes {_one_of(STRAIGHT_THROUGH_ESTIMATORS)}")
 
 
-# The arguments of one operator each. They are returned as every backend takes them: qmax for bits,
-# or a `Grid` for bits and its kind, and an axis counted from the front.
+# Each function checks the arguments of one operator, and returns them as backends take them: qmax
+# in place of bits, or a `Grid` in place of bits and kind, and an axis counted from the front.
 
 
 def dynamic(x: Tensor, bits: int, axis: int | None) -> tuple[Tensor, int, int | None]:
@@ -178,13 +178,13 @@ def ema_on_grid(
 
 
 def known_range(running_absmax: Tensor, observed: Tensor, ends: bool = False) -> Tensor:
-    """The average that a sum and its weight stand for."""
+    """The moving average ``running / observed``."""
     _one_per_range(observed, running_absmax, ends)
     _no_gradient("running_absmax", running_absmax)
     if not torch.compiler.is_compiling():
         for name, value in (("running_absmax", running_absmax), ("observed", observed)):
             if not torch._C._functorch.is_functorch_wrapped_tensor(value):
-                _not_freed(name, value)  # Of which PyTorch's division takes no notice.
+                _not_freed(name, value)  # PyTorch's division would not raise.
     return running_absmax / observed
 
 
@@ -201,7 +201,7 @@ def grad_and_clipped(grad: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_size(x: Tensor) -> int:
-    """Bytes that hold a bit for each element."""
+    """The number of bytes that hold one bit per element."""
     return (x.numel() + 7) // 8
 
 
@@ -247,7 +247,7 @@ def learned_codes(
 def learned(
     x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Rule, int | None]:
-    return learned_codes(x, parameters, name, low, high, axis)  # the scale is of the gradient
+    return learned_codes(x, parameters, name, low, high, axis)  # gradient_scale concerns only the backward
 
 
 def learned_backward(
@@ -268,7 +268,7 @@ def learned_backward(
 
 
 def range_seen(x: Tensor, running_absmax: Tensor, *_: object) -> None:
-    """Asked only on the CPU: elsewhere the answer would stall the device."""
+    """Checked only on the CPU: elsewhere the check would synchronize with the device."""
     if x.device.type == "cpu" and running_absmax.isnan().any():
         raise ValueError(
             "running_absmax: got NaN, which means that no batch was seen in training; takes a "
@@ -321,7 +321,7 @@ def adder_gradient(
 
 
 def output_size(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> list[int]:
-    """Rows and columns that a convolution puts out."""
+    """The height and width of the output of a convolution."""
     sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     return [(side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides]
 
@@ -363,7 +363,7 @@ def _one_per_group(
     dtype: torch.dtype = torch.float32,
     ends: bool = False,
 ) -> None:
-    """``ends``: two for each group, low and high."""
+    """``ends``: two values for each group, low and high."""
     _dtype(name, value, (dtype,))
     shape = (2,) * ends + (() if axis is None else (x.shape[axis],))
     if value.shape != shape:
@@ -400,8 +400,8 @@ def _no_gradient(name: str, value: Tensor) -> None:
 
 
 def _own_memory(name: str, value: Tensor, other: str, x: Tensor) -> None:
-    """``value`` (at most 2-d) must have its memory to itself: what a backend has read of ``x`` when
-    it writes ``value`` differs."""
+    """``value`` (at most 2-d) must not share memory: how much of ``x`` is read before ``value`` is
+    written depends on the backend."""
     if value.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name}: got a tensor made in inference mode, which is for use there only; takes an "
@@ -416,7 +416,7 @@ def _own_memory(name: str, value: Tensor, other: str, x: Tensor) -> None:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """Where a tensor begins and ends in its storage, in bytes."""
+    """The first and the last byte of a tensor in its storage."""
     if x.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

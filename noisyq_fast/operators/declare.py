@@ -1,4 +1,4 @@
-"""How an operator is declared, once: its schema, its checks, its shape and its gradient."""
+"""Declaration of an operator: its schema, checks, output shapes and gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +21,14 @@ def declare(
     gradient: type[gradients.Gradient] | None,
     check_values: Callable | None = None,
 ) -> torch._ops.OpOverload:
-    """Declares an operator, which backends compute with a function of the same name.
+    """Declares an operator. Backends implement it by a function of the same name.
 
     Args:
         schema: the operator's signature.
-        prepare: raises for bad arguments; returns those that ``shape`` and the backends take.
-        shape: the outputs without their values.
-        gradient: differentiates the operator; ``None`` where it is not differentiable.
-        check_values: raises for bad values; not called where there are no values yet (tracing).
+        prepare: checks the arguments; returns those that ``shape`` and the backends take.
+        shape: returns empty outputs (for tracing).
+        gradient: differentiates the operator; ``None`` if it is not differentiable.
+        check_values: raises for bad values; not called while tracing, without values.
     """
     name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(torch.ops.noisyq, name).default

@@ -1,6 +1,6 @@
 """The gradients of the operators, in reverse mode and in forward mode.
 
-Each class takes ``below_autograd``, which computes the operator, and then its arguments.
+Each class takes ``below_autograd``, which computes the operator, and then the operator's arguments.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ class Gradient(torch.autograd.Function):
 
 
 def wanted() -> bool:
-    """Whether derivatives are recorded now. Forward mode does not heed no_grad()."""
+    """Whether derivatives are recorded now. Forward mode ignores no_grad()."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def unrecorded(below_autograd: Callable) -> Any:
-    """Its value, of which this transform records nothing but those further out may."""
+    """The operator's value, unrecorded by this transform; outer transforms may record it."""
     further_out = torch._C._are_functorch_transforms_active()
     if not further_out and forward_ad._current_level < 0:
         records = torch.is_grad_enabled()
@@ -67,7 +67,7 @@ class StraightThrough(Gradient):
 
 
 class StraightThroughEach(Gradient):
-    """`StraightThrough` for each tensor of a list: none has to wait for another's gradient."""
+    """`StraightThrough` for each tensor of a list, so that each gradient passes on its own."""
 
     @classmethod
     def apply(cls, below_autograd: Callable, tensors: list[Tensor], *_: object) -> list[Tensor]:
@@ -78,8 +78,8 @@ class StraightThroughEach(Gradient):
 
 
 class ClippedStraightThrough(Gradient):
-    """dy/dx = 0 where the operator's mask says so, otherwise 1. Saves the mask, a bit for each
-    element; nothing where the mask is empty, which stands for 1 everywhere."""
+    """dy/dx = 0 where the operator's mask is set, otherwise 1. Saves the mask, one bit per element,
+    unless it is empty, which means 1 everywhere."""
 
     @staticmethod
     def forward(
@@ -112,7 +112,7 @@ class ClippedStraightThrough(Gradient):
 
 
 class ZeroClipped(Gradient):
-    """Linear in the gradient that it masks."""
+    """Masks a gradient; linear in it."""
 
     @staticmethod
     def forward(ctx: Any, below_autograd: Callable, grad: Tensor, clipped: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class DequantizeOnGrid(Gradient):
 
 
 class Learned(Gradient):
-    """By the derivatives of the rule, which another operator takes and sums."""
+    """The derivatives of the rule, computed and summed by another operator."""
 
     @staticmethod
     def forward(
@@ -232,8 +232,8 @@ class Learned(Gradient):
 
 
 class Adder(Gradient):
-    """Those of AdderNet, which are no derivatives: of ``-|w - x|`` by w ``x - w``, and by x
-    ``clip(w - x, -1, 1)``."""
+    """The gradients of AdderNet, which are not derivatives: of ``-|w - x|``, ``x - w`` for w and
+    ``clip(w - x, -1, 1)`` for x."""
 
     @staticmethod
     def forward(
@@ -259,8 +259,8 @@ class Adder(Gradient):
 
 
 def _is_known_to_be_zero(mask: Tensor) -> bool:
-    """Whether no bit is set. Asked only of plain tensors on the CPU: of others the answer is not
-    there yet, or a device would have to be waited for."""
+    """Whether no bit is set. Checked only for plain tensors on the CPU: others may have no values
+    yet, or the check would synchronize with the device."""
     return checks.is_plain(mask) and mask.device.type == "cpu" and not mask.any()
 
 

@@ -1,8 +1,8 @@
-"""Which elements share a scale, where it is not all or those of one index of an axis: views of a
-tensor whose groups lie along the first axis, so that operators need to know no more than axes.
+"""Scales for groups of channels and for tokens: views of a tensor with the groups along the first
+axis, so that operators only need scales along an axis.
 
 *group*: for each index of axis 0 (output channels), each ``G`` consecutive indices of axis 1 (input
-channels) with all that follow (kernel positions)::
+channels) with all later axes (kernel positions)::
 
     [O, I, *kernel]  ->  [O * (I / G), G * kernel]          scales [O, I / G]
 
@@ -23,7 +23,11 @@ Axis = int | str | None
 
 
 class Groups:
-    """``x``: a tensor with its groups along axis 0.
+    """A tensor with its groups along axis 0.
+
+    Attributes:
+        x: the tensor as ``[groups, elements]``.
+        shape: of the scales, whose number is that of the groups.
 
     Example:
         >>> import torch
@@ -45,7 +49,7 @@ class Groups:
         self.x = x.reshape(count, x.numel() // count if count else 0)
 
     def restored(self, y: Tensor) -> Tensor:
-        """``y``, in the shape of ``x`` here, in the shape and memory format of the whole."""
+        """``y`` ``[groups, elements]``, in the shape and memory format of the original tensor."""
         y = y.reshape(self.whole.shape)
         if y.stride() == self.whole.stride():
             return y
@@ -53,7 +57,7 @@ class Groups:
         return y if like.stride() == y.stride() else like.copy_(y)
 
     def flat(self, name: str, value: Tensor | None) -> Tensor | None:
-        """What there is one of for each group, in one dimension."""
+        """A tensor with one value for each group, flattened."""
         if value is not None and value.shape != self.shape:
             raise ValueError(
                 f"{name}: got shape {list(value.shape)}, takes {list(self.shape)} for a tensor of "
@@ -63,7 +67,7 @@ class Groups:
 
 
 def by_group(axis: Axis, group_size: int | None) -> bool:
-    """Whether there are groups of this kind."""
+    """Whether scales belong to groups or tokens."""
     return group_size is not None or axis == TOKEN
 
 

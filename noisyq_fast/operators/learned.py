@@ -1,8 +1,8 @@
-"""The operators of quantizers that learn: one pass forward, one backward, by the rules of
+"""The operators of learned quantizers: one pass forward, one backward, by the rules of
 `noisyq_fast.rules`.
 
-Values and codes are the same bits in every backend, and so are gradients. Saved for backward is the
-input and nothing else of its size.
+Values, codes and gradients have the same bits in every backend. The backward needs only the input
+and the parameters.
 """
 
 import torch
@@ -46,14 +46,14 @@ def fake_quantize_learned(
     axis: int | None = None,
     gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Quantizes and dequantizes ``x`` by a rule, whose parameters have gradients too.
+    """Quantizes and dequantizes ``x`` by a rule; differentiable by its parameters too.
 
     Args:
         x: float32, bfloat16 or float16 tensor of any shape and strides.
         parameters: float32 ``[parameters]``, or with an ``axis`` ``[parameters, x.shape[axis]]``.
         rule: a name of `noisyq_fast.rules.NAMES`.
         low, high: the smallest and the largest code.
-        axis: parameters for each of its indices; ``None``: for the whole.
+        axis: parameters for each index of this axis; ``None``: for the whole tensor.
         gradient_scale: a factor of the gradient of the parameters.
 
     Returns:
@@ -91,6 +91,6 @@ def fake_quantize_learned(
 def quantize_learned(
     x: Tensor, parameters: Tensor, rule: str, low: int, high: int, axis: int | None = None
 ) -> Tensor:
-    """The codes of `fake_quantize_learned`, int16; of a NaN 0. Not differentiable."""
+    """The codes of `fake_quantize_learned`, int16, 0 for NaN. Not differentiable."""
     checks.tensors(x=x, parameters=parameters)
     return _quantize_learned(x, parameters, rule, low, high, axis)

@@ -1,6 +1,7 @@
-"""Every operator, declared once: schema, argument checks, shapes, gradient.
+"""The operators: schema, argument checks, shapes and gradient of each.
 
-For ``bits`` in 2..8, with one group per tensor, one per index of ``axis``, or as `Groups` says::
+For ``bits`` in 2..8, with one group per tensor, one per index of ``axis``, or the groups of
+`Groups`::
 
     qmax   = 2^(bits-1) - 1
     lambda = max |x|                            over the group
@@ -15,8 +16,8 @@ others see `noisyq_fast.grid`. They have operators of their own, ``*_on_grid``, 
 leave out.
 
 The operators are ``torch.ops.noisyq.*``, so that ``torch.compile`` keeps one graph; a backend
-(`noisyq_fast.backends`) does the arithmetic. The public functions add the checks that the
-dispatcher would make with an error that does not name the argument.
+(`noisyq_fast.backends`) does the arithmetic. The public functions also check types: the errors of
+the dispatcher do not name the argument.
 """
 
 from collections.abc import Sequence
@@ -175,7 +176,7 @@ _dequantize_on_grid = declare(
 
 
 def masked_on(grid: str, ste: str) -> str:
-    """The elements whose gradient is 0; none where no gradient will be asked for."""
+    """Which elements have the gradient 0; NOTHING if no gradient is recorded."""
     if not gradients.wanted():
         return NOTHING
     if ste == "clipped":
@@ -192,7 +193,7 @@ def fake_quantize(
     group_size: int | None = None,
     ste: str = "identity",
 ) -> Tensor:
-    """Quantizes and dequantizes ``x`` with the range of each group itself (dynamic).
+    """Quantizes and dequantizes ``x``, with scales from ``x`` itself (dynamic quantization).
 
     Args:
         x: float32, bfloat16 or float16 tensor of any shape and strides.
@@ -200,23 +201,23 @@ def fake_quantize(
         axis: the per-channel axis, one scale for each of its indices; ``None``: one scale;
             ``"token"``: one for each index of all axes but the last.
         grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
-        group_size: one scale for each so many consecutive indices of axis 1 (input channels), with
-            all that follow, of each index of axis 0. Must divide the size of axis 1.
+        group_size: the number of consecutive indices of axis 1 (input channels) that share a scale,
+            with all later axes, for each index of axis 0. Must divide the size of axis 1.
         ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a code was
-            clamped, which full grids do by half a step and affine ones by up to that.
+            clamped: on full grids the upper half step, on affine ones up to half a step.
 
     Returns:
         A tensor with the shape, dtype and memory format of ``x``.
 
-    On the signed grid the gradient is the identity (the straight-through estimator): nothing clips,
-    because the scale is the absmax, so nothing is computed and nothing is saved for backward. On an
-    unsigned grid values below 0 become 0 and have no gradient, whatever ``ste``; for that a bit for
-    each element is saved, unless (on the CPU, where asking costs nothing) there are none.
+    On the signed grid the gradient is the identity (the straight-through estimator): the scale is
+    the absmax, so nothing clips, and nothing is computed or saved for the backward. On an unsigned
+    grid values below 0 become 0 and have no gradient, whatever ``ste``. For that one bit per
+    element is saved; on the CPU, where the check is free, only if there are such values.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: an argument out of range, an ``x`` that is not strided, or a ``group_size`` that
-            leaves a remainder.
+            does not divide the size of axis 1.
 
     Example:
         >>> import torch, noisyq_fast
@@ -258,16 +259,16 @@ def fake_quantize_many(
 
     Args:
         tensors: one or more tensors as for `fake_quantize`, on one device.
-        bits: width of the codes, 2..8, of all tensors or of each.
-        axis, grid, group_size: as for `fake_quantize`, of each tensor.
+        bits: width of the codes, 2..8; one int, or one for each tensor.
+        axis, grid, group_size: as for `fake_quantize`, for each tensor.
 
     Returns:
         A list of tensors like ``tensors``. Gradients are those of `fake_quantize`.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
-        ValueError: a value out of range, no tensor, tensors on several devices, or as many
-            ``bits`` as do not fit.
+        ValueError: a value out of range, no tensor, tensors on several devices, or another number
+            of ``bits`` than of tensors.
 
     Example:
         >>> import torch, noisyq_fast
@@ -312,40 +313,40 @@ def fake_quantize_ema(
 
     In training the scale comes from the batch's own absmax, and the same call updates, in place,
     ``running_absmax += averaging_constant * (absmax - running_absmax)``. Otherwise the scale comes
-    from ``running_absmax``, which stays as it is.
+    from ``running_absmax``, which does not change.
 
-    With ``observed`` the moving average is ``running_absmax / observed``: a sum and its weight.
-    Both can be averaged with those of other models, where the NaN of one that has seen nothing
-    would spoil the mean for ever. An update leaves the average itself and a weight of 1.
+    With ``observed`` the moving average is ``running_absmax / observed``: a weighted sum and its
+    weight. Both can be averaged over models, even if some have seen no data yet, where a NaN would
+    make the mean NaN. An update stores the average itself and a weight of 1.
 
     Args:
         x: float32, bfloat16 or float16 tensor of any shape and strides.
-        running_absmax: float32; 0-d, or ``[x.shape[axis]]``. NaN means "nothing seen yet": the
-            first batch sets it. A batch whose absmax is not finite, or without elements, leaves
-            it (and ``observed``) unchanged. Of an unsigned grid the average of max(x, 0); of an
-            affine one two averages, ``[2]`` or ``[2, x.shape[axis]]``: of min(x, 0) and max(x, 0).
+        running_absmax: float32; 0-d, or ``[x.shape[axis]]``. NaN means "no data yet": the first
+            batch sets it. A batch whose absmax is not finite, or without elements, leaves it (and
+            ``observed``) unchanged. On an unsigned grid the average of max(x, 0); on an affine one
+            two averages, ``[2]`` or ``[2, x.shape[axis]]``: of min(x, 0) and of max(x, 0).
         bits: width of the codes, 2..8.
         axis: the per-channel axis, one range for each of its indices; ``None``: one range.
         averaging_constant: weight of the batch in the average, 0..1.
         training: whether to use and record the batch's absmax.
         ste: ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it where a value
-            was clipped, at the cost of a saved bit for each element. With the batch's own absmax
-            nothing clips, and both are the same (on the signed grid: see `fake_quantize`).
-        observed: float32, of the shape and device of ``running_absmax`` (of an affine grid, of one
-            of its ends): its weight, 0 where nothing was seen yet (then the sum is 0 too, and their
-            quotient NaN). ``None``: 1.
+            was clipped, and saves one bit per element. With the batch's own absmax nothing clips,
+            and both are the same (on the signed grid; for others see `fake_quantize`).
+        observed: float32, in the shape and on the device of ``running_absmax`` (on an affine grid,
+            of one of its ends): its weight, 0 before the first batch (then the sum is 0 too, and
+            their quotient NaN). ``None``: 1.
         grid: as for `fake_quantize`.
 
     Returns:
-        A tensor with the shape, dtype and memory format of ``x``. Where a range is NaN outside
-        training (on a GPU, where asking would stall it), the output is NaN; values beyond a range
-        are clipped to it, infinities too, and a NaN in ``x`` stays NaN.
+        A tensor with the shape, dtype and memory format of ``x``. Outside training, values
+        beyond a range are clipped to it, infinities too; a NaN in ``x`` stays NaN; and the output
+        for a range that is NaN is NaN (on a GPU, where an error would need a synchronization).
 
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: an argument out of range, shapes or devices that do not fit, a
             ``running_absmax`` or ``observed`` that requires grad or shares its memory, or, on the
-            CPU, a range without a value outside training.
+            CPU, a range that is NaN outside training.
 
     Example:
         >>> import torch, noisyq_fast
@@ -412,10 +413,10 @@ def quantize(
 
     Returns:
         ``codes``, with the shape and memory format of ``x``, int8, or uint8 on unsigned and affine
-        grids; ``scale``, float32, 0-d or ``[x.shape[axis]]`` (of tokens ``x.shape[:-1]``, of groups
-        ``[x.shape[0], x.shape[1] / group_size]``); and, on an affine grid, ``zero_point``, uint8,
-        in the shape of ``scale``. A group that holds a NaN or an infinity has codes 0 and a scale
-        that is not finite.
+        grids; ``scale``, float32, 0-d or ``[x.shape[axis]]`` (for tokens ``x.shape[:-1]``, for
+        groups ``[x.shape[0], x.shape[1] / group_size]``); and, on an affine grid, ``zero_point``,
+        uint8, in the shape of ``scale``. A group that holds a NaN or an infinity has codes 0 and a
+        scale that is not finite.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -454,13 +455,13 @@ def dequantize(
     zero_point: Tensor | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """``(codes - zero_point) * scale``, in float32: what `fake_quantize` gives for float32.
+    """``(codes - zero_point) * scale``, in float32: the values of `fake_quantize`.
 
     Args:
         codes: int8 or uint8 tensor of any shape and strides.
-        scale: float32, of the shape that `quantize` gives. Differentiable.
+        scale: float32, in the shape that `quantize` returns. Differentiable.
         axis, group_size: as for `quantize`.
-        zero_point: uint8, of the shape of ``scale``, for the codes of an affine grid; ``None``: 0.
+        zero_point: uint8, in the shape of ``scale``, for codes of an affine grid; ``None``: 0.
 
     Returns:
         A float32 tensor with the shape and memory format of ``codes``.

@@ -1,4 +1,4 @@
-"""The scale comes from the largest magnitude, or range, taken anew at every call."""
+"""Scales from the absmax, or the range, of the tensor itself, computed at every call."""
 
 from typing import ClassVar
 
@@ -18,12 +18,12 @@ class AbsMax(Quantizer):
 
     Args:
         bits: width of the codes, 2..8.
-        axis: one scale for each index of this axis: 0 stands for the output channels of a weight
-            (a layer hands its weight over with these first). ``None``: one scale; ``"token"``: one
-            for each index of all axes but the last (of activations; in evaluation too).
+        axis: one scale for each index of this axis: 0 is the output channels of a weight (a layer
+            passes its weight with these first). ``None``: one scale; ``"token"``: one for each
+            index of all axes but the last (for activations; in evaluation too).
         grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
-        group_size: one scale for each so many consecutive input channels (with all kernel
-            positions) of each output channel, as for `fake_quantize`.
+        group_size: the number of consecutive input channels (with all kernel positions) of an
+            output channel that share a scale, as for `fake_quantize`.
 
     Example:
         >>> import torch, noisyq_fast

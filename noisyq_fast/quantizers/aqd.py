@@ -15,22 +15,22 @@ from noisyq_fast.quantizers.quantizer import Quantizer
 
 
 class AQD(LearnedQuantizer):
-    """Learns where values are clipped. Inputs are rounded to ``n = 2^b - 1`` steps from 0 to a;
-    weights to ``2^b`` levels from -a to a, for each output channel: ``y = a (2 r / n - 1)`` with
-    ``r = rint(n (clip(w / a, -1, 1) + 1) / 2)``. These have no 0, so that weights that are pruned
-    are not 0. An input with values below 0 is rounded like weights.
+    """Learns a clipping level a. Inputs are rounded to ``n = 2^b - 1`` steps from 0 to a; weights
+    to ``2^b`` levels from -a to a, with an a for each output channel: ``y = a (2 r / n - 1)`` with
+    ``r = rint(n (clip(w / a, -1, 1) + 1) / 2)``. 0 is no level, so pruned weights do not stay 0.
+    Inputs with values below 0 (``signed=True``) are rounded like weights.
 
-    The levels a begin at the largest ``|x|``; the authors' code takes its running mean over the
-    first steps. Zeros that a convolution pads with come after the quantizer and stay 0.
+    a is initialized to the largest ``|x|``; the authors' code uses its running mean over the first
+    steps. A convolution pads after the quantizer, with exact zeros.
 
     Args:
         bits: width of the codes, 2..8.
-        axis: of weights; a level for each of its indices, the output channels; ``None``: one.
+        axis: one clipping level for each index of this axis of a weight; ``None``: one.
         signed: as for `LearnedQuantizer`.
-        standardize: whether weights are ``(w - mean) / (std + 1e-5)`` before they are clipped, an
-            option of the authors' code; without a gradient of mean and deviation, which are those
-            of the whole weight (unverified). Nothing scales values back, so that a batch norm has
-            to follow: the first and the last layers of a model leave it out.
+        standardize: whether weights are replaced by ``(w - mean) / (std + 1e-5)`` before clipping,
+            an option of the authors' code. Mean and deviation are over the whole weight
+            (unverified) and have no gradient. The outputs are not scaled back, so a batch norm has
+            to follow; the first and the last layers of a model do not standardize.
 
     Attributes:
         clip: the parameter a.
@@ -74,7 +74,8 @@ class AQD(LearnedQuantizer):
         return super().codes(self._standardized(x))
 
     def _standardized(self, x: Tensor) -> Tensor:
-        """From sums in the order of `noisyq_fast.rules`, as every backend takes them."""
+        """Mean and deviation are from sums in the order of `noisyq_fast.rules`: equal on all
+        backends."""
         if not self.standardize or self.role != WEIGHT or x.numel() == 0:
             return x
         with torch.no_grad():
@@ -96,7 +97,7 @@ class AQD(LearnedQuantizer):
         return ODD if self.is_signed else UNSIGNED
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """What the codes of a weight are multiplied by."""
+        """The scale of the codes of a weight."""
         self.prepare(weight)
         return self.code_scale()
 

@@ -9,7 +9,7 @@ from noisyq_fast import rules
 from noisyq_fast.operators import checks
 from noisyq_fast.quantizers.learned import LEAST, LearnedQuantizer, quotient
 
-# At 0 a cell is a spike, at 1/2 it is plain rounding, nearly.
+# At 0 the gradient of a cell is a spike; at 1/2 it is nearly that of straight-through rounding.
 _ALPHA_ENDS = 1e-3, 0.5
 
 
@@ -17,17 +17,17 @@ class DSQ(LearnedQuantizer):
     """Rounds to ``2^b`` values from l to u; the gradient is that of a tanh in each cell: steeper
     than 1 where the value jumps from one to the next, flatter between, and 1 in the mean.
 
-    l and u begin at the least and the largest value. Their gradients are those of the values that
-    are put out; that the paper does not write them more coarsely is unverified. They and alpha have
-    no factor of their gradients: a smaller rate than that of weights is advisable.
+    l and u are initialized to the smallest and the largest value. Their gradients are exact
+    derivatives of the outputs; whether the paper approximates them is unverified. The gradients of
+    l, u and alpha are not scaled: use a smaller learning rate than for weights.
 
     Args:
         bits: width of the codes, 2..8.
-        alpha: where the shape of the cells begins, above 0, up to 0.5, where it is nearly that of
-            straight-through rounding; that the paper has these ends is unverified. 0.2 is where
-            popular implementations that learn it begin.
-        learn_alpha: whether it is learned; that of the authors' group fixes it at 0.4, with the
-            range from an observer.
+        alpha: the initial shape of the cells, above 0 and up to 0.5, which is nearly
+            straight-through rounding (limits of the paper unverified). Popular implementations that
+            learn it start at 0.2.
+        learn_alpha: whether alpha is learned; the implementation of the authors' group fixes it at
+            0.4 and takes the range from an observer.
 
     Attributes:
         low, high, alpha: the parameters.
@@ -72,12 +72,12 @@ class DSQ(LearnedQuantizer):
         return low, high
 
     def constrain(self) -> None:
-        """l < u, and alpha between 0.001 and 0.5."""
+        """Enforces l < u, and alpha between 0.001 and 0.5."""
         self.high.data.copy_(torch.maximum(self.high, self.low + LEAST))
         self.alpha.data.clamp_(*_ALPHA_ENDS)
 
     def code_step(self) -> Tensor:
-        """From one value to the next."""
+        """The distance between neighbouring values."""
         width = (self.high - self.low).detach().float()
         return quotient(width, float(self.code_ends[1])).clamp(min=torch.finfo(torch.float32).tiny)
 

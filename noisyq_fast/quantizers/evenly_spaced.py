@@ -1,4 +1,4 @@
-"""Evenly spaced values that are given, and stay: those for which there is no grid of bytes."""
+"""Given, fixed, evenly spaced values that have no grid of one-byte codes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from noisyq_fast.quantizers.quantizer import Quantizer
 class EvenlySpaced(Quantizer):
     """Rounds to the values ``offset + (k - middle) * step``, ``k`` from 0 to ``2^b - 1``.
 
-    `Fixed` has the values whose codes are bytes and whose 0 is a code or half of one; this has
-    those of `DSQ`, which begin anywhere, and the 256 of `AQD` and `SAT` that have no 0. Integer
-    files bring weights back with it (`noisyq_fast.load_integers`). The gradient is passed on as it
-    is.
+    `Fixed` covers the grids of `Grid`. This class covers the values of `DSQ`, which have any
+    offset, and the 256 values without 0 of 8-bit `AQD` and `SAT`. `noisyq_fast.load_integers`
+    restores such weights with it. The gradient is passed on unchanged.
 
     Args:
         step: float32, ``[]`` or one for each index of ``axis``.
@@ -28,7 +27,8 @@ class EvenlySpaced(Quantizer):
             else it is 0.
 
     Raises:
-        ValueError: steps that are not positive and finite, or tensors of another shape.
+        ValueError: steps that are not positive and finite, offsets that are not finite, or other
+            shapes.
 
     Example:
         >>> import torch, noisyq_fast
@@ -67,7 +67,7 @@ class EvenlySpaced(Quantizer):
 
     @property
     def largest(self) -> int:
-        """The last k."""
+        """The largest k."""
         return (1 << self.bits) - 1
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class EvenlySpaced(Quantizer):
         return values + (x - x.detach())  # the difference is 0
 
     def indices(self, x: Tensor) -> Tensor:
-        """k of each value, uint8; of a NaN 0."""
+        """k of each value, uint8; 0 for NaN."""
         step, offset = self._along(x)
         k = ((x.float() - offset) / step + self._middle).round().clamp(0, self.largest)
         return torch.empty_like(x, dtype=torch.uint8).copy_(k.nan_to_num(nan=0.0))

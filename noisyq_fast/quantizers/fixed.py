@@ -1,4 +1,4 @@
-"""The scales are given, and stay."""
+"""Quantization with given, fixed scales."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from noisyq_fast.quantizers.quantizer import Quantizer
 
 
 class Fixed(Quantizer):
-    """Quantizes with scales that are found elsewhere: by a post-training method, or read from a
-    file. They are the same in training and in evaluation, and the gradient is passed on as it is.
+    """Quantizes with given scales, such as from a post-training method or a file. They are the same
+    in training and in evaluation, and the gradient is passed on unchanged.
 
     Args:
         scale: float32, ``[]`` or one for each index of ``axis``; with a ``group_size``
             ``[output channels, input channels / group_size]``.
         bits: width of the codes, 2..8.
-        axis: as for `AbsMax`, but for tokens.
+        axis: as for `AbsMax`, except ``"token"``.
         grid: as for `AbsMax`.
         group_size: as for `AbsMax`.
-        zero_point: of an affine grid, the codes of the value 0, in the shape of ``scale``.
+        zero_point: the codes of the value 0, in the shape of ``scale``; on the affine grid only.
 
     Attributes:
         scale, zero_point: buffers.
 
     Raises:
         ValueError: scales that are not positive and finite, or of another shape; a zero point that
-            is no code, or that is given or missing where the grid has none or one.
+            is not a code, that is missing on the affine grid or given on another.
 
     Example:
         >>> import torch, noisyq_fast
@@ -97,7 +97,7 @@ class Fixed(Quantizer):
         return groups.restored(self._levels(groups).values(groups.x, 0))
 
     def values_of(self, codes: Tensor) -> Tensor:
-        """The values, float32, of codes."""
+        """The dequantized values, float32, of codes."""
         scale, zero_point = self.scale, self.zero_point
         return dequantize(
             codes, scale, self.axis, zero_point=zero_point, group_size=self.group_size

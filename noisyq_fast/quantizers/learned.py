@@ -1,4 +1,4 @@
-"""What quantizers that learn have in common: parameters, where they begin, and where they stay."""
+"""The base class of learned quantizers: parameters, their initialization, and their constraints."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ LEAST = 2.0**-24
 
 
 class LearnedQuantizer(Quantizer):
-    """A quantizer whose range is learned with the weights, from where the first tensor puts it.
+    """A quantizer whose range is learned with the weights, and initialized from the first tensor.
 
-    What it is made for, a layer tells it: a weight has values of both signs, the input of a layer
-    none below 0, unless ``signed`` says otherwise. The first tensor is the weight at the first
-    forward, or the first batch in training; `noisyq_fast.calibrate` comes before both. Whether
-    there was one is in the state dict.
+    The layer sets its role: a weight has values of both signs, the input of a layer none below 0,
+    unless ``signed`` says otherwise. The first tensor is the weight in the first forward, or the
+    first batch in training; `noisyq_fast.calibrate` initializes earlier. The state dict records
+    whether the parameters are initialized.
 
-    A subclass names its ``rule``, its codes, where its parameters begin (`initial`) and where they
-    may be (`constrain`). `noisyq_fast.parameter_groups` gives them a group of their own in an
-    optimizer, after whose steps `noisyq_fast.constrain_` puts them back where they may be.
+    A subclass defines its ``rule``, its codes, the initial values of its parameters (`initial`) and
+    their constraints (`constrain`). `noisyq_fast.parameter_groups` puts the parameters into an
+    optimizer group of their own; `noisyq_fast.constrain_` calls `constrain` after each step.
 
     Args:
         bits: width of the codes, 2..8.
-        axis: parameters for each index of this axis of a weight; ``None``: for the whole.
-        signed: whether values below 0 have codes; ``None``: those of weights.
+        axis: parameters for each index of this axis of a weight; ``None``: for the whole tensor.
+        signed: whether values below 0 have codes; ``None``: for weights only.
 
     Attributes:
-        initialized: whether the parameters are there yet.
+        initialized: whether the parameters are initialized.
         role: ``"weight"`` or ``"input"``.
     """
 
@@ -54,7 +54,7 @@ class LearnedQuantizer(Quantizer):
     axis: int | None
 
     initialized: bool = False
-    # Of the ranks of data-parallel training: the sum, and the largest, of values that each has.
+    # In data-parallel training: the sum and the maximum of a tensor over the ranks.
     sum_of_ranks: Callable[[Tensor], Tensor] | None = None
     max_of_ranks: Callable[[Tensor], Tensor] | None = None
 
@@ -71,11 +71,11 @@ class LearnedQuantizer(Quantizer):
         self._set_grid()
         self._allocate([])
 
-    # What a subclass says.
+    # Defined by subclasses.
 
     @property
     def rule(self) -> str:
-        """A name of `noisyq_fast.rules`."""
+        """The name of a rule in `noisyq_fast.rules`."""
         raise NotImplementedError
 
     @property
@@ -86,11 +86,11 @@ class LearnedQuantizer(Quantizer):
         return 0, (1 << self.bits) - 1
 
     def initial(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Where the parameters begin: one float32 value for each group of ``x``."""
+        """The initial parameters: for each, one float32 value per group of ``x``."""
         raise NotImplementedError
 
     def constrain(self) -> None:
-        """Puts the parameters, after a step, back where they may be: positive."""
+        """Moves the parameters back to valid values after a step: positive ones."""
         for parameter in self.learned():
             parameter.data.clamp_(min=LEAST)
 
@@ -98,7 +98,7 @@ class LearnedQuantizer(Quantizer):
         """A factor of the gradients of the parameters."""
         return 1.0
 
-    # What a layer tells.
+    # Called by a layer.
 
     @property
     def is_signed(self) -> bool:
@@ -135,7 +135,7 @@ class LearnedQuantizer(Quantizer):
     # The parameters.
 
     def learned(self) -> list[nn.Parameter]:
-        """In the order of the rule."""
+        """The parameters, in the order of the rule."""
         return [getattr(self, name) for name in PARAMETERS[self.rule]]
 
     def _allocate(self, shape: list[int]) -> None:
@@ -149,12 +149,12 @@ class LearnedQuantizer(Quantizer):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Puts the parameters where ``x`` says that they begin."""
+        """Initializes the parameters from ``x``."""
         if next(self.parameters()).is_meta and not x.is_meta:
             self.to_empty(device=x.device)
         if self.axis is not None and next(self.parameters()).dim() == 0:
             raise ValueError(
-                f"axis: got {self.axis} before it is known how many indices it has; call "
+                f"axis: got {self.axis} while its size is not known yet; call "
                 "for_weight(weight) first, as layers do"
             )
         values = self.initial(x.detach())
@@ -180,12 +180,12 @@ class LearnedQuantizer(Quantizer):
 
     @property
     def range(self) -> Tensor:
-        """The parameters, stacked; NaN while they are not there."""
+        """The parameters, stacked; NaN before they are initialized."""
         stacked = torch.stack([p.detach() for p in self.learned()])
         return stacked if self.initialized else torch.full_like(stacked, torch.nan)
 
     def stacked(self) -> Tensor:
-        """The parameters as operators take them."""
+        """The parameters as operators expect them: float32 ``[parameters, ...]``."""
         parameters = torch.stack([parameter.float() for parameter in self.learned()])
         return parameters.detach() if self.frozen else parameters
 
@@ -196,13 +196,13 @@ class LearnedQuantizer(Quantizer):
         )
 
     def prepare(self, x: Tensor) -> None:
-        """Puts the parameters where the first tensor says that they begin."""
+        """Initializes the parameters from the first tensor."""
         if self.initialized:
             return
         if self.role == INPUT and not self.training:
             raise ValueError(
-                f"{type(self).__name__}: got an input in evaluation before any in training, which "
-                "says where its parameters begin; call the model on a batch in training before, "
+                f"{type(self).__name__}: got an input in evaluation before its parameters were "
+                "initialized; first call the model on a batch in training, "
                 "set them with noisyq_fast.calibrate(model, batches), or load a checkpoint that "
                 "has them; to evaluate in float, use `with noisyq_fast.disabled(model):`"
             )
@@ -210,10 +210,10 @@ class LearnedQuantizer(Quantizer):
             raise ValueError("x: got a first tensor without elements, takes one with some")
         _initialize(self, x)
 
-    # Of tensors by group.
+    # Reductions by group.
 
     def mean_absolute(self, x: Tensor) -> Tensor:
-        """mean |x| of each group, summed in the order of `noisyq_fast.rules`; of all ranks."""
+        """mean |x| of each group, summed in the order of `noisyq_fast.rules`; over all ranks."""
         total = sum_of_groups(x.abs().float(), x, self.axis)
         count = torch.full_like(total, x.numel() / max(1, total.numel()))
         if self.sum_of_ranks is not None and self.role == INPUT:
@@ -221,7 +221,7 @@ class LearnedQuantizer(Quantizer):
         return total / count.clamp(min=1)
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest value of each group; of all ranks."""
+        """The largest value of each group; over all ranks."""
         values = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
         if values.shape[1] == 0:
             values = values.new_full((values.shape[0], 1), -torch.inf)
@@ -230,7 +230,7 @@ class LearnedQuantizer(Quantizer):
             found = self.max_of_ranks(found)
         return found.reshape([] if self.axis is None else [-1])
 
-    # What calibration asks for.
+    # For calibration.
 
     def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_signed:
@@ -242,7 +242,7 @@ class LearnedQuantizer(Quantizer):
         self.begin(self.within(low, high))
 
     def within(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-        """The parameters whose range this is."""
+        """The parameters for this range."""
         raise NotImplementedError
 
     def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -263,12 +263,12 @@ class LearnedQuantizer(Quantizer):
         return self
 
     def _state(self) -> list[int]:
-        """What must be the same: the rule with its codes, and what has parameters of its own."""
+        """What must match when loading: the rule with its codes, and the granularity."""
         variant = 2 * (self.axis is not None) + self.is_signed
         return [*super()._state()[:3], variant, self._variant()]
 
     def _variant(self) -> int:
-        """Which form of the rule, where there are several."""
+        """Which variant of the rule, if there are several."""
         return 0
 
     def get_extra_state(self) -> Tensor:
@@ -322,14 +322,14 @@ class LearnedQuantizer(Quantizer):
 
     def _learned_codes(self, x: Tensor, codes: Tensor, scale: Tensor) -> Codes:
         low, high = self.code_ends
-        # Through the float values gradients reach the parameters too.
-        # Not those of a subclass, which has changed x already.
+        # Through the float values gradients reach the parameters too. Not through a subclass's
+        # `fake_quantize`: the subclass has already changed x.
         source = LearnedQuantizer.fake_quantize(self, x) if gradients.wanted() else x
         codes = codes.to(torch.int8 if low else torch.uint8)
         return Codes(codes, scale, None, max(-low, high), source)
 
     def code_scale(self) -> Tensor:
-        """What a code is multiplied by."""
+        """The scale of the codes."""
         raise NotImplementedError(
             f"{type(self).__name__} has no scale for its codes: integer layers do not take it"
         )
@@ -338,7 +338,7 @@ class LearnedQuantizer(Quantizer):
         check_bits(changes.get("bits", self.bits))
         quantizer = super().like(**changes)
         quantizer._set_grid()
-        quantizer._allocate([*quantizer.learned()[0].shape])  # with the gradients that it has now
+        quantizer._allocate([*quantizer.learned()[0].shape])  # also sets requires_grad
         return quantizer
 
 
@@ -348,10 +348,10 @@ def _initialize(quantizer: LearnedQuantizer, x: Tensor) -> None:
 
 
 def _with_flag(state: Tensor, flag: bool) -> Tensor:
-    """One more number, as `Quantizer.get_extra_state` writes them."""
+    """The state with one more number, encoded as in `Quantizer.get_extra_state`."""
     return torch.cat([state, state.new_tensor([6 if flag else 2])])
 
 
 def quotient(x: Tensor, divisor: float) -> Tensor:
-    """Rounded once, on every device: division by a number is not."""
+    """``x / divisor``, rounded once: division by a Python number is not, on some devices."""
     return x / torch.full_like(x, divisor)

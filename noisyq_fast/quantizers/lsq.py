@@ -16,23 +16,23 @@ GRADIENTS = ("paper", "all", "none")
 class LSQ(LearnedQuantizer):
     """Learns the step s between codes: ``y = s rint(clip(x / s, low, high))``.
 
-    Of b bits, codes are ``-2^(b-1)`` to ``2^(b-1) - 1`` for weights and 0 to ``2^b - 1`` for
-    inputs. The step begins at ``2 mean|x| / sqrt(high)``. Its gradient is multiplied by
+    With b bits, codes are ``-2^(b-1)`` to ``2^(b-1) - 1`` for weights and 0 to ``2^b - 1`` for
+    inputs. The step is initialized to ``2 mean|x| / sqrt(high)``. Its gradient is multiplied by
     ``1 / sqrt(N high)``, where N is the number of weights, or of the features of one sample.
 
     Args:
         bits: width of the codes, 2..8.
-        axis: a step for each index of this axis of a weight, of whose elements N then is the
-            number. The paper has one for the whole: ``None``.
+        axis: one step for each index of this axis of a weight; N is then the number of elements
+            per index. ``None``: one step for the whole tensor, as in the paper.
         signed: as for `LearnedQuantizer`.
-        symmetric: without the code ``-2^(b-1)``, as in popular implementations: of 2 bits that is
-            one of four.
-        gradient: ``"paper"``; ``"all"``: N is the number of all elements, that of the batch
-            included, as in popular implementations: of 128 samples the step then learns 11 times
-            more slowly (under SGD: Adam takes no notice); ``"none"``: a factor of 1.
+        symmetric: leave out the code ``-2^(b-1)``, as popular implementations do (at 2 bits, one
+            of four codes).
+        gradient: the factor of the gradient. ``"paper"``: as above; ``"all"``: N counts all
+            elements of the batch, as in popular implementations, so that with 128 samples the step
+            learns 11 times more slowly under SGD (Adam is invariant); ``"none"``: 1.
 
     Attributes:
-        step: the parameter.
+        step: the parameter s.
 
     Example:
         >>> import torch, noisyq_fast

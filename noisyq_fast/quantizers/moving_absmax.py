@@ -1,4 +1,4 @@
-"""The scale comes from a batch's own range in training, and from a moving average otherwise."""
+"""Scales from the batch's own range in training, and from a moving average otherwise."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ class MovingAbsMax(Quantizer):
     """`fake_quantize_ema` as a module: the quantizer of activations in arXiv 2303.11803.
 
     In training (`nn.Module.train`) the scale comes from the batch's own absmax, which also moves
-    the average. In evaluation, and in training while it is ``frozen``, it comes from the average,
-    which stays. A forward that is run again inside a backward (activation checkpointing) gives the
-    same values and does not move it twice.
+    the average. In evaluation, and in training while ``frozen``, it comes from the average, which
+    then does not move. A forward that is run again inside a backward (activation checkpointing)
+    gives the same values and does not move the average twice.
 
     Args:
         bits: width of the codes, 2..8.
         axis: one range for each index of this axis; ``None``: one range.
-        ranges: how many there are: the size of that axis. Only with an ``axis``.
+        ranges: the size of that axis. Only with an ``axis``.
         averaging_constant: weight of a batch in the moving average, 0..1.
         ste: in evaluation, ``"identity"`` passes the gradient everywhere; ``"clipped"`` zeroes it
-            where a value is beyond the range. In training nothing is, but see `fake_quantize` on
+            where a value is beyond the range. In training no value is, but see `fake_quantize` on
             full and affine grids.
         grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`. The
-            range is the absmax, of an unsigned grid max(x, 0), and of an affine one the pair of
+            range is the absmax; on an unsigned grid max(x, 0), on an affine one the pair of
             min(x, 0) and max(x, 0).
 
     Attributes:
         running_absmax, observed: float32 buffers, ``[]`` or ``[ranges]``. The range is
-            ``running_absmax / observed``: ``observed`` is 1 once a batch was seen and 0 before.
-            Both are sums, so that an average of state dicts (of an EMA of models, say), some of
-            which have seen nothing yet, has the average range of the others. Of an affine grid the
-            first is called ``running_range``, ``[2]`` or ``[2, ranges]``.
+            ``running_absmax / observed``; ``observed`` is 0 before the first batch and 1 after it.
+            So an average of state dicts (as of an EMA of models), some of which have seen no data
+            yet, has the average range of the others. On an affine grid ``running_absmax`` is
+            replaced by ``running_range``, ``[2]`` or ``[2, ranges]``.
 
     Example:
         >>> import torch, noisyq_fast
@@ -70,7 +70,7 @@ class MovingAbsMax(Quantizer):
     running_absmax: Tensor
     running_range: Tensor
     observed: Tensor
-    # Of the class, as those of `Quantizer` are: modules that an earlier version pickled have none.
+    # A class attribute, as in `Quantizer`: modules pickled by an earlier version lack it.
     range_of_ranks: Callable[[Tensor, int | None], Tensor | None] | None = None
 
     def __init__(
@@ -107,8 +107,8 @@ class MovingAbsMax(Quantizer):
 
     @property
     def range(self) -> Tensor:
-        """The largest magnitude that is not clipped (on an affine grid the least and the largest
-        value, stacked); NaN where no batch was seen in training."""
+        """The largest magnitude that is not clipped (on an affine grid the smallest and the largest
+        value, stacked); NaN before the first training batch."""
         return self.running / self.observed
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class MovingAbsMax(Quantizer):
                 observed=self.observed,
                 grid=self.grid_kind,
             )
-        # With its own range nothing is clipped on a signed grid.
+        # On a signed grid, the batch's own range clips nothing.
         ste = "identity" if self.grid_kind == SIGNED else self.ste
         options: dict[str, Any] = {"grid": self.grid_kind, "ste": ste}
         again = in_backward()
@@ -156,9 +156,9 @@ class MovingAbsMax(Quantizer):
             if self.frozen or not self.training:
                 range_ = checks.known_range(self.running, self.observed, self.grid.is_affine)
                 made = self._codes_within(x, range_, self.ste)
-                # For a NaN there is no code; a range of the batch itself would be NaN.
+                # A NaN in x has no code: the scale must carry it, as the batch's own range would.
                 found = x.extremes_found() if isinstance(x, Deferred) else x
-                if found is None:  # made of a line, of which the codes know
+                if found is None:  # codes were computed from the sums, which propagates NaN
                     return made
                 return replace(made, scale=scale_of_codes(found, made.scale, self.axis))
             ste = "identity" if self.grid_kind == SIGNED else self.ste
@@ -173,8 +173,8 @@ class MovingAbsMax(Quantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> Tensor | None:
-        """The range of a batch where it is known, or has to be asked for; the average moves towards
-        it."""
+        """The range of a batch if it is known without reading ``x``, or is reduced over ranks; also
+        moves the average. Else None."""
         batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
         if batch is not None:
             if not in_backward():
@@ -190,7 +190,7 @@ class MovingAbsMax(Quantizer):
 
     def _codes_observed(self, x: Tensor, ste: str) -> Codes:
         running, observed = self.running, self.observed
-        if in_backward():  # counted before
+        if in_backward():  # the first forward has moved the average
             running, observed = running.clone(), observed.clone()
         source = x
         if isinstance(x, Deferred):
@@ -218,8 +218,8 @@ class MovingAbsMax(Quantizer):
 
     @torch.no_grad()
     def set_range(self, *ends: Tensor | float) -> None:
-        """Sets the range, as if a batch with this one had been the only one: an absmax or, on an
-        affine grid, the least and the largest value."""
+        """Sets the range, as one batch with this range would: an absmax or, on an affine grid, the
+        smallest and the largest value."""
         ends = tuple(torch.as_tensor(end) for end in ends)
         if len(ends) != (2 if self.grid_kind == AFFINE else 1):
             takes = "low and high" if self.grid_kind == AFFINE else "one"
@@ -269,7 +269,7 @@ def _values(x: Tensor) -> Tensor:
 
 
 def in_backward() -> bool:
-    """Whether this code runs inside a backward: a forward that is run again there, by activation
-    checkpointing, has been counted before."""
-    # A compiled graph has its own way of running parts again.
+    """Whether this code runs inside a backward: activation checkpointing repeats a forward there,
+    which must not move averages a second time."""
+    # Compiled graphs do their own recomputation.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -23,12 +23,11 @@ class PACT(LearnedQuantizer):
 
     Args:
         bits: width of the codes, 2..8.
-        start: where the clipping level a begins, whatever the inputs are. 8 is that of the
-            convolutions of Jin et al. 2019 (arXiv 1912.10207, *SAT*), who take 10 before the last
-            layer.
-        gradient: of a, below it: ``"sat"`` ``code / n - x / a`` (Jin et al.); ``"pact"`` 0. Above
-            it is 1 in both. The paper adds an L2 penalty on a, as it begins too large, that of the
-            weights in reproductions; with ``"sat"`` none is needed.
+        start: the initial clipping level a, independent of the inputs. Jin et al. 2019 (arXiv
+            1912.10207, *SAT*) use 8 in convolutions and 10 before the last layer.
+        gradient: dy/da of inputs below a: ``"sat"`` ``code / n - x / a`` (Jin et al.), ``"pact"``
+            0. Above a it is 1 in both. The paper adds an L2 penalty on a, which starts too large;
+            reproductions use the weight decay of the weights. ``"sat"`` needs none.
 
     Attributes:
         clip: the parameter a.

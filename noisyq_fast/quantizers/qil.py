@@ -15,25 +15,26 @@ from noisyq_fast.quantizers.quantizer import Quantizer
 
 
 class QIL(LearnedQuantizer):
-    """Learns the interval from c - d to c + d: what is below becomes 0, what is above 1, and what
-    is between is spread over 0 to 1, of weights with the exponent g and the sign of the weight.
+    """Learns an interval from c - d to c + d: values below it become 0, values above it 1, and
+    values inside are mapped to 0 to 1. For weights this applies to the magnitude, with an exponent
+    g, and the sign is kept.
 
-    Nothing scales values back: weights lie in -1 to 1 and inputs in 0 to 1 however large they were,
-    so that a batch norm has to follow. The first and the last layers of a model, before the last of
-    which there is none, take `AbsMax` and `MovingAbsMax` instead; in the paper they are float
+    The outputs are not scaled back: weights lie in -1 to 1 and inputs in 0 to 1 whatever their size
+    was, so a batch norm has to follow. The first and the last layers of a model use `AbsMax` and
+    `MovingAbsMax` instead, because no batch norm follows the last; in the paper they are float
     (unverified).
 
-    Interval and exponent begin at c = d = max|x| / 2, where nothing is pruned or clipped, and 1, as
-    in popular implementations; where they begin in the paper is unverified.
-    Weights that are pruned have no gradient: they return only when the interval moves.
+    Initially c = d = max|x| / 2, so that nothing is pruned or clipped, and g = 1, as in popular
+    implementations; the initial values of the paper are unverified. Pruned weights have no
+    gradient: they return only when the interval moves.
 
     Args:
         bits: width of the codes, 2..8.
-        exponent: whether g is learned; ``None``: of 2 bits only, as in the paper (unverified).
-            Where it is not, it is 1.
+        exponent: whether g is learned; ``None``: with 2 bits only, as in the paper (unverified).
+            If it is not learned, it is 1.
 
     Attributes:
-        center, distance, exponent: the parameters c, d and, of weights, g.
+        center, distance, exponent: the parameters c, d and, for weights, g.
 
     Example:
         >>> import torch, noisyq_fast
@@ -75,7 +76,7 @@ class QIL(LearnedQuantizer):
         return (half, half, torch.ones_like(half))[: len(self.learned())]
 
     def constrain(self) -> None:
-        """d > 0, 0 <= c - d, so that 0 stays 0, and g > 0."""
+        """Enforces d > 0, c >= d (so that 0 stays 0), and g > 0."""
         self.distance.data.clamp_(min=LEAST)
         self.center.data.copy_(torch.maximum(self.center, self.distance))
         if self.role == WEIGHT:
@@ -89,7 +90,7 @@ class QIL(LearnedQuantizer):
         return AbsMax(bits) if place == "weight" else MovingAbsMax(bits)
 
     def set_bits(self, bits: int | None) -> None:
-        """Goes on with other bits and the same interval; ``None`` is float."""
+        """Changes the bits and keeps the interval; ``None`` is float."""
         if bits is not None:
             check_bits(bits)
             self.bits = bits

@@ -1,4 +1,4 @@
-"""What all quantizers have in common."""
+"""The base class of quantizers."""
 
 from __future__ import annotations
 
@@ -19,60 +19,60 @@ from noisyq_fast.operators import checks
 from noisyq_fast.operators.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 
 _STATE_FORMAT = 1
-# Small whole numbers are kept as multiples and a half, so that they survive averages of state dicts
-# that are rounded down to bytes.
+# A small integer n is stored as n * 4 + 2, so that it survives averages of state dicts, which may
+# be rounded down.
 _STATE_STEP = 4
-# A byte holds such numbers below 64. Larger ones, the sizes of groups, are written in digits.
+# A byte then holds integers below 64. Larger ones (group sizes) are stored as digits.
 _STATE_BASE = 64
 _STATE_DIGITS = 3
 _BATCHES_LOOKED_AT = 2
 
 
 class _OfFloatModel(str):
-    """A key missing from a checkpoint that says what to do in the error that `load_state_dict`
-    makes of it, if strict: only there it is known whether it is."""
+    """The key of a missing extra state. In the error of a strict `load_state_dict` it formats as a
+    hint; whether loading is strict is known only there."""
 
     def __format__(self, spec: str) -> str:
         return (
             f"{self!s} (the checkpoint has no such quantizer: if it is of a float model, load it "
             "before quantize_model_, or with strict=False, which leaves the quantizers as they "
-            "are; else convert the model as it was when the checkpoint was written)"
+            "are; else convert the model in the same way as the one of the checkpoint)"
         )
 
 
 def _keep_off_fast_paths(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
-    """Does nothing. `torch.nn.TransformerEncoderLayer` computes by itself, in float, without a call
-    of its layers, unless a module in it has a hook."""
+    """Does nothing. `torch.nn.TransformerEncoderLayer` bypasses its layers with a fused float path
+    unless a module in it has a hook."""
 
 
 class Quantizer(nn.Module):
-    """Fake-quantizes a tensor: rounds it to the values that ``bits`` bits can tell apart.
+    """Fake-quantizes a tensor: rounds it to the values that have a code of ``bits`` bits.
 
     A subclass defines `fake_quantize`, and `reset` if it keeps a state. One that keeps a range sets
-    ``keeps_range``, holds the range still where it is ``frozen``, and defines what calibration asks
-    for: `bounds`, `set_bounds` and `fake_quantize_within`.
+    ``keeps_range``, does not move the range while it is ``frozen``, and defines the methods that
+    calibration calls: `bounds`, `set_bounds` and `fake_quantize_within`.
 
     Args:
         bits: width of the codes, 2..8.
         axis: one scale for each index of this axis; ``None``: one scale; ``"token"``: one for each
             index of all axes but the last.
         grid: ``"signed"``, ``"full"``, ``"unsigned"``, ``"affine"`` or ``"odd"``, as in `Grid`.
-        group_size: one scale for each so many input channels, as for `fake_quantize`.
+        group_size: the number of input channels that share a scale, as for `fake_quantize`.
 
     Attributes:
         grid: the `Grid`.
-        enabled: ``False`` passes tensors on as they are.
-        frozen: whether the range stays as it is in training too, and gives the scale there.
-        name: where the quantizer is in a model, for error messages; `quantize_model_` sets it.
+        enabled: ``False`` passes tensors on unchanged.
+        frozen: whether the range is fixed in training too, and the scale comes from it.
+        name: its name in the model, for error messages; `quantize_model_` sets it.
     """
 
     KIND: ClassVar[int] = 0
-    """A number that tells the subclass in a state dict; 0 for those outside this package."""
+    """Identifies the subclass in a state dict; 0 for classes outside this package."""
     REMEDY: ClassVar[str] = (
         "use the signed or the affine grid here, such as with "
         "overrides={...: {'activation_grid': 'affine'}}"
     )
-    """What to do about values that an unsigned grid makes 0."""
+    """Advice in the warning about negative values, which an unsigned grid makes 0."""
     keeps_range: ClassVar[bool] = False
     """Whether it has a range that is calibrated, frozen and reset."""
     range: Tensor
@@ -81,7 +81,7 @@ class Quantizer(nn.Module):
     """Whether `codes` is defined."""
     frozen: bool = False  # not in the state dict, like the training mode
     starts: int = 0
-    """How often its parameters were set to where they begin, or forgotten."""
+    """How often its parameters were initialized or reset."""
 
     grid_kind: str = SIGNED
     group_size: int | None = None
@@ -107,13 +107,13 @@ class Quantizer(nn.Module):
         self._left_to_look_at = _BATCHES_LOOKED_AT if grid == UNSIGNED else 0
         self.enabled = True
         self.name = ""
-        # Under a number of its own: those that PyTorch gives, from 0, start anew in a process that
-        # loads a pickled model.
+        # Key -1: the keys that PyTorch assigns start again from 0 in a process that loads a pickled
+        # model.
         self._forward_pre_hooks[-1] = _keep_off_fast_paths
 
     @property
     def grid(self) -> Grid:
-        if torch.compiler.is_compiling():  # into whose graphs nothing cached goes
+        if torch.compiler.is_compiling():  # its graphs cannot hold a cached object
             return Grid(self.bits, self.grid_kind)
         return grid_of(self.bits, self.grid_kind)
 
@@ -128,7 +128,7 @@ class Quantizer(nn.Module):
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors say where in the model the quantizer is."""
+        """Adds the quantizer's name in the model to errors."""
         try:
             yield
         except (TypeError, ValueError) as error:
@@ -138,12 +138,12 @@ class Quantizer(nn.Module):
 
     @property
     def grid_of_codes(self) -> str:
-        """The kind of the grid of `codes`."""
+        """The kind of the grid that `codes` are on."""
         return self.grid_kind
 
     def codes(self, x: Tensor) -> Codes:
-        """``x`` as `Codes`, whose values are to the bit those of `fake_quantize`: what layers that
-        compute in integers multiply. Only where ``gives_codes``."""
+        """``x`` as `Codes`, for layers that compute in integers. The dequantized values have the
+        same bits as `fake_quantize`. Only if ``gives_codes``."""
         raise NotImplementedError(f"{type(self).__name__} gives no codes")
 
     def _codes(
@@ -167,8 +167,8 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def _look_for_negatives(self, x: Tensor) -> None:
-        """Warns of values that an unsigned grid makes 0: in the first batches in training only, as
-        to ask reads ``x`` once more and waits for a GPU."""
+        """Warns of values that an unsigned grid makes 0. Only in the first training batches: the
+        check reads ``x`` once more, and synchronizes with a GPU."""
         if torch.compiler.is_compiling() or not checks.is_plain(x):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -178,7 +178,7 @@ class Quantizer(nn.Module):
             self.warn_of_negatives()
 
     def warn_of_negatives(self) -> None:
-        """Once, that the unsigned grid loses what it gets."""
+        """Warns, once, that the unsigned grid makes negative values 0."""
         self._left_to_look_at = 0
         warnings.warn(
             f"{self.name or type(self).__name__}: got values below 0, which the unsigned grid "
@@ -187,14 +187,15 @@ class Quantizer(nn.Module):
         )
 
     def reset(self) -> None:
-        """Forgets what the quantizer has seen or learned."""
+        """Forgets ranges and learned parameters."""
 
     def reset_parameters(self) -> None:
-        """What PyTorch calls after it has given memory to a module made on the device ``meta``."""
+        """Called by PyTorch tools after they have allocated a module made on the device
+        ``meta``."""
         self.reset()
 
     def like(self, **changes: Any) -> Self:
-        """A copy of its own that has seen nothing, with other attributes, such as ``bits``."""
+        """A reset copy with other attributes, such as ``bits``."""
         check_bits(changes.get("bits", self.bits), self.grid_kind)
         quantizer = copy.deepcopy(self)
         vars(quantizer).update({"frozen": False} | changes)
@@ -202,19 +203,19 @@ class Quantizer(nn.Module):
         quantizer.reset()
         return quantizer
 
-    # What a layer tells its own copy.
+    # Called by a layer on its own copy.
 
     def for_weight(self, weight: Tensor) -> Quantizer:
-        """This quantizer, or one in its place, for a weight with its output channels first."""
+        """This quantizer, or a replacement, for a weight with its output channels first."""
         return self
 
     def for_input(self) -> Quantizer:
-        """The same for the input of a layer."""
+        """This quantizer, or a replacement, for the input of a layer."""
         return self
 
     def at_end(self, bits: int, place: str) -> Quantizer:
-        """What stands for it in the first and the last layers of a model, with other bits. The
-        place is a ``"weight"``, an ``"input"`` or, with values below 0, the ``"model input"``."""
+        """Its replacement in the first and the last layers of a model, with other bits. ``place``
+        is ``"weight"``, ``"input"`` or ``"model input"``, which may have values below 0."""
         return self.like(bits=bits)
 
     def extra_repr(self) -> str:
@@ -223,17 +224,17 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, {axis}{grid}"
 
     def width(self) -> str:
-        """Bits, and what is special about grid and groups: such as "4 affine group 32"."""
+        """Bits, with grid and groups if not the default, such as "4 affine group 32"."""
         parts = [str(self.bits), *([] if self.grid_kind == SIGNED else [self.grid_kind])]
         if by_group(self.axis, self.group_size):
             parts.append(f"group {self.group_size}" if self.group_size else TOKEN)
         return " ".join(parts)
 
-    # What a summary tells, and what calibration asks for.
+    # For `summary` and `calibrate`.
 
     @property
     def form(self) -> str:
-        """Such as "signed channel": its grid, and what has a scale of its own."""
+        """The grid, and what has a scale of its own, such as "signed channel"."""
         grid = self.grid_kind if self.KIND else type(self).__name__
         if self.group_size:
             return f"{grid} group {self.group_size}"
@@ -241,7 +242,7 @@ class Quantizer(nn.Module):
         return f"{grid} {named.get(self.axis, 'channel')}"
 
     def scales(self, x: Tensor) -> int:
-        """How many scales a tensor has."""
+        """The number of scales for ``x``."""
         if by_group(self.axis, self.group_size):
             return math.prod(Groups(x.detach(), self.axis, self.group_size).shape)
         assert not isinstance(self.axis, str)
@@ -253,15 +254,16 @@ class Quantizer(nn.Module):
         return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
 
     def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The ends, float32 ``[ranges]``, of the smallest range that holds ``low`` and ``high``."""
+        """The ends, each float32 ``[ranges]``, of the smallest range that contains ``low`` and
+        ``high``."""
         raise NotImplementedError
 
     def set_bounds(self, low: Tensor, high: Tensor) -> None:
-        """Sets the range to ends that are as from `bounds`, or these made smaller by a factor."""
+        """Sets the range to ends from `bounds`, or to such ends times a factor below 1."""
         raise NotImplementedError
 
     def fake_quantize_within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """``x``, float32 ``[ranges, values]``, quantized as with this range; nothing is kept."""
+        """``x``, float32 ``[ranges, values]``, quantized with this range; changes no state."""
         raise NotImplementedError
 
     # The state. Buffers are statistics: they stay float32 when the model's weights become bfloat16.
@@ -273,16 +275,16 @@ class Quantizer(nn.Module):
             if getattr(self, name).dtype != value.dtype:
                 setattr(self, name, value.to(getattr(self, name).device))
         if any(old.is_meta and not getattr(self, name).is_meta for name, old in before.items()):
-            self.reset()  # the new memory holds anything
+            self.reset()  # the new memory is uninitialized
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Format, kind, bits and grid, so that a checkpoint is not read at others. A tensor,
-        because some tools take nothing else in a state dict."""
+        """Format, kind, bits and grid, so that loading a checkpoint with others is an error. A
+        tensor, because some tools allow nothing else in a state dict."""
         return _encoded(self._state())
 
     def state_on_signed_grid(self) -> Tensor:
-        """The extra state as it was when there was no other grid."""
+        """The extra state of checkpoints from before there were other grids."""
         return _encoded([_STATE_FORMAT, self.KIND, self.bits])
 
     def _state(self) -> list[int]:
@@ -294,7 +296,7 @@ class Quantizer(nn.Module):
         return [*state, KINDS.index(self.grid_kind), int(self.axis == TOKEN), *digits]
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing to set: `_load_from_state_dict` compares."""
+        """Sets nothing: `_load_from_state_dict` compares the states."""
 
     def _load_from_state_dict(
         self,
@@ -327,7 +329,7 @@ class Quantizer(nn.Module):
             missing_keys[i] = _OfFloatModel(missing_keys[i])
 
     def _difference(self, saved: Any) -> str:
-        """What a saved extra state has that this quantizer has not; empty if it is the same."""
+        """How a saved extra state differs from this quantizer's; empty if it does not."""
         own = self._state()
         there = saved
         if isinstance(saved, Tensor):
@@ -348,8 +350,8 @@ class Quantizer(nn.Module):
                 )
         return (
             f"the checkpoint has another kind of quantizer ({there}), the model a "
-            f"{type(self).__name__} with {self.bits} bits ({own}); convert the model as it was "
-            "when the checkpoint was written"
+            f"{type(self).__name__} with {self.bits} bits ({own}); convert the model in "
+            "the same way as the one of the checkpoint"
         )
 
 
@@ -359,7 +361,7 @@ def _encoded(state: list[int]) -> Tensor:
 
 
 def _described(state: list[int]) -> str | None:
-    """Bits, grid and groups in words; None for a state that this version does not write."""
+    """Bits, grid and groups in words; None for an unknown format."""
     _, _, bits, *rest = state
     kind, is_token, *digits = rest or [0, 0, *[0] * _STATE_DIGITS]
     if len(digits) != _STATE_DIGITS or kind >= len(KINDS):

@@ -24,25 +24,27 @@ ROUNDINGS = {
 
 
 class SAT(Quantizer):
-    """For weights: rounds ``tanh(w) / max|tanh w|`` to levels Q from -1 to 1. Learns nothing.
+    """For weights: rounds ``tanh(w) / max|tanh w|`` to levels Q from -1 to 1. It has no learned
+    parameters.
 
-    With ``rescale`` what is given out is ``Q / (sqrt(n_out) std(Q))``, where n_out is the number of
-    output channels times that of kernel positions, and std the unbiased deviation over the whole
-    weight, from exact sums of whole numbers; without a gradient. A batch norm behind the layer
-    takes the scale away again, but for the size of steps. The scale stays in evaluation: in the
-    authors' code the last layer drops it there, which changes losses and no decision.
+    With ``rescale`` the output is ``Q / (sqrt(n_out) std(Q))``, where n_out is the number of output
+    channels times kernel positions, and std the unbiased standard deviation over the whole weight,
+    from exact integer sums; the factor has no gradient. A batch norm after the layer cancels the
+    factor, except for its effect on step sizes. The factor is kept in evaluation; in the authors'
+    code the last layer drops it there, which changes losses but no decision.
 
     Args:
         bits: width of the codes, 2..8.
         rounding: ``"modified"``, the default of the authors' code:
-            ``2 min(floor(2^b u), 2^b - 1) / 2^b - 1`` with ``u = (t + 1) / 2``: has a 0, and is
-            biased towards -1, with normal weights by 0.1 at 4 bits and by 0.3 at 2;
-            ``"centered"``, which the authors recommend by now: half a step more, unbiased, without
-            a 0;
-            ``"original"``: ``2 rint((2^b - 1) u) / (2^b - 1) - 1``, that of DoReFa-Net. With the
-            first two the codes of b bits are the first b bits of those of b + 1.
-        rescale: whether to multiply by the scale; the authors do so in the last layer and, on small
-            images, in convolutions too.
+            ``2 min(floor(2^b u), 2^b - 1) / 2^b - 1`` with ``u = (t + 1) / 2`` and t the value to
+            be rounded: has a level 0, and is biased towards -1 (normal weights by 0.1 at 4 bits and
+            by 0.3 at 2);
+            ``"centered"``, which the authors now recommend: half a step higher, unbiased, without
+            a level 0;
+            ``"original"``: ``2 rint((2^b - 1) u) / (2^b - 1) - 1``, as in DoReFa-Net. With the
+            first two, the codes of b bits are the first b bits of the codes of b + 1.
+        rescale: whether to multiply by the factor above; the authors do so in the last layer and,
+            for small images, in convolutions too.
 
     Example:
         >>> import torch, noisyq_fast
@@ -69,7 +71,7 @@ class SAT(Quantizer):
 
     @property
     def denominator(self) -> int:
-        """Q is the code divided by it."""
+        """Q is the code divided by this."""
         return (1 << self.bits - (self.rounding == "modified")) - (self.rounding == "original")
 
     def for_input(self) -> Quantizer:
@@ -102,25 +104,25 @@ class SAT(Quantizer):
         return FULL if self.rounding == "modified" else ODD
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """What the codes of a weight are multiplied by."""
+        """The scale of the codes of a weight."""
         return self._scale_of_codes(self._parameters_of(weight.detach()))
 
     def _scale_of_codes(self, parameters: Tensor) -> Tensor:
         return quotient(parameters[1], float(self.denominator))
 
     def _parameters_of(self, x: Tensor) -> Tensor:
-        """max|x|, with its gradient, and the scale."""
+        """max|x|, with its gradient, and the factor of ``rescale``: float32 ``[2]``."""
         if x.numel() == 0:
             return x.new_ones(2, dtype=torch.float32)
         absmax = torch.maximum(x.amax(), -x.amin()).float()
-        absmax = torch.where(absmax == 0, 1.0, absmax)  # only zeros, of which none is the largest
+        absmax = torch.where(absmax == 0, 1.0, absmax)  # all weights are 0
         factor = torch.ones_like(absmax)
         if self.rescale:
             factor = self._scale(x.detach(), torch.stack([absmax.detach(), factor]))
         return torch.stack([absmax, factor])
 
     def _scale(self, x: Tensor, parameters: Tensor) -> Tensor:
-        """1 / (sqrt(n_out) std(Q)): float64 of sums that are exact, rounded once."""
+        """1 / (sqrt(n_out) std(Q)): from exact sums, in float64, then rounded to float32."""
         codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], *self.code_ends)
         n = codes.numel()
         total = codes.sum(dtype=torch.int64)
@@ -128,7 +130,7 @@ class SAT(Quantizer):
         variance = (squares.double() * n - total.double().square()) / max(n * (n - 1), 1)
         outputs = n // max(x.shape[1] if x.dim() > 1 else 1, 1)
         deviation = variance.sqrt() * (math.sqrt(max(outputs, 1)) / self.denominator)
-        deviation = torch.where(deviation == 0, 1.0, deviation)  # all have one level
+        deviation = torch.where(deviation == 0, 1.0, deviation)  # all weights have the same level
         return (1.0 / deviation).float()
 
     def _state(self) -> list[int]:
