@@ -172,8 +172,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             added.append(_as_float(padding, q.dtype).view(len(q), 1, 1, -1))
         if not added:
             return None
-        mask: Any = sum(added)
-        return F.pad(mask, (0, k.shape[2] - mask.shape[-1]))  # appended keys are not masked
+        total: Any = sum(added)
+        return F.pad(total, (0, k.shape[2] - total.shape[-1]))  # appended keys are not masked
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool

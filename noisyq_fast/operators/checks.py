@@ -247,7 +247,8 @@ def learned_codes(
 def learned(
     x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Rule, int | None]:
-    return learned_codes(x, parameters, name, low, high, axis)  # gradient_scale concerns only the backward
+    # `gradient_scale` concerns only the backward.
+    return learned_codes(x, parameters, name, low, high, axis)
 
 
 def learned_backward(
