@@ -1,7 +1,10 @@
 """Gradients of convolutions of codes: of the CPU's own kernel and of parts, beside float64."""
 
 import functools
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +151,27 @@ def test_a_gradient_that_is_not_finite_stays_so(value):
     assert (~dx.isfinite()).sum() == 9 * 16
     assert not dw[3].isfinite().any()
     assert dw[4].isfinite().all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(
+    cpu_integer.core is None or not has_kernel(torch.float32), reason="has no kernel of its own"
+)
+def test_few_large_images_at_once_are_held_as_floats():
+    """Also where each has a single pixel of the output."""
+    codes = torch.zeros(64, 64, 64, 64, dtype=torch.int8).to(memory_format=torch.channels_last)
+    grad, weight = torch.ones(64, 16, 1, 1), torch.ones(16, 64, 1, 1)
+    geometry = [64, 64], [0, 0], [1, 1], False, [0, 0], 1
+    how = torch.float32, False, True, *geometry
+    status = Path("/proc/self/status")
+
+    def bytes_of(name):
+        return int(re.search(rf"{name}:\s*(\d+) kB", status.read_text())[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = bytes_of("VmRSS")
+    cpu_integer.grads_of_convolution(grad, codes, torch.ones([]), None, weight, *how)
+    assert bytes_of("VmHWM") - before < 2**25  # 64 images: 2^27
 
 
 def test_large_layers_are_left_to_pytorch():
