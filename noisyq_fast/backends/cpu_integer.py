@@ -619,7 +619,7 @@ def _multiplies(
         and weight.shape[0] % 16 == 0
         and weight.shape[1] % 16 == 0
         and weight.shape[-1] in (1, 3)
-        and max(codes[0].numel(), grad[0].numel(), weight.numel()) <= _MOST_VALUES
+        and max(x.numel() for x in (codes.shape[1:], grad.shape[1:], weight)) <= _MOST_VALUES
         and dtype in DTYPE_CODES
         and core.has_products(DTYPE_CODES[dtype])
     )

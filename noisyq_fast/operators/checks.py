@@ -34,7 +34,13 @@ def is_plain(x: Tensor) -> bool:
         and not x.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_gradient_batch(x)
     )
+
+
+def is_gradient_batch(x: Tensor) -> bool:
+    """Whether it is a batch of gradients: of ``is_grads_batched=True``."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def padded(*values: object) -> None:
