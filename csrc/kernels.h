@@ -156,7 +156,8 @@ void map_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const
               int threads);
 
 // The codes of relu(v * factor + term), or without the ReLU, for a given range (one value, two for
-// an affine grid). One scale and, for an affine grid, one zero point.
+// an affine grid). One scale, NaN if a factor or a term is not finite, and, for an affine grid, one
+// zero point.
 void codes_of_sums(Sums v, int64_t rows, int64_t channels, const float* factor, const float* term,
                    bool relu, const float* range, Grid grid, uint8_t* codes, float* scale,
                    uint8_t* zero, int threads);

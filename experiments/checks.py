@@ -19,12 +19,27 @@ else:
 
 
 MOST_EPOCHS = 1_000_000
+_LONGEST_NAME = 150  # bytes
+_TAKEN_NAMES = ("config.json", "result.json", "runs.zip")
+PLAIN_NAME = (
+    f"a plain file name of at most {_LONGEST_NAME} bytes: no / or \\, no dot or dash in front, no "
+    f"space at its ends, and none of {', '.join(_TAKEN_NAMES)}"
+)
+"""What a folder can be called."""
 
 
 def require(option: str, value: object, accepted: bool, takes: str) -> None:
     """Raises a ValueError that names the option, what it got and what it takes."""
     if not accepted:
-        raise ValueError(f"{flag(option)}: got {value}, takes {takes}")
+        got = value if str(value).isprintable() and value != "" else repr(value)
+        raise ValueError(f"{flag(option)}: got {got}, takes {takes}")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a folder can be called so, and reports find it there."""
+    fits = 0 < len(name.encode(errors="surrogateescape")) <= _LONGEST_NAME
+    plain = name.isprintable() and name == name.strip() and not {"/", "\\"} & set(name)
+    return fits and plain and name[0] not in ".-" and name not in _TAKEN_NAMES
 
 
 def flag(option: str) -> str:

@@ -36,7 +36,13 @@ def header(trainer: Trainer, path: Path) -> str:
         "shown": task.LEGEND,
     }
     return "\n".join(
-        textwrap.fill(f"{name + ':':<10}{line}", 100, subsequent_indent=" " * 10)
+        textwrap.fill(
+            f"{name + ':':<10}{line}",
+            100,
+            subsequent_indent=" " * 10,
+            break_long_words=False,  # as of a path, which is to be copied
+            break_on_hyphens=False,
+        )
         for name, line in lines.items()
     )
 

@@ -10,8 +10,9 @@ if not __package__:
 import collections
 import contextlib
 import dataclasses
-import io
 import os
+import time
+import typing
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 
 import noisyq_fast
-from experiments import command_line, tasks
+from experiments import command_line, tasks, terminal
 from experiments.checks import require_once
 from experiments.config import FilledConfig, RunConfig
 from experiments.header import header
 from experiments.methods import BASELINE
 from experiments.storage.identity import RunIdentity
 from experiments.storage.run_folder import Busy, RunFolder
+from experiments.storage.run_names import folder_of
 from experiments.storage.weights import Weights
 from experiments.training import data_parallel
 from experiments.training.allocator import keep_freed_memory
@@ -43,6 +45,8 @@ class Run:
     """All that a run needs, checked."""
 
     identity: RunIdentity
+    path: Path
+    """Its folder."""
     data: Any
     """As the task reads it."""
     weights: Weights | None
@@ -51,22 +55,36 @@ class Run:
     def config(self) -> FilledConfig:
         return self.identity.config
 
-    @property
-    def path(self) -> Path:
-        return self.config.out / self.identity.name
-
 
 def prepare(config: RunConfig) -> Run:
     """Chooses the backend, reads the data and names the run."""
     if config.backend != AUTO:
-        noisyq_fast.use_backend(config.backend)
+        try:
+            noisyq_fast.use_backend(config.backend)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).removeprefix("use_backend: ")
+            raise ValueError(f"--backend: got {config.backend}: {reason}") from error
     filled = config.resolved(torch.cuda.is_available(), threads=torch.get_num_threads())
-    data = filled.task.read(filled)
+    data = _read(filled)
     weights = Weights.read(filled.weights) if filled.weights else None
     beside = {"data": data.checksum} | ({"weights": weights.checksum} if weights else {})
     if data_parallel.started() > 1:
         beside["processes"] = data_parallel.started()  # whose sums have other last digits
-    return Run(RunIdentity(filled, beside), data, weights)
+    identity = RunIdentity(filled, beside)
+    path = filled.out / filled.name if filled.name else folder_of(filled.out, identity.name)
+    return Run(identity, path, data, weights)
+
+
+def _read(config: FilledConfig) -> Any:
+    """The data of the run; what is wrong with them names the option that says where they are."""
+    try:
+        return config.task.read(config)
+    except (ValueError, OSError) as error:
+        text = terminal.told(error)
+        if text.startswith("--") or config.data_dir is None:
+            raise
+        place = "" if str(config.data_dir) in text else f"{config.data_dir}: "
+        raise ValueError(f"--data-dir: {place}{text}") from error
 
 
 def execute(run: Run, device: torch.device) -> str:
@@ -77,7 +95,7 @@ def execute(run: Run, device: torch.device) -> str:
     config = run.config
     keep_freed_memory()
     torch.set_num_threads(config.threads)
-    folder = RunFolder(run.path) if data_parallel.is_main() else None
+    folder = _folder(run) if data_parallel.is_main() else None
     earlier = _earlier(folder, run) if folder else None
     result, state = data_parallel.from_main(earlier)
     if result:
@@ -99,17 +117,30 @@ def execute(run: Run, device: torch.device) -> str:
     _tell(header(trainer, run.path))
     _train(run, trainer, folder)
 
-    _tell("evaluating the finished network")
+    counts = map(trainer.task.count, typing.get_args(tasks.Part))
+    _tell(f"evaluating the finished network on all {sum(counts):,} {trainer.task.SAMPLES}")
+    started = time.perf_counter()
     notes = trainer.finish()
     for line in notes:
         _tell(line)
     result = _result(run, trainer) | {"notes": notes}
+    _tell(f"evaluated in {time.perf_counter() - started:.1f} s")
     if folder:
         folder.write_metrics(trainer.history)
         folder.write_model(trainer.model, Weights.metadata(trainer))
         folder.write_result(result)
         _checkpoints(run).remove()
     return _summary(run, result)
+
+
+def _folder(run: Run) -> RunFolder:
+    run.identity.require_own(run.path)
+    try:
+        return RunFolder(run.path)
+    except Busy:
+        raise
+    except OSError as error:
+        raise ValueError(f"--out: {terminal.told(error)}") from error
 
 
 def _checkpoints(run: Run) -> Checkpoints:
@@ -184,13 +215,14 @@ def _device_name(device: torch.device) -> str:
 
 def _summary(run: Run, result: dict[str, Any]) -> str:
     score = run.config.task.summary(result)
-    return f"{score} in {result['seconds']:.1f} s, written to {run.path}"
+    return f"{score} after {result['seconds']:.1f} s of training, written to {run.path}"
 
 
 def parse(arguments: list[str] | None = None) -> RunConfig:
     """The options in `arguments`, or else in the command line."""
     if arguments is None:
-        check_once(sys.argv[1:])
+        arguments = sys.argv[1:]
+        check_once(arguments)
     return command_line.parse(arguments)
 
 
@@ -208,15 +240,26 @@ def main() -> int:
             check_device(config.device)
             run = prepare(config)
     except (ValueError, OSError, RuntimeError) as error:
-        return fail(error, status=2)
+        return terminal.fail(error, terminal.REFUSED)
     try:
         with data_parallel.process_group(run.config.device) as device:
             _tell(execute(run, device))
     except Busy as error:
-        return fail(error, BUSY)
+        return terminal.fail(error, BUSY)
     except (NonFiniteLoss, OSError, ValueError) as error:
-        return fail(error, status=1)
+        return terminal.fail(error)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        hint = "a smaller --batch-size takes less; the same command goes on where it was"
+        return terminal.fail(ValueError(f"out of memory; {hint}"), terminal.FAILED)
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a GPU or of the machine, for which PyTorch has no kind of error."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
@@ -235,17 +278,6 @@ def _tell(line: str) -> None:
         print(line)
 
 
-def fail(error: Exception, status: int) -> int:
-    """Tells the error and gives the exit status back."""
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    told = "interrupted; the same command goes on from the last checkpoint"
+    sys.exit(terminal.run(main, told))

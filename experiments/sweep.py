@@ -8,9 +8,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
-import functools
-import inspect
-import io
+import dataclasses
 import os
 import shlex
 import shutil
@@ -20,19 +18,17 @@ from typing import Annotated
 
 import tyro
 
-from experiments import run
-from experiments.checks import Choice, require, require_once, require_whole
-from experiments.command_line import filled
+from experiments import run, terminal
+from experiments.checks import Choice, option_names, require, require_once, require_whole
+from experiments.command_line import filled, paragraphs_of, parse_into, require_known
 from experiments.sweeping.engines import ENGINES, Rounds, Task
-from experiments.sweeping.grid import Grid, narrowed
+from experiments.sweeping.grid import RUN_OPTIONS, Grid, narrowed
 from experiments.sweeping.planning import tasks
 from experiments.sweeping.progress import Progress, is_finished, state
 
 LOG_LINES = 5
 MOST_JOBS = 16 * (os.cpu_count() or 1)
 LEFT_TO_OTHERS = 3  # exit status
-WITHOUT_DEFAULT = tyro.conf.arg(help_behavior_hint="")
-"""For an option whose text says what it stands for if it is not given."""
 SHIPPED = Path(__file__).with_name("sweeps")
 
 
@@ -53,20 +49,21 @@ class SweepConfig:
     A run at which another process is at work, such as another sweep in the same directory, is left
     to that one.
 
-    The exit status is 0 if all runs are finished, 1 if some failed, 3 if none failed but some were
-    left to other processes, 2 if the grid or an option is wrong, 130 after Ctrl-C.
+    Exit status: 0 if all runs are finished; 1 if some failed; 2 if the grid or an option is wrong
+    and nothing was begun; 3 if none failed, but some were left to other processes; 130 after
+    Ctrl-C; 143 after SIGTERM, as of kill. The runs of a sweep end with it.
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A grid that comes along (see above), or a TOML file like theirs, which are in
     experiments/sweeps."""
 
-    scale: Annotated[str | None, WITHOUT_DEFAULT] = None
+    scale: str | None = None
     """Which scale of the file. smoke: minutes, on digits or a few drawn faces. small: hours of a
     CPU, on a part of CIFAR-10 or drawn faces. full: for GPUs; table1 and au_norm then take the
     data after --. If not given: the file's first one, smoke."""
 
-    only: Annotated[tuple[str, ...], WITHOUT_DEFAULT] = ()
+    only: tuple[str, ...] = ()
     """Only the runs with these options, as in --only method=quant,baseline seed=0."""
 
     out: Path = Path("runs")
@@ -79,11 +76,11 @@ class SweepConfig:
     and its Python environment. Where only others than this one have GPUs, give --device cuda after
     --."""
 
-    jobs: Annotated[int | None, WITHOUT_DEFAULT] = None
+    jobs: int | None = None
     """local: how many runs at a time, up to 16 for each CPU core. If not given: as many as fit on
     the cores with their --threads, or 1 with a GPU."""
 
-    gpus_per_run: Annotated[float | None, WITHOUT_DEFAULT] = None
+    gpus_per_run: float | None = None
     """ray: GPUs of each run, such as 0.25 for four runs on one. If not given: 1 where there are
     any, 0 with --device cpu."""
 
@@ -116,6 +113,8 @@ def sweep(config: SweepConfig, extra: list[str]) -> int:
     """Gives the exit status."""
     with contextlib.suppress(ValueError):  # such as of options that need those of the grid
         run.parse(extra)
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out: got {config.out}, a file, takes a directory")
     grid = Grid.read(config.path, config.scale)
     runs = narrowed(list(grid.runs()), config.only)
     todo = tasks(config.path, grid, runs, config.out, extra)
@@ -207,28 +206,27 @@ def main() -> int:
     try:
         require_once(own, only="all belong to one, as in --only method=quant seed=0")
         run.check_once(extra)
-        # A partial, because tyro would put a class's own errors into a box.
-        parser = functools.partial(SweepConfig)
-        config, unknown = tyro.cli(
-            parser,
-            args=own,
-            description=_description(),
-            return_unknown_args=True,
-            config=(tyro.conf.DisallowNone,),
-        )
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}: no option of the sweep (see --help); options of its runs come "
-                f"after --, as in: sweep.py {config.file} -- {shlex.join(unknown)}"
-            )
-        return sweep(config, extra)
+        _require_own(own)
+        require_known(extra)
+        takes = "a grid, such as figure2 (see --help), in front of --only"
+        return sweep(parse_into(SweepConfig, own, _description(), takes), extra)
     except (ValueError, OSError, RuntimeError) as error:
-        return run.fail(error, status=2)
+        return terminal.fail(error, terminal.REFUSED)
+
+
+def _require_own(arguments: list[str]) -> None:
+    """Raises a ValueError for an option of runs."""
+    own = {field.name.replace("_", "-") for field in dataclasses.fields(SweepConfig)}
+    for name in option_names(arguments):
+        if name in RUN_OPTIONS - own:
+            raise ValueError(
+                f"--{name}: is an option of runs, which come after --, as in: sweep.py figure2 -- "
+                f"--{name} ..."
+            )
 
 
 def _description() -> str:
     """What a sweep does, and which grids come along."""
-    paragraphs = (inspect.getdoc(SweepConfig) or "").split("\n\n")
     width = shutil.get_terminal_size().columns - 1
     grids = "\n".join(
         textwrap.fill(
@@ -239,7 +237,7 @@ def _description() -> str:
         )
         for path in sorted(SHIPPED.glob("*.toml"))
     )
-    return filled([*paragraphs, "These grids come along:", grids])
+    return filled([*paragraphs_of(SweepConfig), "These grids come along:", grids])
 
 
 def _about(path: Path) -> str:
@@ -255,12 +253,5 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each run at once
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command goes on after the last finished epochs", file=sys.stderr
-        )
-        sys.exit(130)
+    told = "interrupted; the same command goes on after the last finished epochs"
+    sys.exit(terminal.run(main, told))

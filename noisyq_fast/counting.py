@@ -86,7 +86,7 @@ def count(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Wo
 def _plain_operators() -> Iterator[None]:
     """Disables operators that compute a whole layer, whose MACs are not known: the recurrent ones
     of oneDNN and cuDNN, and PyTorch's fast path for attention."""
-    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.enabled for library in libraries]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:

@@ -263,7 +263,7 @@ def _row(
     learned = [p for q in _quantizers(layer) for p in q.parameters()]
     arithmetic, chain = _arithmetic(layer)
     bits, quantized = 0, 0
-    if weight is not None:
+    if weight is not None and isinstance(layer, QuantLayer):
         weights = layer.weights()
         each = _SCALE_BITS + (_ZERO_POINT_BITS if weight.grid.is_affine else 0)
         made = {key for key, x in state.items() if _makes_weight(key, x, weights)}
@@ -284,8 +284,8 @@ def _row(
     return LayerSummary(
         name=name,
         kind=_kind(layer),
-        weight_bits=weight and weight.bits,
-        activation_bits=activation and activation.bits,
+        weight_bits=None if weight is None else weight.bits,
+        activation_bits=None if activation is None else activation.bits,
         weight_grid="" if weight is None else weight.form,
         activation_grid="" if activation is None else activation.form,
         calls=work.calls[name],
@@ -305,7 +305,8 @@ def _kind(layer: nn.Module) -> str:
     name = type(layer).__name__
     if not is_parametrized(layer):
         return name
-    makers = [type(m).__name__.strip("_") for made in layer.parametrizations.values() for m in made]
+    parametrizations: Any = layer.parametrizations
+    makers = [type(m).__name__.strip("_") for made in parametrizations.values() for m in made]
     return f"{name.removeprefix('Parametrized')} ({', '.join(makers)})"
 
 
@@ -362,7 +363,7 @@ def _why_float(name: str, layer: nn.Module, work: Work, any_quantized: bool) -> 
 def _text(summary: Summary) -> str:
     header = ["layer", "kind", "weight", "input", "calls", "MACs", "params", "size", "float"]
     any_exact = any(layer.arithmetic != "float" or layer.chain for layer in summary.layers)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             layer.name or "(model)",
             layer.kind,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,7 +56,8 @@ class ManyWidths(Quantizer):
             )
         _checked(list(quantizers))
         super().__init__()
-        self.each = nn.ModuleDict({str(width): q for width, q in quantizers.items()})
+        each: dict[str, Any] = {str(width): q for width, q in quantizers.items()}
+        self.each: Any = nn.ModuleDict(each)  # of Quantizer | None
         self.set_width(next(iter(quantizers)))
 
     @property
@@ -106,7 +107,7 @@ class ManyWidths(Quantizer):
         self.set_width(self.at)
         return self
 
-    def like(self, **changes: Any) -> Quantizer:
+    def like(self, **changes: Any) -> Self:
         if changes:
             raise ValueError(
                 f"{self}: got other {', '.join(changes)}, which each width sets for itself; takes "
@@ -225,7 +226,9 @@ def split_norms_(model: nn.Module, widths: Sequence[int]) -> nn.Module:
     modules = list(holder.modules())
     if any(isinstance(module, BatchNormOfWidths) for module in modules):
         raise ValueError("model: got batch norms that were split already")
-    split = {m: BatchNormOfWidths(m, widths) for m in modules if isinstance(m, _BatchNorm)}
+    split: dict[nn.Module | None, nn.Module] = {
+        m: BatchNormOfWidths(m, widths) for m in modules if isinstance(m, _BatchNorm)
+    }
     for parent in modules:
         for name, child in parent._modules.items():
             parent._modules[name] = split.get(child, child)

@@ -1,7 +1,10 @@
 """Gradients of convolutions of codes: of the CPU's own kernel and of parts, beside float64."""
 
 import functools
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +43,7 @@ def cases(draw, most=20, dtypes=tuple(TOLERANCES)):
         draw(st.integers(max(1, k - 2 * p), most)) for k, p in zip(kernel, padding, strict=True)
     ]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    images = draw(st.integers(1, 3))
+    images = draw(st.integers(0, 3))
     last = functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
     rand = functools.partial(torch.randint, generator=generator)
     randn = functools.partial(torch.randn, generator=generator)
@@ -150,6 +153,27 @@ def test_a_gradient_that_is_not_finite_stays_so(value):
     assert dw[4].isfinite().all()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(
+    cpu_integer.core is None or not has_kernel(torch.float32), reason="has no kernel of its own"
+)
+def test_few_large_images_at_once_are_held_as_floats():
+    """Also where each has a single pixel of the output."""
+    codes = torch.zeros(64, 64, 64, 64, dtype=torch.int8).to(memory_format=torch.channels_last)
+    grad, weight = torch.ones(64, 16, 1, 1), torch.ones(16, 64, 1, 1)
+    geometry = [64, 64], [0, 0], [1, 1], False, [0, 0], 1
+    how = torch.float32, False, True, *geometry
+    status = Path("/proc/self/status")
+
+    def bytes_of(name):
+        return int(re.search(rf"{name}:\s*(\d+) kB", status.read_text())[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = bytes_of("VmRSS")
+    cpu_integer.grads_of_convolution(grad, codes, torch.ones([]), None, weight, *how)
+    assert bytes_of("VmHWM") - before < 2**25  # 64 images: 2^27
+
+
 def test_large_layers_are_left_to_pytorch():
     codes = torch.empty(1, 16, 256, 256, dtype=torch.int8, device="meta")
     weight = torch.empty(16, 16, 3, 3, device="meta")
@@ -252,6 +276,103 @@ def test_a_hook_sees_the_gradient_of_the_sums():
         g for g, (k, _) in zip(found[1:], model.named_parameters(), strict=True) if k == "3.bias"
     )
     torch.testing.assert_close(seen[0], of_bias)
+
+
+class Watched(torch.autograd.Function):
+    """Keeps the gradient that it gets, as NumPy, which reads memory."""
+
+    @staticmethod
+    def forward(ctx, x, keep):
+        ctx.keep = keep
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.keep(grad.numpy())
+        return grad, None
+
+
+WATCHERS = {
+    "a hook of a tensor": lambda y, keep: y.register_hook(lambda g: keep(g.numpy())),
+    "a hook of a node": lambda y, keep: y.grad_fn.register_prehook(lambda g: keep(g[0].numpy())),
+    "a hook of some": lambda y, keep: torch.autograd.graph.register_multi_grad_hook(
+        [y], lambda g: keep(g[0].numpy())
+    ),
+    "a function": lambda y, keep: Watched.apply(y, keep),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHERS.values(), ids=WATCHERS)
+@pytest.mark.parametrize("layer", [0, 5])  # a batch norm follows, or a ReLU alone
+def test_what_reads_the_gradient_of_sums_gets_memory(layer, watch):
+    seen = []
+
+    def forward_hook(*args):
+        found = watch(args[-1], lambda g: seen.append(g.copy()))
+        return found if isinstance(found, torch.Tensor) else None
+
+    def seen_by(backend):
+        with use_backend(backend):
+            model = chains()
+            model[layer].register_forward_hook(forward_hook)
+            return gradients(model), seen.pop()
+
+    (found, read), (expected, other) = seen_by("auto"), seen_by("reference")
+    assert difference(torch.from_numpy(read), torch.from_numpy(other).double()) < 1e-5
+    for one, other in zip(found, expected, strict=True):
+        assert difference(one, other.double()) < 1e-5
+
+
+def chains():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        nn.Conv2d(16, 16, 1),
+    )
+    model = quantize_model_(model, first_last_bits=None, arithmetic="integer")
+    return fuse_(model, torch.randn(2, 16, 8, 8))
+
+
+@pytest.mark.parametrize("of", [lambda y: y, torch.autograd.graph.get_gradient_edge])
+def test_the_gradients_of_sums_that_are_asked_for_have_memory(of):
+    model, asked = chains(), []
+    for layer in (0, 5):
+        model[layer].register_forward_hook(lambda *args: asked.append(of(args[-1])))
+    y = model(torch.randn(2, 16, 8, 8))
+    for grad in torch.autograd.grad(y.square().sum(), asked):
+        assert grad.numpy().any()
+
+
+def test_a_gradient_that_a_hook_keeps_does_not_change():
+    model, kept = chains()[:2], []
+    model[0].register_forward_hook(lambda *args: args[-1].register_hook(kept.append) and None)
+    y = model(torch.randn(2, 16, 8, 8))
+    buffer = torch.randn_like(y)
+    y.backward(buffer)
+    buffer.zero_()  # for the next step
+    assert kept[0].any()
+
+
+def test_gradients_in_a_batch_are_those_of_each():
+    torch.manual_seed(0)
+    layer = quantize_model_(nn.Conv2d(16, 16, 3), first_last_bits=None, arithmetic="integer")
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    y, of = layer(x), [x, layer.weight, layer.bias]
+    several = torch.randn(2, *y.shape)
+    found = torch.autograd.grad(y, of, several, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(several):
+        expected = torch.autograd.grad(y, of, grad, retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            assert difference(one[i], other.double()) < 1e-5
+
+
+def test_a_chain_refuses_gradients_in_a_batch():
+    model = chains()
+    y = model(torch.randn(2, 16, 8, 8))
+    several = torch.randn(2, *y.shape)
+    with pytest.raises(RuntimeError, match="takes one at a time"):
+        torch.autograd.grad(y, model[0].weight, several, is_grads_batched=True)
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")

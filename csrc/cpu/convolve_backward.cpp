@@ -1,6 +1,7 @@
 // The gradients of `convolve` with AVX512: products of floats, or of bfloat16 with float sums.
 // Images and gradients have their channels last. A few images are computed at a time, so that their
 // temporaries (the gradient of the sums and the codes as floats) stay in a cache.
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -19,10 +20,11 @@ namespace noisyq::cpu {
 
 namespace {
 
-constexpr int kLanes = 16;               // of 32 bits, each of a channel
-constexpr int kOutputs = 8;              // of which `add_products` keeps the sums in registers
-constexpr int64_t kPixelsAtOnce = 128;   // at least, of as many images, while these stay there
-constexpr int64_t kPixelsPerSum = 4096;  // and sums of these, so that errors stay small
+constexpr int kLanes = 16;                  // of 32 bits, each of a channel
+constexpr int kOutputs = 8;                 // of which `add_products` keeps the sums in registers
+constexpr int64_t kPixelsAtOnce = 128;      // at least, of as many images, while these stay there
+constexpr int64_t kValuesAtOnce = 1 << 18;  // at most, of as many images, or one image
+constexpr int64_t kPixelsPerSum = 4096;     // and sums of these, so that errors stay small
 
 // What a lane multiplies: a word of a factor or, in bfloat16, of two, whose products it adds.
 struct Float {
@@ -309,11 +311,13 @@ class Images {
         columns_(columns_of(how_)) {
     const int64_t pixels = std::max<int64_t>(1, task.height * task.width);
     per_sum_ = std::max<int64_t>(1, kPixelsPerSum / pixels);
-    at_once_ = std::min(per_sum_, (kPixelsAtOnce + pixels - 1) / pixels);
     gradient_size_ = task.height * task.columns * how_.outputs;
+    image_size_ = how_.height * task.image_columns * how_.channels;
+    const int64_t fit = kValuesAtOnce / std::max<int64_t>({1, gradient_size_, image_size_});
+    const int64_t useful = (kPixelsAtOnce + pixels - 1) / pixels;
+    at_once_ = std::clamp<int64_t>(fit, 1, std::min(per_sum_, useful));
     gradient_.resize(at_once_ * gradient_size_);
     if (dw == nullptr) return;
-    image_size_ = how_.height * task.image_columns * how_.channels;
     image_.resize(at_once_ * image_size_);
     if (E::kFactors == 1) return;
     pairs_ = (task.width + 1) / 2;
@@ -484,7 +488,7 @@ class Images {
   typename E::Value* dx_;
   float* dw_;            // [kernel rows, channels / 16, outputs / 8, kernel columns, 8, 16]
   const int64_t words_;  // of the outputs of a pixel
-  int64_t per_sum_, at_once_, gradient_size_, image_size_ = 0, pairs_ = 0;
+  int64_t per_sum_, at_once_, gradient_size_, image_size_, pairs_ = 0;
   const std::vector<Columns> columns_;
   std::vector<Rows<E>> rows_;
   // Of the images that are multiplied at once:

@@ -365,6 +365,8 @@ void codes_of_sums(Sums v, int64_t rows, int64_t channels, const float* factor, 
     });
   });
   if (zero != nullptr) *zero = static_cast<uint8_t>(zero_point);
+  // A line that is not finite makes the scale NaN: 0 times what is finite is 0.
+  for (int64_t c = 0; c < channels; ++c) *scale += (factor[c] + term[c]) * 0.0f;
 }
 
 void grads_of_norm(DType dtype, const void* grad, Sums v, int64_t rows, int64_t channels,

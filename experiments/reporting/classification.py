@@ -34,6 +34,7 @@ REPORT = Report(
     section=_section,
     across=data_size.sections,
     draw=figures.draw_all,
+    score=("test accuracy, %", "test_accuracy"),
     folder="report",
     csv="summary.csv",
     more={"widths.csv": widths.summary},

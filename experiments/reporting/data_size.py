@@ -19,6 +19,7 @@ from experiments.reporting.drawing import (
     handle,
     legend,
     panels,
+    percent,
     short,
     styles,
 )
@@ -142,7 +143,7 @@ def draw(studies: Iterable[Study], drawn: Drawn) -> None:
 
 def growth(lines: Sequence[Line]) -> Figure:
     """Each run, and the fits; a panel for each noise."""
-    noises = sorted({line.noise for line in lines})
+    noises = sorted({line.noise for line in lines}, key=percent)
     shown = styles(dict.fromkeys(line.label for line in lines))
     figure, (axes,) = panels(len(noises))
     for axis, noise in zip(axes, noises, strict=True):
@@ -153,7 +154,7 @@ def growth(lines: Sequence[Line]) -> Figure:
         axis.set_xscale("log")
         axis.set_xticks(sizes, map(str, sizes))
         axis.minorticks_off()
-        axis.set_title(f"{PERCENT * noise:g} % noise")
+        axis.set_title(f"{percent(noise):g} % noise")
         axis.set(xlabel="training images", ylabel="test accuracy, %")
     handles = []
     for label, style in shown.items():

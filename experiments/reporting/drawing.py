@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,9 +25,6 @@ _UNKNOWN = "black"
 _LONGEST = 200  # characters of a title
 _LARGEST = 30_000  # pixels across a figure
 _LEGEND_ROW = 0.19  # inches
-# The same bytes for the same figure. Letters are outlines: they look, and fit, the same where the
-# font is missing.
-_SVG = {"svg.hashsalt": "noisyq_fast", "svg.fonttype": "path"}
 
 # Of Okabe and Ito, which colour-blind readers tell apart; without yellow, which is faint on white.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -70,7 +67,9 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
     A method at its defaults has the same in every figure. A combination has the colour of its first
     method beside quantization, and a line that is broken.
     """
-    known, used, found = set(defaults().values()), Counter(), {}
+    known = set(defaults().values())
+    used: Counter[object] = Counter()  # pairs of colour and marker, also by whether combined
+    found: dict[str, Style] = {}
     unknown = len(_NAMES)
     for label in sorted(labels, key=lambda label: label not in known):
         names = list(map(method_of, label.split("+")))
@@ -89,28 +88,35 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
 
 
 def panels(
-    columns: int, rows: int = 1, width: float = 4, height: float = 4.2, **options: object
+    columns: int,
+    rows: int = 1,
+    width: float = 4,
+    height: float = 4.2,
+    sharex: Literal["col"] | bool = False,
 ) -> tuple[Figure, np.ndarray]:
     """A figure and its axes, `[rows, columns]`; sizes in inches, of one panel."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     return figure, axes
 
 
 def legend(
-    figure: Figure, handles: Sequence[Line2D], notes: Sequence[str] = (), place: str = "lower"
+    figure: Figure,
+    handles: Sequence[Line2D],
+    notes: Sequence[str] = (),
+    place: Literal["outside lower center", "outside upper center"] = "outside lower center",
 ) -> None:
     """Below or above the panels, which keep their size."""
     width, height = figure.get_size_inches()
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(str(handle.get_label())) for handle in handles)
     columns = min(max(int(width / (0.7 + 0.075 * longest)), 1), len(handles))
     rows = math.ceil(len(handles) / columns) + bool(notes)
     figure.set_size_inches(width, height + _LEGEND_ROW * rows)
     figure.legend(
         handles=handles,
-        loc=f"outside {place} center",
+        loc=place,
         ncols=columns,
         fontsize="small",
         title="; ".join(notes) or None,
@@ -130,20 +136,26 @@ def counted(counts: Iterable[int]) -> str:
     return f"n = {least}" if least == most else f"n = {least} to {most}"
 
 
-def line(
-    axis: Axes, x: Sequence[float], y: Sequence[float], half_widths: Sequence[float], style: Style
-) -> None:
+def line(axis: Axes, x: np.ndarray, y: np.ndarray, half_widths: np.ndarray, style: Style) -> None:
     """With intervals, but for those that are NaN."""
     known = ~np.isnan(half_widths)
     axis.plot(x, y, **style._asdict(), markersize=5, linewidth=1.2)
     if known.any():
         axis.errorbar(
-            *(np.asarray(values)[known] for values in (x, y, half_widths)),
+            x[known],
+            y[known],
+            half_widths[known],
             fmt="none",
             ecolor=style.color,
             elinewidth=1.2,
             capsize=2,
         )
+
+
+def percent(noise: float | None) -> float:
+    """Of a run on classification, which always tells it."""
+    assert noise is not None
+    return PERCENT * noise
 
 
 def short(title: str) -> str:
@@ -198,9 +210,12 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """As PNG and as SVG, whose suffixes are added to the path."""
     dpi = min(150, _LARGEST / max(figure.get_size_inches()))
     files = []
-    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-        file = path.with_name(f"{path.name}.{suffix}")
-        with atomic(file) as temporary, matplotlib.rc_context(_SVG):
-            figure.savefig(temporary, dpi=dpi, format=suffix, metadata=metadata)
-        files.append(file)
+    # The same bytes for the same figure. Letters are outlines: they look, and fit, the same where
+    # the font is missing.
+    with matplotlib.rc_context({"svg.hashsalt": "noisyq_fast", "svg.fonttype": "path"}):
+        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+            file = path.with_name(f"{path.name}.{suffix}")
+            with atomic(file) as temporary:
+                figure.savefig(temporary, dpi=dpi, format=suffix, metadata=metadata)
+            files.append(file)
     return files

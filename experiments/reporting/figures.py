@@ -1,6 +1,7 @@
 """Figures 1 and 2 of arXiv 2303.11803 from our runs, and what the paper does not show."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,7 @@ from experiments.reporting.drawing import (
     legend,
     line,
     panels,
+    percent,
     short,
     styles,
 )
@@ -100,12 +102,13 @@ def curves(study: Study) -> Figure | str:
 
     def evaluations(pair: list[FinishedRun]) -> tuple[int, float]:
         count = min(sum(e["test_loss"] is not None for e in run.epochs) for run in pair)
-        return count, pair[0].noise
+        return count, percent(pair[0].noise)
 
-    pair = sorted(max(complete, key=evaluations), key=lambda run: labels.index(run.label))
+    most: list[FinishedRun] = max(complete, key=evaluations)
+    pair = sorted(most, key=lambda run: labels.index(run.label))
     shown = {key: text for key, text in _CURVES.items() if all(_curve(run, key) for run in pair)}
     figure, (axes,) = panels(len(shown))
-    at = f"epoch ({PERCENT * pair[0].noise:g} % noise, {name_seeds(*pair[0].seeds)})"
+    at = f"epoch ({percent(pair[0].noise):g} % noise, {name_seeds(*pair[0].seeds)})"
     for axis, (metric, text) in zip(axes, shown.items(), strict=True):
         unit = PERCENT if text.endswith("%") else 1
         for run in pair:
@@ -125,9 +128,10 @@ def curves(study: Study) -> Figure | str:
     return figure
 
 
-def _curve(run: FinishedRun, metric: str) -> list[tuple[int, float]]:
+def _curve(run: FinishedRun, metric: str) -> list[tuple[float, float]]:
     """Epochs and values; none where there is but one."""
-    known = [(e["epoch"], e[metric]) for e in run.epochs if e[metric] is not None]
+    values = [(e["epoch"], e[metric]) for e in run.epochs]
+    known = [(epoch, v) for epoch, v in values if epoch is not None and v is not None]
     return known if len(known) > 1 else []
 
 
@@ -145,7 +149,7 @@ def accuracy_and_gain(study: Study, summary: pl.DataFrame) -> Figure | str:
         notes |= _over_noise(axis, study, summary, compared, "gain")
         axis.axhline(0, color="black", linewidth=0.8)
         if study.setup["dataset"] == "cifar10" and study.setup.get("noise_kind") == "symmetric":
-            handles += _published(axis, compared, PERCENT * study.noises[-1])
+            handles += _published(axis, compared, percent(study.noises[-1]))
     legend(figure, handles, sorted(notes))
     return figure
 
@@ -153,7 +157,7 @@ def accuracy_and_gain(study: Study, summary: pl.DataFrame) -> Figure | str:
 def _published(axis: Axes, shown: dict[str, Style], most: float) -> list[Line2D]:
     """The paper's gains, up to as much noise as ours; what the legend says of them."""
     paper = pl.read_csv(PAPER, comment_prefix="#").filter(pl.col("noise_percent") <= most)
-    look = {"linestyle": "--", "alpha": 0.5}
+    look: dict[str, Any] = {"linestyle": "--", "alpha": 0.5}
     of_ours = {defaults()[name]: column for name, column in _PAPER_COLUMNS.items()}
     of_ours = {label: column for label, column in of_ours.items() if label in shown}
     for label, column in of_ours.items():
@@ -220,17 +224,17 @@ def gain_against_memorisation(studies: Studies) -> Figure | str:
     )
     legend(figure, [handle(label, counts[label], style) for label, style in shown.items()])
     filled = sorted({number for label in shown for number, _ in points[label]})
-    look = {"color": "black", "marker": "o", "linestyle": ""}
+    look: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": ""}
     handles = []
     for number in filled:
         title, study, _ = studies[number]
         text = f"{short(title)}: {about(study)}"
         handles.append(Line2D([], [], **look, **_of_study(number), label=text))
-    legend(figure, handles, place="upper")
+    legend(figure, handles, place="outside upper center")
     return figure
 
 
-def _of_study(number: int) -> dict[str, object]:
+def _of_study(number: int) -> dict[str, Any]:
     """How its markers look: filled in some way, and larger when all ways are used."""
     rounds, fill = divmod(number, len(_FILLS))
     return {"fillstyle": _FILLS[fill], "markersize": 6 + 3 * rounds}
@@ -249,7 +253,7 @@ def _memorised_by_baseline(summary: pl.DataFrame) -> dict[float, float]:
 
 
 def _one_level(study: Study) -> str:
-    return f"all runs have the same noise, {PERCENT * study.noises[0]:g} %"
+    return f"all runs have the same noise, {percent(study.noises[0]):g} %"
 
 
 def _gains(summary: pl.DataFrame) -> bool:
@@ -263,7 +267,7 @@ def _drawn(study: Study) -> dict[str, Style]:
     known, labels = defaults(), study.labels
 
     def is_drawn(label: str) -> bool:
-        default = known.get(method_of(label))
+        default = known.get(method_of(label) or "")
         return "+" in label or default is None or label == default or default not in labels
 
     return styles(filter(is_drawn, labels))

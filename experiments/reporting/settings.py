@@ -49,7 +49,9 @@ def settings(summary: pl.DataFrame) -> Figure | str:
         height=1.2 + 0.3 * max(longest, 4),
         sharex=True,
     )
-    gains, half_widths = (PERCENT * shown[name].fill_nan(0) for name in ("gain", "half_width"))
+    gains, half_widths = (
+        PERCENT * shown[name].fill_nan(0).to_numpy() for name in ("gain", "half_width")
+    )
     low = min(max((gains - half_widths).min(), -_REACH), 0)
     high = max(min((gains + half_widths).max(), gains.max() + _REACH), 0)
     axes[0, 0].set_xlim(low - 3, high + 3)

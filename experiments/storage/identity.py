@@ -11,8 +11,10 @@ from experiments.config import LEGACY, TOLD_BY_METHODS, WITHOUT_EFFECT, FilledCo
 from experiments.reporting import agreement
 from experiments.reporting.reading import COUNT, FINITE, POSITIVE, SHARE, Fields
 from experiments.storage.files import refuse_link
-from experiments.storage.run_folder import run_name
+from experiments.storage.run_names import run_name, same_run
 
+_BESIDE_A_RUN = "log.txt"  # which a sweep begins before its run
+_MOST_DIFFERENCES = 5  # in a message
 # The device of a CPU has had two names.
 _NOT_COMPARED = WITHOUT_EFFECT | TOLD_BY_METHODS | {"device"}
 
@@ -52,11 +54,36 @@ class RunIdentity:
         except ValueError as error:
             raise ValueError(f"{error}; --restart runs it anew") from error
 
-    def _result(self, folder: Path) -> dict[str, Any] | None:
+    def require_own(self, folder: Path) -> None:
+        """Raises a ValueError where the user's name for the run is that of another one's folder, or
+        of one that no run has made; generated names are of one run each."""
+        if self.config.name is None or not folder.exists():
+            return
+        try:
+            if not self._config(folder):
+                self._require_empty(folder)
+            result = _fields(folder / "result.json")
+            if result:
+                self._check_run(result)
+        except ValueError as error:
+            raise ValueError(
+                f"--name: {error}; choose another name, or remove that folder"
+            ) from error
+
+    def _require_empty(self, folder: Path) -> None:
+        names = {path.name for path in folder.iterdir() if path.name[0] != "."} - {_BESIDE_A_RUN}
+        if names:
+            raise ValueError(f"{folder}: is no run's folder: it has {min(names)}, no config.json")
+
+    def _config(self, folder: Path) -> Fields | None:
         config = _fields(folder / "config.json")
         if config:
             own = json.loads(json.dumps(self.config.flat(), default=str))
             _compare(config, own, sorted((own.keys() | config.content.keys()) - _NOT_COMPARED))
+        return config
+
+    def _result(self, folder: Path) -> dict[str, Any] | None:
+        config = self._config(folder)
         result = _fields(folder / "result.json")
         if not result:
             return None
@@ -66,10 +93,18 @@ class RunIdentity:
         _check_metrics(folder / "metrics.jsonl", result)
         return result.content
 
+    def _check_run(self, result: Fields) -> None:
+        """Older versions did not write which run it is."""
+        name = result.content.get("run", self.name)
+        if not same_run(name, self.name):
+            raise ValueError(
+                f"{result.place}: of another run: got {name!s:.200} as run, takes {self.name}"
+            )
+
     def _check(self, result: Fields) -> None:
-        # Older versions did not write which run it is.
-        facts = {k: v for k, v in self.facts().items() if k != "run" or k in result.content}
-        _compare(result, facts, facts)
+        self._check_run(result)
+        facts = self.facts()
+        _compare(result, facts, [name for name in facts if name != "run"])
         result.number("epochs_trained", COUNT)
         result.number("seconds", POSITIVE)
         task = self.config.task
@@ -80,13 +115,16 @@ class RunIdentity:
 
 
 def _compare(fields: Fields, own: dict[str, Any], names: Iterable[str]) -> None:
+    differences = []
     for name in names:
         unsaid = LEGACY.get(name, "nothing")
         got, takes = (content.get(name, unsaid) for content in (fields.content, own))
         if got != takes:
-            raise ValueError(
-                f"{fields.place}: of another run: got {got!s:.200} as {name}, takes {takes}"
-            )
+            differences.append(f"got {got!s:.200} as {name}, takes {takes}")
+    if differences:
+        more = len(differences) - _MOST_DIFFERENCES
+        told = differences[:_MOST_DIFFERENCES] + ([f"{more} more"] if more > 0 else [])
+        raise ValueError(f"{fields.place}: of another run: {'; '.join(told)}")
 
 
 def _check_metrics(path: Path, result: Fields) -> None:

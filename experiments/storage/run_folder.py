@@ -1,7 +1,6 @@
 """The folder of a run."""
 
 import fcntl
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import numpy as np
 from safetensors.torch import save
 from torch import nn
 
-from experiments.config import RunConfig
 from experiments.storage.files import atomic, open_lock, remove_temporaries
 from experiments.training import checkpoints
 from experiments.training.history import EpochMetrics
@@ -25,16 +23,6 @@ _FILES = (
     "noisy_labels.npz",
     "config.json",
 )
-
-
-def run_name(config: RunConfig, checksums: dict[str, str]) -> str:
-    """A readable name that is equal for two runs only if they must give the same numbers."""
-    identity = config.identity() | checksums
-    text = json.dumps(identity, sort_keys=True, default=str, allow_nan=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    noise = config.noise_kind if config.noise is None else f"noise{config.noise:g}"
-    part = config.task_options.part
-    return f"{config.dataset}-{config.label}-{noise}{part}-seed{config.seed}-{digest}"
 
 
 class Busy(OSError):

@@ -15,6 +15,7 @@ from torch import Tensor
 from experiments.checks import flag
 from experiments.config import RunConfig
 from experiments.storage.files import read_bytes
+from experiments.terminal import told
 
 if TYPE_CHECKING:
     from experiments.training.loop import Trainer
@@ -41,8 +42,8 @@ class Weights:
         """Raises ValueError where the file is not what a run writes."""
         try:
             blob = read_bytes(path, _LARGEST)
-        except ValueError as error:
-            raise ValueError(f"--weights: {error}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--weights: {told(error)}") from error
         try:
             tensors = load(blob)
             shapes, trained_on, computed_with = _metadata(blob)

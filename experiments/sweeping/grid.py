@@ -17,7 +17,7 @@ from experiments.storage.files import read_bytes
 Options = dict[str, Any]
 """Options of a run, named as on the command line, without the dashes in front."""
 
-OWN = {"out", "restart"}
+OWN = {"out", "name", "restart"}
 """Options of a run that are the sweep's business."""
 
 _LARGEST = 1 << 20  # bytes of a file
@@ -28,7 +28,7 @@ _OWNERS: tuple[type[RunConfig | tasks.TaskOptions | methods.Method], ...] = (
     *(task.OPTIONS for task in tasks.TASKS.values()),
     *methods.METHODS.values(),
 )
-_RUN_OPTIONS = {
+RUN_OPTIONS = {
     option.name.replace("_", "-") for owner in _OWNERS for option in dataclasses.fields(owner)
 } - {"options", "of_tasks", *OWN}
 
@@ -139,8 +139,8 @@ def _options(place: str, table: Any) -> Options:
         options[name] = value
     section = place.rpartition(".")[2]
     for name, value in options.items():
-        if name not in _RUN_OPTIONS:
-            raise ValueError(_unknown(f"{place}: {name}", name, _RUN_OPTIONS))
+        if name not in RUN_OPTIONS:
+            raise ValueError(_unknown(f"{place}: {name}", name, RUN_OPTIONS))
         is_list = isinstance(value, list)
         values = value if is_list else [value]
         if section == "grid" and not is_list:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import io
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +33,8 @@ def tasks(file: Path, grid: Grid, runs: list[Options], out: Path, extra: list[st
         try:
             task = _task(options, ("--out", str(out), *extra))
         except ValueError as error:
+            if str(error).partition(":")[0].removeprefix("--") in given:
+                raise  # it is not in the file
             raise ValueError(f"{file}: {error}") from error
         if task.folder in tasks:
             raise ValueError(f"{file}: two of its runs are the same, {task.folder.name}")
@@ -43,12 +43,9 @@ def tasks(file: Path, grid: Grid, runs: list[Options], out: Path, extra: list[st
 
 
 def _task(options: Options, extra: tuple[str, ...]) -> Task:
-    try:
-        config = _config(options, extra)
-        with _threads(config.threads):
-            prepared = run.prepare(config)
-    except SystemExit:
-        raise ValueError(_refused(options)) from None
+    config = _config(options, extra)
+    with _threads(config.threads):
+        prepared = run.prepare(config)
     filled = prepared.config
     # What changes the name and can depend on the machine or the process.
     found = {"threads": filled.threads, "device": filled.device}
@@ -88,22 +85,9 @@ def _config(options: Options, extra: tuple[str, ...]) -> RunConfig:
     return dataclasses.replace(config, **apart)
 
 
-def _refused(options: Options) -> str:
-    """Names the option whose value tyro does not take."""
-    for name, value in options.items():
-        try:
-            _parse(_arguments({name: value}))
-        except SystemExit:
-            return f"{name}: got {value!r}, which run.py --help does not allow"
-        except ValueError:
-            pass  # it needs another option
-    return f"run.py does not take {shlex.join(_arguments(options))}"
-
-
 @functools.cache
 def _parse(arguments: tuple[str, ...]) -> RunConfig:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return run.parse(list(arguments))
+    return run.parse(list(arguments))
 
 
 def _arguments(options: Options) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from tqdm import tqdm
 
 from experiments.storage.files import read_bytes
 from experiments.sweeping.engines import Task
+from experiments.terminal import bars_off
 
 _LARGEST = 2**26  # bytes of metrics
 
@@ -49,7 +50,7 @@ class Progress:
             unit="epoch",
             smoothing=0,  # the mean speed, as several runs go on at once
             dynamic_ncols=True,
-            disable=None,
+            disable=bars_off(),
         )
 
     def update(self) -> None:

@@ -44,7 +44,8 @@ class ActionUnitOptions(TaskOptions):
     ON_THE_MACHINE: ClassVar[tuple[str, ...]] = ("encoder",)
 
     fold: int | None = None
-    """Test on this third of the subjects, 1 to 3, and train on the others. If not given: 1."""
+    """Which third of the people the network is tested on, 1, 2 or 3; it is trained on those of the
+    other two, so that nobody is in both. If not given: 1."""
 
     encoder: Choice[str, _ENCODERS] | None = None
     """What sees the face. small: eight convolutions. inception_v3: as in the paper (pip install
@@ -149,4 +150,4 @@ class ActionUnitOptions(TaskOptions):
 
     @property
     def part(self) -> str:
-        return f"-fold{self.fold}"
+        return f"fold{self.fold}"

@@ -66,5 +66,5 @@ class TaskOptions:
 
     @property
     def part(self) -> str:
-        """What the name of a run tells of them, with a dash in front."""
+        """What the name of a run always tells of them."""
         return ""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from experiments.storage.files import atomic, read_bytes, refuse_link
+from experiments.storage.run_names import same_run
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 _FORMAT = 4
@@ -70,8 +71,8 @@ class Checkpoints:
             raise self.refused(f"holds no checkpoint ({error!r:.100})", path) from error
         if form not in (_FORMAT, _ONE_NETWORK):
             raise self.refused(f"has format {form!r:.100}, this version takes {_FORMAT}", path)
-        if run != self.run:
-            raise self.refused(f"is of the run {run!s:.100}, this one is {self.run}", path)
+        if not same_run(run, self.run):
+            raise self.refused(f"is of the run {run!s:.200}, this one is {self.run}", path)
         if not isinstance(state, dict):
             raise self.refused(f"holds {type(state).__name__} as the state, takes dict", path)
         if form == _ONE_NETWORK:

@@ -15,6 +15,7 @@ from experiments.config import FilledConfig
 from experiments.reporting.reading import POSITIVE
 from experiments.seeds import STEPS, mixed
 from experiments.tasks import Part, Task
+from experiments.terminal import bars_off
 from experiments.training import data_parallel
 from experiments.training.cuda_graph import GraphedStep
 from experiments.training.finite import NonFiniteLoss, require_finite, require_finite_scores
@@ -122,7 +123,7 @@ class Trainer:
             initial=len(self.history) * images,
             unit="img",
             unit_scale=True,
-            disable=None if data_parallel.is_main() else True,
+            disable=bars_off() if data_parallel.is_main() else True,
         ) as progress:
             while len(self.history) < epochs and not self.stopped:
                 metrics = self._epoch(len(self.history), progress)

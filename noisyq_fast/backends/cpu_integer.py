@@ -156,7 +156,7 @@ def _empty_moments(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _empty(count: int, channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.empty(channels, dtype=dtype) for _ in range(count)]
+    return list(torch.empty([count, channels], dtype=dtype).unbind())
 
 
 def _addresses(moments: tuple[Tensor, ...] | None) -> dict[str, int]:
@@ -459,7 +459,7 @@ def codes_of_sums(
         zero_point=zero_point.data_ptr(),
         threads=threads(),
     )
-    return codes, reference.scale_of_line(scale, factor, term), zero_point
+    return codes, scale, zero_point
 
 
 @backend.register
@@ -619,7 +619,7 @@ def _multiplies(
         and weight.shape[0] % 16 == 0
         and weight.shape[1] % 16 == 0
         and weight.shape[-1] in (1, 3)
-        and max(codes[0].numel(), grad[0].numel(), weight.numel()) <= _MOST_VALUES
+        and max(x.numel() for x in (codes.shape[1:], grad.shape[1:], weight)) <= _MOST_VALUES
         and dtype in DTYPE_CODES
         and core.has_products(DTYPE_CODES[dtype])
     )

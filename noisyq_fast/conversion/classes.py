@@ -82,7 +82,8 @@ def register_layer(float_class: type[nn.Module], quant_class: type[QuantLayer]) 
 
 def check_not_lazy(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
-        if any(map(nn.parameter.is_lazy, (module._parameters | module._buffers).values())):
+        tensors = (module._parameters | module._buffers).values()
+        if any(x is not None and nn.parameter.is_lazy(x) for x in tensors):
             raise ValueError(f"layer {name!r} has no weight yet: run the lazy model once before")
 
 
@@ -128,8 +129,11 @@ def float_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def quant_class(float_class: type[nn.Module]) -> type[QuantLayer]:
-    _, quant = _kind(float_class)
-    return quant if float_class in _LAYERS else _derived(quant, float_class)
+    kind = _kind(float_class)
+    assert kind is not None  # see `why_not_quantized`
+    if float_class in _LAYERS:
+        return kind[1]
+    return _derived(kind[1], float_class)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -147,7 +151,7 @@ def _derived(quant: type[QuantLayer], float_class: type[nn.Module]) -> type[Quan
 
 def _new(quant: type[QuantLayer], float_class: type[nn.Module]) -> QuantLayer:
     """An empty layer of a derived class, for pickle."""
-    cls = _derived(quant, float_class)
+    cls = _derived(quant, float_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -41,7 +41,7 @@ from noisyq_fast.quantizers.moving_absmax import DEFAULT_AVERAGING_CONSTANT
 
 _log = logging.getLogger("noisyq_fast")
 
-_GRID_OPTIONS = {
+_GRID_OPTIONS: dict[str, dict[str, Any]] = {
     "weight": {"weight_grid": SIGNED, "weight_group_size": None},
     "activation": {"activation_grid": SIGNED, "activation_granularity": PER_TENSOR},
 }
@@ -153,7 +153,7 @@ def quantize_model_(
           (2): QuantConv2d(8, 9, kernel_size=(3, 3), stride=(1, 1), W8/A6)
         )
     """
-    options = {
+    options: dict[str, Any] = {
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "averaging_constant": averaging_constant,
@@ -193,7 +193,7 @@ def quantize_model_(
     ) -> tuple[Quantizer | None, Quantizer | None]:
         """For a layer; ``bits`` and ``others`` apply unless its override sets them."""
         chosen = _with_bits(bits, {k: v for k, v in options.items() if k not in others}) | others
-        override = {k: v for k, v in overrides.get(name, {}).items() if k not in _OF_LAYERS}
+        override = {k: v for k, v in (overrides.get(name) or {}).items() if k not in _OF_LAYERS}
         for kind in _GRID_OPTIONS.keys() & override.keys():
             chosen |= _GRID_OPTIONS[kind]
         try:
@@ -205,8 +205,8 @@ def quantize_model_(
             raise type(error)(f"overrides[{name!r}]: {error}") from error
 
     grids = {"weight_grid": weight_grid, "activation_grid": activation_grid}
-    of_ends = {option: SIGNED for option, grid in grids.items() if grid == ODD}
-    of_input = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
+    of_ends: dict[str, Any] = {option: SIGNED for option, grid in grids.items() if grid == ODD}
+    of_input: dict[str, Any] = {"activation_grid": SIGNED} if activation_grid == UNSIGNED else {}
     if first_last_bits is not None:
         given = {"weight": weight, "activation": activation}
         of_ends |= _at_ends(first_last_bits, given, {"weight": "weight", "activation": "input"})
@@ -231,8 +231,9 @@ def quantize_model_(
     if layers and (example is not None or first_last_bits is not None):
         if first_last_bits is not None:
             for name in (found.first | found.last) & layers.keys():
-                ends = first if name in found.first else last
-                _set_quantizers(name, layers[name], *ends[name])
+                ends, layer = first if name in found.first else last, layers[name]
+                assert isinstance(layer, QuantLayer)
+                _set_quantizers(name, layer, *ends[name])
         if missed := [name for name in layers if name not in found.called]:
             warnings.warn(
                 f"quantized layers that the model does not call on the example: "
@@ -287,7 +288,7 @@ def dequantize_model_(model: nn.Module) -> nn.Module:
                 own[name] = None
         for name in own:
             delattr(layer, name)
-        layer.__class__ = rebased(layer, was)
+        layer.__class__ = rebased(layer, was)  # type: ignore[assignment]
     _allow_nested_tensors(model)
     return model
 
@@ -443,7 +444,7 @@ def _with_bits(bits: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at_ends(
-    bits: int, given: Mapping[str, object], places: Mapping[str, str]
+    bits: int, given: Mapping[str, Any], places: Mapping[str, str]
 ) -> dict[str, Quantizer]:
     """The replacements of given quantizers in the first and the last layers."""
     return {
@@ -461,8 +462,10 @@ def _convert(
 ) -> None:
     # The same object with another class: everything that refers to the layer stays valid.
     cls = type(layer)
-    layer._float_class = cls.__bases__[0] if is_parametrized(layer) else cls
-    layer.__class__ = rebased(layer, quant_class(layer._float_class))
+    was = cls.__bases__[0] if is_parametrized(layer) else cls
+    vars(layer)["_float_class"] = was
+    layer.__class__ = rebased(layer, quant_class(was))
+    assert isinstance(layer, QuantLayer)
     _set_quantizers(name, layer, weight, activation)
 
 
@@ -486,7 +489,7 @@ def _refuse_nested_tensors(model: nn.Module) -> None:
         if not isinstance(module, nn.TransformerEncoder) or "_float_nested" in vars(module):
             continue
         if any(isinstance(layer, QuantLayer) for layer in module.modules()):
-            module._float_nested = module.use_nested_tensor
+            vars(module)["_float_nested"] = module.use_nested_tensor
             module.use_nested_tensor = False
 
 

@@ -117,20 +117,26 @@ def by_execution(model: nn.Module, layers: Mapping[str, nn.Module], example: Any
         for hook in hooks:
             hook.remove()
     for output in outputs:
-        makers = _makers(_Graph().sources(output) - {_INPUT}, before)
+        makers = _makers(_Graph().sources(output), before)
         found.last.update(name for name, _ in makers)
     return found
 
 
-def _makers(sources: Sources, before: Mapping[Call, Sources]) -> Sources:
+def _makers(sources: Sources, before: Mapping[Call, Sources]) -> set[Call]:
     """The sources of an output that precede no other layer on a path to it."""
-    ways, nodes = set(), list(sources)
+    makers = _calls(sources)
+    ways: set[Call] = set()
+    nodes = list(makers)
     while nodes:
         node = nodes.pop()
         if node not in ways:
             ways.add(node)
-            nodes += before[node] - {_INPUT}
-    return sources.difference(*map(before.get, ways))
+            nodes += _calls(before[node])
+    return makers.difference(*(before[node] for node in ways))
+
+
+def _calls(sources: Sources) -> set[Call]:
+    return {source for source in sources if source is not _INPUT}
 
 
 class _Mark(torch.autograd.Function):
@@ -174,7 +180,7 @@ class _Graph:
         sources = self.sources(x)
         if sources == {_INPUT} or _INPUT not in sources:
             return sources == {_INPUT}
-        node = x.grad_fn
+        node: Any = x.grad_fn
         parts = [node]
         while parts:
             node = parts.pop()
@@ -202,5 +208,5 @@ class _Graph:
                 waiting = [n for n in following if n not in self.known]
                 todo += waiting
                 if not waiting:
-                    self.known[todo.pop()] = frozenset().union(*map(self.known.get, following))
+                    self.known[todo.pop()] = frozenset().union(*(self.known[n] for n in following))
         return self.known[node]

@@ -97,7 +97,9 @@ def save_integers(model: nn.Module, path: str | os.PathLike[str]) -> int:
     check_has_values(model)
     kept = {name: why for name, layer in layers.items() if (why := _why_kept(layer))}
     kept |= _of_several_uses(model, layers.keys() - kept.keys())
-    tensors, names, described = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    described: dict[str, Any] = {}
     for name, layer in layers.items():
         try:
             described[name] = _describe(name, layer, name in kept, names, tensors)
@@ -118,8 +120,8 @@ def _describe(
 ) -> dict[str, Any]:
     """The metadata of a layer; adds its codes to ``tensors``, once for each of the weights in
     ``names``."""
-    for quantizer in layer.quantizers().values():
-        if not quantizer.enabled:
+    for each in layer.quantizers().values():
+        if not each.enabled:
             raise ValueError("its quantizers are off; save it outside of noisyq_fast.disabled")
     others = {key: q for key, q in layer.quantizers().items() if key != _WEIGHT}
     inputs = {key: describe(quantizer, "input") for key, quantizer in others.items()}
@@ -178,9 +180,9 @@ def _of_several_uses(model: nn.Module, names: Set[str]) -> dict[str, str]:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
-    found = {}
+    found: dict[str, str] = {}
     for of_weight in users.values():
-        layers = [model.get_submodule(name) for name in of_weight if name in names]
+        layers = [_quantized(model, name) for name in of_weight if name in names]
         if len(of_weight) == 1 or not layers:
             continue
         values = [layer.quantized_weight(*layer.weights()).detach() for layer in layers]
@@ -371,9 +373,10 @@ def _quantize_(
             weight = make(described["kept"])
             layer = model.get_submodule(name)
             if isinstance(layer, GroupedLinear):
-                layer.was_given_parameters = True
+                vars(layer)["was_given_parameters"] = True
         for key, about in described["weights"].items():
-            parts = {part: tensors.get(f"{about['tensor']}.{part}") for part in _PARTS}
+            places = {part: f"{about['tensor']}.{part}" for part in _PARTS}
+            parts = {part: tensors[at] for part, at in places.items() if at in tensors}
             weight = restore(about, parts)
             weights[f"{name}.{key}".lstrip(".")] = weight, parts["codes"], about
         if len(described["weights"]) > 1:  # of an attention in version 1: floats, rounded before
@@ -386,7 +389,7 @@ def _quantize_(
     used = set()
     for name, (quantizer, packed, about) in weights.items():
         place, _, key = name.rpartition(".")
-        layer = model.get_submodule(place)
+        layer = _quantized(model, place)
         parameter = getattr(layer, key)
         like = layer.by_channel(parameter.detach())
         if list(like.shape) != about["shape"] or str(parameter.dtype) != about["dtype"]:
@@ -401,6 +404,13 @@ def _quantize_(
         used |= {f"{about['tensor']}.{part}" for part in _PARTS}
     for name in used & tensors.keys():
         del tensors[name]
+
+
+def _quantized(model: nn.Module, name: str) -> QuantLayer:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, QuantLayer):
+        raise ValueError(f"{name}: got {type(layer).__name__}, takes a quantized layer")
+    return layer
 
 
 def _input(
@@ -427,7 +437,7 @@ def _load_others_(
                 f"{own[name].dtype} of shape {list(own[name].shape)} in the model"
             )
     stored = {name for name, described in layers.items() if described["weights"]}
-    weights = {id(w) for name in stored for w in model.get_submodule(name).weights()}
+    weights = {id(w) for name in stored for w in _quantized(model, name).weights()}
     if missing := _others(model, weights, stored).keys() - tensors.keys():
         raise ValueError(f"{', '.join(sorted(missing)[:3])}: in the model only")
     model.load_state_dict(tensors, strict=False)

@@ -12,8 +12,11 @@ _AT_ONCE = 2**20
 
 def pack_codes(codes: Tensor, grid: Grid) -> Tensor:
     """The bytes, uint8 ``[n]``, of codes in the order of their indices."""
-    steps = (codes.flatten().cpu().to(torch.int16) - grid.code_min) // grid.code_step
-    steps = steps.to(torch.uint8).numpy()
+    steps = (
+        ((codes.flatten().cpu().to(torch.int16) - grid.code_min) // grid.code_step)
+        .to(torch.uint8)
+        .numpy()
+    )
     parts = [
         np.packbits(_bits(steps[start : start + _AT_ONCE], grid.bits), bitorder="little")
         for start in range(0, len(steps), _AT_ONCE)
@@ -33,7 +36,7 @@ def unpack_codes(packed: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
     parts = [np.zeros(0, np.uint8)]
     size = _AT_ONCE * bits // 8
     for start in range(0, len(stream), size):
-        part = np.unpackbits(stream[start : start + size], bitorder="little")
+        part: np.ndarray = np.unpackbits(stream[start : start + size], bitorder="little")
         part = part[: len(part) // bits * bits].reshape(-1, bits)
         parts.append((part << places).sum(1, dtype=np.uint8))
     steps = torch.from_numpy(np.concatenate(parts)[:count]).to(torch.int16)

@@ -46,7 +46,7 @@ def describe(quantizer: Quantizer, of: str) -> dict[str, Any]:
     kind = type(quantizer)
     if kind not in _ARGUMENTS:
         raise ValueError(f"got {quantizer} for its {of}, takes one of {', '.join(_KINDS)}")
-    about = {"kind": kind.__name__}
+    about: dict[str, Any] = {"kind": kind.__name__}
     about |= {name: getattr(quantizer, where) for name, where in _ARGUMENTS[kind].items()}
     if isinstance(quantizer, LearnedQuantizer):
         about["initialized"] = quantizer.initialized
@@ -115,10 +115,11 @@ def given_values(quantizer: Quantizer, weight: Tensor) -> Fixed | EvenlySpaced:
         quantizer.prepare(weight)
         return EvenlySpaced(quantizer.code_step(), quantizer.low, bits)
     if isinstance(quantizer, AQD | SAT) and not quantizer.gives_codes:  # -255, -253 .. 255
+        assert not isinstance(axis, str)  # neither has tokens
         step = 2 * quantizer.scale_of(weight)
         return EvenlySpaced(step, bits=bits, axis=axis, centered=True)
     if not quantizer.gives_codes:
         raise ValueError(f"got {quantizer} for its weight, takes a quantizer that gives codes")
     codes = quantizer.codes(weight)
-    options = {"grid": quantizer.grid_of_codes, "group_size": quantizer.group_size}
+    options: dict[str, Any] = {"grid": quantizer.grid_of_codes, "group_size": quantizer.group_size}
     return Fixed(codes.scale, bits, axis, zero_point=codes.zero_point, **options)

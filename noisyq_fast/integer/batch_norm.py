@@ -183,8 +183,10 @@ class ExactBatchNorm(_Mixed):
 
     Attributes:
         follows: the layer before it; in a tuple, so that it is not registered as a submodule.
+        float_class: what the batch norm was.
     """
 
+    float_class: type[nn.Module]
     follows: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from noisyq_fast.backends import select
 from noisyq_fast.backends.reference_integer import GradOfSums, without_values
 from noisyq_fast.integer.deferred_gradient import DeferredGradient
-from noisyq_fast.operators import gradients
+from noisyq_fast.operators import checks, gradients
 
 
 class Sums(NamedTuple):
@@ -150,6 +150,11 @@ class ChainGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if checks.is_gradient_batch(grad):
+            raise RuntimeError(
+                "got a batch of gradients (is_grads_batched=True or vectorize=True) of a model "
+                "with fuse_, takes one at a time"
+            )
         scale, factor, term, mean, inverse, weight, zeros, *of_sums = ctx.saved_tensors
         values = of_sums[0]
 
@@ -159,13 +164,14 @@ class ChainGradient(torch.autograd.Function):
         if ctx.how is not None:
             values, _ = compute("convolve_sums")(*of_sums, *ctx.how, False)
         relu = ctx.relu
-        _, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
+        to_product, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
         if zeros is not None:  # after an addition, the sign of y does not follow from the sums
             grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
             relu = False
         residual = grad if to_residual else None
         of_weight: Any = None
         of_bias: Any = None
+        made_of: GradOfSums | None = None
         if mean is not None:
             line, of_weight, of_bias = compute("grads_of_norm")(
                 *(grad, values, factor, term, relu, mean, inverse, scale, weight, ctx.uses_batch)
@@ -173,14 +179,17 @@ class ChainGradient(torch.autograd.Function):
             if ctx.of_ranks is not None:
                 line = ctx.of_ranks(line, of_weight, of_bias, inverse * scale)
             made_of = GradOfSums(grad, values, factor, term, relu, mean, *line)
-            grad = DeferredGradient.of(made_of)
         elif relu:
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)
             made_of = GradOfSums(grad, values, factor, term, relu, zero, one, zero, zero)
-            grad = DeferredGradient.of(made_of)
+        if made_of is not None and to_product:
+            deferred = DeferredGradient.of(made_of)
+            of_layer, _ = ctx.next_functions[0]
+            takes = getattr(of_layer, "takes_deferred", False)  # and nothing else reads it
+            grad = deferred if takes else deferred.values()
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
         of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
-        return grad, of_weight, of_bias, residual, None, None
+        return grad if to_product else None, of_weight, of_bias, residual, None, None
 
 
 def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -264,7 +264,7 @@ class Deferred(Tensor):
                 "it before the next operation, such as in a forward hook"
             )
         own._has_hook = True
-        return own._carrier if own._is_as_written() else _known(own._values)
+        return _shown(own._carrier if own._is_as_written() else _known(own._values))
 
     def _is_as_written(self) -> bool:
         values = self._values
@@ -286,6 +286,8 @@ class Deferred(Tensor):
                 return func(*args, **kwargs)
         if func == _DTYPE:  # a new object at each access, so compared by value
             return torch.float32  # a carrier's gradient can have another dtype
+        if func == _GRAD_FN:
+            return func(_shown(args[0].source))
         if func in _OF_GRAPH:
             args = pytree.tree_map(lambda x: x.source if isinstance(x, Deferred) else x, args)
             return func(*args, **kwargs)
@@ -340,6 +342,13 @@ def _version(x: Tensor) -> int:
 def _known(values: Tensor | None) -> Tensor:
     assert values is not None
     return values
+
+
+def _shown(x: Tensor) -> Tensor:
+    """A tensor whose gradient something else than its layer may read from now on."""
+    if getattr(x.grad_fn, "takes_deferred", False):
+        x.grad_fn.takes_deferred = False  # type: ignore[union-attr]
+    return x
 
 
 def _with_values(argument: Any) -> Any:
@@ -485,5 +494,6 @@ _OF_THE_SHELL = {
         )
     ),
 }
-_OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+_GRAD_FN = _TENSOR.grad_fn.__get__
+_OF_GRAPH = {_TENSOR.requires_grad.__get__, _TENSOR.is_leaf.__get__}
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, _TENSOR.grad.__get__}

@@ -454,6 +454,8 @@ def deferred_convolution(
         carrier = _Convolution.apply(
             lambda: carrier, *_operands(x, weight, bias), *vars(geometry).values()
         )
+        if carrier.requires_grad:
+            carrier.grad_fn.takes_deferred = True
     again = made_of if layer.recomputes else None
     sums = Sums(values, scale, bias, made_of[-1], carrier, layer, moments, again)
     return Deferred.of_sums(sums, memory_format(like))

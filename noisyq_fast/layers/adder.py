@@ -16,6 +16,7 @@ same bits, forward and backward.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,10 +45,11 @@ def _in_plain_operators(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) 
     """The decomposition that `torch.onnx.export` writes: a difference, absolute values and a sum
     for each element of the kernel. It sums in another order."""
     size = checks.output_size(x, weight, stride, padding)
-    return -sum(
+    sums: Any = sum(
         (weight[:, :, i, j, None, None] - window[:, None]).abs().sum(2)
         for i, j, window in windows(x, weight, size, stride, padding)
     )
+    return -sums
 
 
 declare(
@@ -86,6 +88,10 @@ class _Normalized(torch.autograd.Function):
 class _AdderLayer(nn.Module):
     """Base of the two layers: initial weights from the normal distribution, as in the paper, and
     the normalised gradient of the weight."""
+
+    weight: Tensor
+    bias: Any  # Tensor | None, as the float layer declares it
+    compute: Callable[..., Tensor]
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
@@ -169,7 +175,7 @@ def _full(x: Tensor) -> Tensor:
     return x if x.dtype in checks.ADDER_DTYPES else x.float()
 
 
-class _QuantAdderLayer(QuantLayer):
+class _QuantAdderLayer(QuantLayer, _AdderLayer):
     """The gradient is normalised as in the float layer, after the quantizer's backward."""
 
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:

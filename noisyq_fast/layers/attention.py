@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
 
     def __init__(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, device=device, **kwargs)
-        self.out_proj.__class__ = QuantLinear
-        self.out_proj.arithmetic = self.arithmetic
-        self.out_proj.set_quantizers_(self.weight_quantizer, self.input_quantizer)
+        out_proj: Any = self.out_proj
+        out_proj.__class__ = QuantLinear
+        out_proj.arithmetic = self.arithmetic
+        out_proj.set_quantizers_(self.weight_quantizer, self.input_quantizer)
 
     def set_quantizers_(self, weight: Quantizer | None, activation: Quantizer | None) -> None:
         super().set_quantizers_(weight, activation)
@@ -58,6 +60,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def _reset_parameters(self) -> None:
         for weight in self.weights():
             nn.init.xavier_uniform_(weight)
+        bias: Tensor | None
         for bias in (self.in_proj_bias, self.out_proj.bias):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -92,7 +95,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             raise ValueError("is_causal: got True without attn_mask, which it is a hint about")
         is_batched = query.dim() == 3
         q, k, v = (self._batch_first(x, is_batched) for x in self._projected(query, key, value))
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], 1)
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -120,7 +123,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         q = self.quantized_input(query)
         k = q if key is query else self._quantized("key", key)
         v = q if value is query else k if value is key else self._quantized("value", value)
-        weights = [self.quantized_weight(weight) for weight in self.weights()]
+        weights: Sequence[Tensor] = [self.quantized_weight(weight) for weight in self.weights()]
         if len(weights) == 1 and q is k is v:
             return F.linear(q, weights[0], self.in_proj_bias).chunk(3, -1)
         if len(weights) == 1:
@@ -129,9 +132,9 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         return tuple(map(F.linear, (q, k, v), weights, biases))
 
     def compute_integers(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        q = self.input_quantizer.codes(query)
-        k = q if key is query else self.key_quantizer.codes(key)
-        v = q if value is query else k if value is key else self.value_quantizer.codes(value)
+        q = self.input_codes(query)
+        k = q if key is query else self._codes("key", key)
+        v = q if value is query else k if value is key else self._codes("value", value)
         weights = [self.weight_codes(weight) for weight in self.weights()]
         if len(weights) == 1 and q is k is v:
             return products.linear(q, weights[0], self.in_proj_bias).chunk(3, -1)
@@ -148,6 +151,9 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         quantizer = getattr(self, f"{name}_quantizer")
         return x if quantizer is None else quantizer(x)
+
+    def _codes(self, name: str, x: Tensor) -> Codes:
+        return getattr(self, f"{name}_quantizer").codes(x)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self.widths()}"
@@ -166,8 +172,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             added.append(_as_float(padding, q.dtype).view(len(q), 1, 1, -1))
         if not added:
             return None
-        mask = sum(added)
-        return F.pad(mask, (0, k.shape[2] - mask.shape[-1]))  # appended keys are not masked
+        total: Any = sum(added)
+        return F.pad(total, (0, k.shape[2] - total.shape[-1]))  # appended keys are not masked
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +16,13 @@ from noisyq_fast.layers.layer import QuantLayer
 
 
 class _QuantConv(QuantLayer):
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    _reversed_padding_repeated_twice: list[int]
+    _conv_forward: Callable[..., Tensor]
     can_defer = True
     integer_axes = (None,)
 
@@ -87,6 +97,12 @@ class _QuantConvTranspose(QuantLayer):
     """Transposed convolutions. The weight is ``[in, out / groups, ...]``; group g has the g-th part
     of ``in``."""
 
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any  # numbers; other convolutions take a str too
+    dilation: tuple[int, ...]
+    groups: int
+    _output_padding: Callable[..., list[int]]
     integer_axes = (None,)
 
     def by_channel(self, weight: Tensor) -> Tensor:
@@ -107,7 +123,7 @@ class _QuantConvTranspose(QuantLayer):
             *(list(self.stride), list(self.padding), list(self.dilation), True),
             *(list(output_padding), self.groups),
         )
-        codes, weight = self.input_quantizer.codes(x), self.weight_codes()
+        codes, weight = self.input_codes(x), self.weight_codes()
         y = products.convolution(codes, weight, self.bias, geometry)
         return y.squeeze(0) if unbatched else y
 

@@ -61,6 +61,9 @@ class GroupedLinear(nn.Module):
         torch.Size([8, 12, 16])
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         groups: int,
@@ -201,7 +204,7 @@ class QuantGroupedLinear(QuantLayer, GroupedLinear):
     def compute_integers(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         leading = x.shape[:-2]
         by_group = x.reshape(-1, *x.shape[-2:])
-        codes, weights = self.input_quantizer.codes(by_group), self.weight_codes(weight)
+        codes, weights = self.input_codes(by_group), self.weight_codes(weight)
         turned = replace(
             codes,
             codes=codes.codes.transpose(0, 1),

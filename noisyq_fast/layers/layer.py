@@ -62,6 +62,9 @@ class QuantLayer(nn.Module):
         weight_quantizer, input_quantizer: a `Quantizer` or ``None``.
     """
 
+    weight: Tensor
+    bias: Any  # Tensor | None, as the float layer declares it
+    _float_class: type[nn.Module]
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     arithmetic: str = FLOAT
@@ -173,17 +176,20 @@ class QuantLayer(nn.Module):
         """Why a layer with ``arithmetic="integer"`` computes in float; ``None`` if it does not."""
         if type(self).compute_integers is QuantLayer.compute_integers:
             return "has no product of codes"
-        for name, quantizer in (("weight", self.weight_quantizer), ("input", self.input_quantizer)):
+        weight, input = self.weight_quantizer, self.input_quantizer
+        for name, quantizer in (("weight", weight), ("input", input)):
             if quantizer is None or not quantizer.enabled:
                 return f"its {name} is not quantized"
             if not quantizer.gives_codes:
                 return f"{type(quantizer).__name__} of its {name} gives no codes"
             if quantizer.group_size is not None:
                 return f"its {name} has a scale for each group, which does not leave the sum"
-        if self.weight_quantizer.axis not in (None, 0):
+        assert weight is not None
+        assert input is not None  # or the loop has returned
+        if weight.axis not in (None, 0):
             return "its weight has scales that do not leave the sum"
-        if self.input_quantizer.axis not in self.integer_axes:
-            return f"its input has scales for axis {self.input_quantizer.axis!r}"
+        if input.axis not in self.integer_axes:
+            return f"its input has scales for axis {input.axis!r}"
         return None
 
     def normalizes(self, output: Tensor) -> bool:
@@ -205,18 +211,27 @@ class QuantLayer(nn.Module):
         if not gradients.wanted():
             weight = weight.detach()
         by_channel = self.by_channel(weight)
-        made = self.weight_quantizer.codes(by_channel)
+        quantizer = self.weight_quantizer
+        assert quantizer is not None  # see `why_float`
+        made = quantizer.codes(by_channel)
         scale, zero_point = (
             x.expand(len(by_channel)).contiguous() if x is not None and x.dim() == 0 else x
             for x in (made.scale, made.zero_point)
         )
+        assert scale is not None
         source = weight if made.source is by_channel else self.from_channels(made.source, weight)
         codes = self.from_channels(made.codes, weight)
         return replace(made, codes=codes, scale=scale, zero_point=zero_point, source=source)
 
+    def input_codes(self, x: Tensor) -> Codes:
+        """The layer's input as codes."""
+        quantizer = self.input_quantizer
+        assert quantizer is not None  # see `why_float`
+        return quantizer.codes(x)
+
     def coded(self, x: Tensor) -> tuple[Codes, Codes, Tensor | None]:
         """The input as codes, the weight as codes, and the bias."""
-        return self.input_quantizer.codes(x), self.weight_codes(), self.bias
+        return self.input_codes(x), self.weight_codes(), self.bias
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The arithmetic of the float layer; ``args`` are the further arguments of its forward."""
@@ -236,7 +251,9 @@ class QuantLayer(nn.Module):
         if not gradients.wanted():
             # Tools such as PyTorch's FLOP counter hook module inputs that require grad.
             weight = weight.detach()
-        by_channel = self.weight_quantizer(self.by_channel(weight))
+        quantizer = self.weight_quantizer
+        assert quantizer is not None  # see `quantized_weight`
+        by_channel = quantizer(self.by_channel(weight))
         return self.from_channels(by_channel, weight)
 
     def _made_once(self, what: str, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
@@ -250,6 +267,7 @@ class QuantLayer(nn.Module):
         quantizer = self.weight_quantizer
         if name is None or type(weight) is not nn.Parameter:
             return make(weight)
+        assert quantizer is not None  # nothing else makes anything of a weight
         if quantizer._modules:  # composed of several quantizers, whose state is not watched
             return make(weight)
         of = weight, *quantizer._parameters.values(), *quantizer._buffers.values()
@@ -291,7 +309,7 @@ class QuantLayer(nn.Module):
         return state
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of the float layer
         for quantizer in self.quantizers().values():  # none yet during the float layer's __init__
             quantizer.reset()
 

@@ -80,4 +80,4 @@ class QuantTransposedLinear(QuantLayer):
     def compute_integers(self, x: Tensor) -> Tensor:
         weight = self.weight_codes()
         turned = replace(weight, codes=weight.codes.T, source=weight.source.T)
-        return products.linear(self.input_quantizer.codes(x), turned, self.bias)
+        return products.linear(self.input_codes(x), turned, self.bias)

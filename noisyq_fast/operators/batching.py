@@ -73,7 +73,7 @@ def zero_clipped(info: Any, dims: Dims, grad: Tensor, clipped: Tensor) -> tuple:
     grad = _for_each_sample(grad, dims[0], info.batch_size)
     clipped = _for_each_sample(clipped, dims[1], info.batch_size)
     # The bits of a mask are in the memory order of a sample.
-    order = sorted(range(1, grad.dim()), key=lambda d: -grad.stride(d))
+    order = sorted(range(1, grad.dim()), key=lambda d: -grad.stride()[d])
     grad = grad.permute(0, *order)
     masked = _operators.zero_clipped(_whole_bytes(grad).contiguous(), clipped.flatten())
     size = grad[:1].numel()
@@ -188,7 +188,7 @@ def fake_quantize_learned_backward(
     *rule, axis, gradient_scale = others
     # Sums are in the memory order of a sample.
     x = _for_each_sample(x, dims[1], info.batch_size)
-    order = [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride(d))]
+    order = [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride()[d])]
     back = [order.index(d) for d in range(x.dim())]
     front = checks.front_axis(axis, torch.empty(x.shape[1:], device="meta"))
     axis = None if front is None else order.index(front + 1) - 1

@@ -1,5 +1,8 @@
 """Argument checks. Each error names the argument, what it got, and what it takes."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +34,13 @@ def is_plain(x: Tensor) -> bool:
         and not x.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_gradient_batch(x)
     )
+
+
+def is_gradient_batch(x: Tensor) -> bool:
+    """Whether it is a batch of gradients: of ``is_grads_batched=True``."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def padded(*values: object) -> None:
@@ -244,7 +253,8 @@ def learned_codes(
 def learned(
     x: Tensor, parameters: Tensor, name: str, low: int, high: int, axis: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Rule, int | None]:
-    return learned_codes(x, parameters, name, low, high, axis)  # gradient_scale is for the backward
+    # `gradient_scale` concerns only the backward.
+    return learned_codes(x, parameters, name, low, high, axis)
 
 
 def learned_backward(
@@ -281,7 +291,7 @@ Pair = tuple[int, int]
 
 
 def adder(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int]
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[Tensor, Tensor, Pair, Pair]:
     for name, value in (("x", x), ("weight", weight)):
         _dtype(name, value, ADDER_DTYPES)
@@ -306,7 +316,7 @@ def adder(
 
 
 def adder_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     x, weight, stride, padding = adder(x, weight, stride, padding)
     _dtype("grad", grad, (x.dtype,))
@@ -406,7 +416,7 @@ def _own_memory(name: str, value: Tensor, other: str, x: Tensor) -> None:
         )
     if any(n > 1 and stride == 0 for n, stride in zip(value.shape, value.stride(), strict=True)):
         raise ValueError(f"{name}: got an expanded tensor, takes one with memory for each range")
-    if torch._C._is_alias_of(x, value):
+    if torch._C._is_alias_of(x, value):  # type: ignore[attr-defined]
         (start, end), (x_start, x_end) = _extent(value), _extent(x)
         if start < x_end and x_start < end:
             raise ValueError(f"{name}: got a tensor that overlaps {other} in memory, takes its own")
@@ -417,7 +427,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
     if x.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    start = x.storage_offset()
+    start: Any = x.storage_offset()  # an int, or one that is traced
     return start * x.itemsize, (start + last + 1) * x.itemsize
 
 

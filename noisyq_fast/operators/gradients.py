@@ -25,7 +25,7 @@ class Gradient(torch.autograd.Function):
             return super().apply(below_autograd, *arguments)
         # torch.func calls an operator once for each of its nested transforms: this is one of them.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(
+            return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
                 lambda: unrecorded(below_autograd), *arguments
             )
 

@@ -90,6 +90,7 @@ def _tokens(x: Tensor, group_size: int | None) -> torch.Size:
 
 def _groups(x: Tensor, axis: Axis, group_size: int | None) -> torch.Size:
     check_group_size(group_size)
+    assert group_size is not None  # see `by_group`
     if axis not in (None, 0):
         raise ValueError(f"axis: got {axis!r} with group_size {group_size}, takes 0 or None")
     if x.dim() < 2:

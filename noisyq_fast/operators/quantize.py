@@ -492,7 +492,7 @@ def dequantize(
         checks.tensor("zero_point", zero_point)
     if by_group(axis, group_size):
         groups = Groups(codes, axis, group_size)
-        flat = [groups.flat("scale", scale), groups.flat("zero_point", zero_point)]
+        flat: list[Any] = [groups.flat("scale", scale), groups.flat("zero_point", zero_point)]
         return groups.restored(dequantize(groups.x, flat[0], 0, zero_point=flat[1]))
     checks.axis_type(axis)
     if zero_point is None and codes.dtype != torch.uint8:

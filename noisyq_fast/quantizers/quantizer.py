@@ -75,6 +75,8 @@ class Quantizer(nn.Module):
     """Advice in the warning about negative values, which an unsigned grid makes 0."""
     keeps_range: ClassVar[bool] = False
     """Whether it has a range that is calibrated, frozen and reset."""
+    range: Tensor
+    """Only where ``keeps_range``."""
     gives_codes: ClassVar[bool] = False
     """Whether `codes` is defined."""
     frozen: bool = False  # not in the state dict, like the training mode

@@ -306,7 +306,7 @@ def test_run_writes_labels_scores_and_options(tmp_path):
     for name, against in (("test_f1", "annotators"), ("test_f1_truth", "truth")):
         assert f"{scores[name]:.2%} against the {against}" in line
     (folder,) = tmp_path.iterdir()
-    assert folder.name.startswith("synthetic-au-baseline-noise1-fold3-seed0-")
+    assert folder.name.startswith("synthetic-au-baseline-noise1-fold3-epochs2-")
     result = json.loads((folder / "result.json").read_text())
     assert result["fold"] == 3
     assert result["epoch_chosen"] in (1, 2)

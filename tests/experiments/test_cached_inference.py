@@ -10,7 +10,12 @@ from experiments import run, tasks
 from experiments.data.augment import Normalize
 from experiments.data.faces import Faces
 from experiments.deepcache import CachedInference, matching
-from experiments.deepcache.__main__ import command, main, read_pictures
+from experiments.deepcache.__main__ import (
+    FramesConfig,
+    command,
+    compare_on_frames,
+    read_pictures,
+)
 from experiments.deepcache.comparison import compare
 from experiments.deepcache.regions import Rectangle, Reuse, Window, of_blocks
 from experiments.models import (
@@ -332,7 +337,7 @@ def test_a_run_on_faces_shows_what_reuse_saves_and_loses(tmp_path, capsys):
     config = run.parse([*small.split(), "--weight-bits", "4", "--out", str(tmp_path)])
     prepared = run.prepare(config)
     run.execute(prepared, torch.device("cpu"))
-    main(prepared.path, thresholds=(float("inf"), 10.0), count=8)
+    compare_on_frames(FramesConfig(prepared.path, thresholds=(float("inf"), 10.0), count=8))
     exact, coarse = capsys.readouterr().out.splitlines()[-2:]
     assert "inf dB: 0.0% of the work saved" in exact
     assert "100.00% of the answers the same, F1" in exact
@@ -343,7 +348,7 @@ def test_a_run_on_faces_shows_what_reuse_saves_and_loses(tmp_path, capsys):
     folder.mkdir()
     for number in range(3):
         Image.fromarray(np.full((40, 50, 3), 90, dtype=np.uint8)).save(folder / f"{number}.png")
-    main(prepared.path, frames=folder, thresholds=(30.0,))
+    compare_on_frames(FramesConfig(prepared.path, frames=folder, thresholds=(30.0,)))
     out = capsys.readouterr().out
     assert "3 frames of 32 x 32 pixels" in out
     assert "66.7% of the work saved" in out
@@ -363,4 +368,4 @@ def test_a_run_that_is_not_on_faces_is_refused(tmp_path):
     assert config.task is not tasks.TASKS["action_units"]
     RunFolder(tmp_path / "run").write_config(config.flat())
     with pytest.raises(ValueError, match="got a run on digits, takes one on synthetic-au"):
-        main(tmp_path / "run")
+        compare_on_frames(FramesConfig(tmp_path / "run"))

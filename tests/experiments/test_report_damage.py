@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import zipfile
 
@@ -302,16 +301,14 @@ def test_damaged_packed_runs_are_named(kind, tmp_path):
         assert found.left_out[0].startswith(str(tmp_path / "runs.zip"))
 
 
-def test_only_where_nothing_is_left_it_is_an_error(tmp_path):
+def test_only_where_nothing_is_left_it_is_an_error(tmp_path, monkeypatch, capsys):
     folder = write_classification(tmp_path)
     result(test_loss=-1.0)(folder)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{folder}/result"):
         report.COMMANDS["figures"](tmp_path)
-    ended = subprocess.run(
-        [sys.executable, report.__file__, "figures", tmp_path], capture_output=True, text=True
-    )
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
+    monkeypatch.setattr(sys, "argv", ["report.py", "figures", str(tmp_path)])
+    assert report.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}: no finished run")
 
 

@@ -115,14 +115,14 @@ def test_plain_names_stay_as_they_are(text):
 def test_terminal_that_lacks_a_character_is_no_error(tmp_path):
     write_classification(tmp_path)
     ended = subprocess.run(
-        [sys.executable, report.__file__, "figures", tmp_path],
+        [sys.executable, report.__file__, "figures", tmp_path, "--out", tmp_path / "drôle"],
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "Mean \\xb1 standard" in ended.stdout
-    assert "Mean ± standard" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "dr\\xf4le" in ended.stdout
+    assert "Mean ± standard" in (tmp_path / "drôle" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

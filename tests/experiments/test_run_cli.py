@@ -44,7 +44,7 @@ def test_run_writes_a_whole_folder(tmp_path, method, label):
     assert errors == ""
 
     (folder,) = (tmp_path / "out").iterdir()
-    assert folder.name.startswith(f"digits-{label}-noise0.4-seed0-")
+    assert folder.name.startswith(f"digits-{label}-noise0.4-images256-epochs2-seed0-")
     assert {path.name for path in folder.iterdir() if path.name != ".lock"} == {
         "config.json",
         "metrics.jsonl",
@@ -74,7 +74,7 @@ def test_run_writes_a_whole_folder(tmp_path, method, label):
 
     lines = output.splitlines()
     assert any(line.startswith("epoch 1/2") for line in lines)
-    assert lines[-1].startswith(f"test accuracy {result['test_accuracy']:.2%} in ")
+    assert lines[-1].startswith(f"test accuracy {result['test_accuracy']:.2%} after ")
     assert lines[-1].endswith(str(Path("out") / folder.name))
 
 
@@ -127,8 +127,9 @@ def test_a_run_says_what_it_trains_on_what(tmp_path):
     )
     assert "quant (weight_bits 4, activation_bits 4" in output
     assert "ResNet20, 269,434 parameters" in output
-    assert f"runs/{run.name}" in output
-    assert max(map(len, output.splitlines())) <= 100
+    assert f"folder:   runs/{run.name}\n" in output
+    assert max(len(line) for line in output.splitlines() if run.name not in line) <= 100
+    assert f"evaluating the finished network on all {64 + 359} images\n" in output
 
 
 def test_interrupt_ends_with_one_line(tmp_path):
@@ -159,7 +160,10 @@ def main(monkeypatch, tmp_path, capsys):
     [
         (["--noise", "1.5"], "--noise: got 1.5, takes a share from 0 to 1"),
         (["--train-size", "9999"], "--train-size: got 9999, takes 1 to 1438 for digits"),
-        (["--dataset", "cifar10", "--data-dir", "nowhere"], "no CIFAR-10 in nowhere: looked for"),
+        (
+            ["--dataset", "cifar10", "--data-dir", "nowhere"],
+            "--data-dir: no CIFAR-10 in nowhere: looked",
+        ),
         (
             ["--method", "quant", "--method", "dropout"],
             "--method: got it twice, takes it once; methods are combined by their options, as in",
@@ -185,9 +189,9 @@ def test_what_a_user_can_mend_is_told_in_one_line(main, arguments, message):
 def test_out_that_cannot_be_written_is_told_before_training(main, tmp_path):
     (tmp_path / "file").touch()
     status, errors = main("--out", "file")
-    assert status == 1
-    assert errors.startswith("error: ")
-    assert "file" in errors
+    assert status == 2
+    assert errors.startswith("error: --out: file/digits-")
+    assert errors.endswith(": not a directory\n")
 
 
 def test_diverged_run_leaves_no_result(main, tmp_path):
@@ -195,13 +199,6 @@ def test_diverged_run_leaves_no_result(main, tmp_path):
     assert status == 1
     assert errors.startswith("error: the loss is ")
     assert not list(tmp_path.glob("out/*/result.json"))
-
-
-@pytest.mark.parametrize("arguments", [["--nois", "0.1"], ["--method", "magic"], ["--lr", "fast"]])
-def test_wrong_command_line_is_refused(main, arguments):
-    with pytest.raises(SystemExit) as exit_status:
-        main(*arguments)
-    assert exit_status.value.code == 2
 
 
 def test_finished_run_is_told_and_restarted_only_on_request(main, tmp_path, capsys):
@@ -261,7 +258,7 @@ def test_saved_model_is_evaluated_without_training(main, tmp_path):
     assert before["notes"] == [f"168 filters removed, {before['parameters']:,} parameters left"]
 
     status, errors = main(*evaluate, "--out", "other")
-    assert status == 1
+    assert status == 2
     assert errors.startswith(f"error: --weights: {weights} does not fit this run's network")
     (tmp_path / "broken").write_bytes(weights.read_bytes()[:-100])
     status, errors = main(*evaluate[:-1], tmp_path / "broken")
@@ -341,5 +338,5 @@ def test_cifar10_runs_through_the_same_loop(main, tmp_path, cifar10_folder, monk
     monkeypatch.setitem(data.DATASETS, "cifar10", load)
     status, errors = main(*QUICK, "--dataset", "cifar10", "--data-dir", cifar10_folder)
     assert status == 0, errors
-    (folder,) = tmp_path.glob("out/cifar10-baseline-noise0.4-seed0-*")
+    (folder,) = tmp_path.glob("out/cifar10-baseline-noise0.4-images256-epochs2-seed0-*")
     assert (folder / "result.json").exists()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from experiments.data.au.alignment import Crop
 from experiments.data.au.decoding import Job, decode
 from experiments.storage.files import atomic, read_bytes
+from experiments.terminal import bars_off
 
 _TO_DO, _DONE = 0, 1
 
@@ -48,7 +49,7 @@ def decoded(pictures: list[tuple[Path, Crop | None]], size: int, path: Path) -> 
     _require_space(path, len(todo) * stride)
     unreadable: dict[int, str] = {}
     try:
-        hidden = None if todo else True  # None: where nobody looks
+        hidden = bars_off() if todo else True
         with tqdm(total=count, initial=count - len(todo), unit="picture", disable=hidden) as bar:
             for outcomes in decode(todo, size, path):
                 unreadable |= {row: why for row, why in outcomes.items() if why is not None}

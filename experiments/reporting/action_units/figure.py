@@ -1,6 +1,7 @@
 """The gains behind table 1."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,7 +27,12 @@ from experiments.reporting.runs import defaults
 
 _QUANT = defaults()["quant"]
 _GAIN = f"{AS_PUBLISHED}_gain"
-_PUBLISHED = {"marker": "D", "markerfacecolor": "none", "color": "black", "linestyle": ""}
+_PUBLISHED: dict[str, Any] = {
+    "marker": "D",
+    "markerfacecolor": "none",
+    "color": "black",
+    "linestyle": "",
+}
 
 
 def draw_all(studies: list[tuple[str, ActionUnitStudy, pl.DataFrame]], folder: Path) -> Drawn:
@@ -122,8 +128,13 @@ def _of_aus(rows: pl.DataFrame, aus: list[int]) -> tuple[np.ndarray, np.ndarray]
 def _reach(rows: pl.DataFrame, aus: list[int], paper: Published | None) -> float:
     """How far panels go up and down: as far as all gains and most of the intervals do."""
     gains, ends = abs(_of_aus(rows, aus)[0]), _ends(rows, aus)
-    published = [abs(paper.gain(_QUANT, au)) for au in aus] if paper else []
+    published = abs(_published(paper, aus)) if paper else np.array([])
     return 1.1 * max(min(ends.max(), 2 * np.median(ends)), gains.max(), *published, 1)
+
+
+def _published(paper: Published, aus: list[int]) -> np.ndarray:
+    """The gains of quantization, `[AU]`."""
+    return np.array([paper.gain(_QUANT, au) for au in aus], dtype=float)
 
 
 def _ends(rows: pl.DataFrame, aus: list[int]) -> np.ndarray:
@@ -140,7 +151,7 @@ def _aus(
     axis.bar(places, gains, color=color(_QUANT), alpha=0.7)
     known = ~np.isnan(half_widths)
     if known.any():
-        look = {"fmt": "none", "ecolor": "black", "capsize": 3}
+        look: dict[str, Any] = {"fmt": "none", "ecolor": "black", "capsize": 3}
         axis.errorbar(places[known], gains[known], yerr=half_widths[known], **look)
     for sign, arrow in ((1, "^"), (-1, "v")):
         beyond = sign * gains + np.nan_to_num(half_widths) > reach
@@ -148,7 +159,7 @@ def _aus(
             ends = np.full(beyond.sum(), 0.97 * sign * reach)
             axis.scatter(places[beyond], ends, marker=arrow, color="black", zorder=3)
     if paper:
-        axis.plot(places, [paper.gain(_QUANT, au) for au in aus], **_PUBLISHED)
+        axis.plot(places, _published(paper, aus), **_PUBLISHED)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(places, map(str, aus))
     axis.set_ylim(-reach, reach)
