@@ -21,7 +21,7 @@ class DeferredGradient(Tensor):
     """A tensor whose values are computed when something reads them."""
 
     made_of: GradOfSums
-    _values: Tensor | None  # type: ignore[assignment]  # a private method of Tensor
+    _computed: Tensor | None
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -30,19 +30,19 @@ class DeferredGradient(Tensor):
         made = Tensor._make_wrapper_subclass(
             cls, sums.shape, strides=sums.stride(), dtype=grad.dtype, device=grad.device
         )
-        made.made_of, made._values = made_of, None
+        made.made_of, made._computed = made_of, None
         return made
 
     def current(self) -> GradOfSums | Tensor:
         """The values if they were computed, else the tensors that they are computed from."""
-        return self.made_of if self._values is None else self._values
+        return self.made_of if self._computed is None else self._computed
 
     def values(self) -> Tensor:
         """The values, as an ordinary tensor."""
-        if self._values is None:
+        if self._computed is None:
             compute = select("grads_of_sums", self.made_of.sums.device.type)
-            self._values = compute(*self.made_of)
-        return self._values
+            self._computed = compute(*self.made_of)
+        return self._computed
 
     @classmethod
     def __torch_dispatch__(
