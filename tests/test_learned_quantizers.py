@@ -26,11 +26,14 @@ from noisyq_fast import (
     constrain_,
     disabled,
     freeze_ranges_,
+    fuse_,
     parameter_groups,
     quantize_model_,
     reset_ranges_,
     summary,
+    use_backend,
 )
+from noisyq_fast.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
@@ -485,3 +488,48 @@ def test_attention_and_grouped_layers_take_them():
     heads(torch.rand(4, 2, 3)).sum().backward()
     assert heads.weight_quantizer.clip.shape == (10,)
     assert heads.weight_quantizer.clip.grad is not None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.0])
+def test_values_that_are_not_finite_in_a_chain(value):
+    """As in the network that is not fused, whose codes look for a NaN in all values."""
+    outputs = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)),
+        )
+        x = torch.randn(2, 16, 8, 8)
+        quantizers = {"weight": LSQ(4), "activation": LSQ(4)}
+        quantize_model_(model, arithmetic="integer", first_last_bits=None, **quantizers)
+        model(x)
+        model.eval()  # so that batch norm is a line in both
+        if fused:
+            fuse_(model, x)
+        model[1].bias.data[3] = value
+        outputs.append(model(x))
+    assert outputs[0].isnan().any() == math.isnan(value)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4, equal_nan=True)
+
+
+def test_codes_write_no_values_that_nothing_reads(monkeypatch):
+    torch.manual_seed(0)
+    layer = quantize_model_(nn.Linear(8, 4), weight=LSQ(4), activation=LSQ(4), arithmetic="integer")
+    x = torch.rand(3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    expected = [x.grad, *(p.grad for p in layer.parameters())]
+    x.grad = None
+    layer.zero_grad()
+
+    def refuse(*_):
+        pytest.fail("computed float values")
+
+    for backend in BACKENDS.values():
+        if "fake_quantize_learned" in backend.functions:
+            monkeypatch.setitem(backend.functions, "fake_quantize_learned", refuse)
+    with use_backend("reference"):
+        pass  # forgets what was selected
+    layer(x).sum().backward()
+    for one, other in zip([x.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+        assert torch.equal(one, other)

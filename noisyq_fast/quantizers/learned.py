@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast.backends.reference import scale_of_codes
+from noisyq_fast.backends.reference_integer import without_values
 from noisyq_fast.backends.reference_learned import sum_of_groups
 from noisyq_fast.grid import FULL, UNSIGNED, check_bits
 from noisyq_fast.integer.codes import Codes
+from noisyq_fast.integer.deferred import Deferred, deferrable
 from noisyq_fast.operators import checks, gradients
 from noisyq_fast.operators.granularity import TOKEN
 from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
@@ -305,11 +307,27 @@ class LearnedQuantizer(Quantizer):
         with self._named():
             with torch.no_grad():
                 self.prepare(x)
+                values, ends = x, None
+                if isinstance(x, Deferred):
+                    values = x.written()
+                    # Behind a ReLU they tell a NaN, and an infinity from it.
+                    ends = x.extremes_found() if x.chain.relu else None
                 codes = quantize_learned(
-                    x, self.stacked(), self.rule, *self._byte_ends(), self.axis
+                    values, self.stacked(), self.rule, *self._byte_ends(), self.axis
                 )
-                scale = scale_of_codes(x, self.code_scale(), self.axis)
+                found = values if ends is None or self.axis is not None else ends
+                scale = scale_of_codes(found, self.code_scale(), self.axis)
             return self._learned_codes(x, codes, scale)
+
+    def _source(self, x: Tensor) -> Tensor:
+        """What gradients of the codes flow to, and through it to x and the parameters: the float
+        values, which nothing reads, so without them where nothing traces or transforms x."""
+        if not deferrable(x):
+            # Not a subclass's `fake_quantize`: the subclass has already changed x.
+            return LearnedQuantizer.fake_quantize(self, x)
+        x = x.values() if isinstance(x, Deferred) else x
+        how = self.rule, *self.code_ends, self.axis, self.gradient_scale(x)
+        return gradients.Learned.apply(lambda: without_values(x), x, self.stacked(), *how)
 
     def _byte_ends(self) -> tuple[int, int]:
         low, high = self.code_ends
@@ -322,9 +340,7 @@ class LearnedQuantizer(Quantizer):
 
     def _learned_codes(self, x: Tensor, codes: Tensor, scale: Tensor) -> Codes:
         low, high = self.code_ends
-        # Through the float values gradients reach the parameters too. Not through a subclass's
-        # `fake_quantize`: the subclass has already changed x.
-        source = LearnedQuantizer.fake_quantize(self, x) if gradients.wanted() else x
+        source = self._source(x) if gradients.wanted() else x
         codes = codes.to(torch.int8 if low else torch.uint8)
         return Codes(codes, scale, None, max(-low, high), source)
 
