@@ -9,7 +9,7 @@ from strategies import DTYPES
 from noisyq_fast import Grid, rules
 from noisyq_fast.backends import reference
 from noisyq_fast.backends.reference import MASKED
-from noisyq_fast.backends.reference_integer import Running
+from noisyq_fast.backends.reference_integer import GradOfSums, Running
 
 RULES = {
     "lsq": ([0.17], -8, 7),
@@ -148,6 +148,26 @@ def every_product(backend, device):
     ]
 
 
+def every_gradient_of_a_product(backend, device):
+    """Of whole numbers, whose sums are exact, and so the same in any order."""
+    x, weight = _codes(torch.uint8, 2, 16, 5, 4), _codes(torch.int8, 16, 16, 3, 3).float()
+    sums = torch.randint(-300, 301, (2, 16, 3, 4), dtype=torch.int16)
+    grad = torch.randint(-8, 9, sums.shape).float()
+    sums, grad = (value.to(memory_format=torch.channels_last) for value in (sums, grad))
+    zero, scale, one = torch.tensor(7, dtype=torch.uint8), torch.tensor(0.5), torch.ones(16)
+    x, weight, sums, grad, zero, scale, one = (
+        value.to(device) for value in (x, weight, sums, grad, zero, scale, one)
+    )
+    how = [2, 1], [1, 1], [1, 1], False, [0, 0], 1
+    of_sums = GradOfSums(grad, sums, one, -one, True, 3 * one, one, -2 * one, one)
+    results = []
+    for given in (grad, of_sums):
+        results += backend.grads_of_convolution(
+            given, x, scale, zero, weight, torch.float32, True, True, *how
+        )
+    return results
+
+
 def every_pass_over_sums(backend, device):
     """Over sums of products. Of the gradients all sums are exact, and so the same in any order."""
     sums = torch.randint(-300, 301, (2, 4, 3, 5)).to(memory_format=torch.channels_last).float()
@@ -216,6 +236,7 @@ EVERY = {
     "learned": _of_drawn(every_learned_operator),
     "products": every_product,
     "sums": every_pass_over_sums,
+    "gradients of products": every_gradient_of_a_product,
     "adders": every_adder,
 }
 """Functions of operators as attributes, and of a device: together they call every operator."""

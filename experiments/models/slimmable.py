@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,7 @@ class _QuantSlim(QuantLayer, _Slim):
         """That of inputs at the width which is set."""
         if self.place == 0 or len(self.narrower) == 0:
             return self.input_quantizer
-        quantizer = self.narrower[self.place - 1]
-        assert isinstance(quantizer, Quantizer)
-        return quantizer
+        return cast("Quantizer", self.narrower[self.place - 1])  # or what stands for it in a graph
 
     def statistics(self) -> list[nn.Module]:
         quantizer = self.active_quantizer

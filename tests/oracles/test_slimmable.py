@@ -74,7 +74,7 @@ def test_step_at_every_width_with_private_norms(oracle):
     widths, divisor = oracle["widths"].tolist(), divisor_of(oracle["channels"])
     model = Network(oracle["conv_w"], oracle["fc_w"], oracle["fc_b"])
     make_slimmable_(model, widths, oracle["x"], private=True, divisor=divisor).train()
-    plan = model.conv.widths
+    plan = model.conv.plan
     count = len(oracle["conv_w"])
     assert [plan.channels(count, width) for width in widths] == oracle["channels"].tolist()
 
@@ -101,7 +101,7 @@ def test_sandwich_with_distillation_and_shared_norms(oracle):
     least = [min(widths), 1.0]
     make_slimmable_(model, least, oracle["x"], private=False, divisor=divisor).train()
     count = len(oracle["us_conv_w"])
-    counts = [model.conv.widths.channels(count, width) for width in widths]
+    counts = [model.conv.plan.channels(count, width) for width in widths]
     assert counts == oracle["us_channels"].tolist()
 
     close(trained(model, oracle, widths, distils=True), oracle["us_logits"])
