@@ -20,7 +20,7 @@ else:
 
 MOST_EPOCHS = 1_000_000
 _LONGEST_NAME = 150  # bytes
-_TAKEN_NAMES = ("config.json", "result.json", "runs.zip")
+_TAKEN_NAMES = ("config.json", "result.json", "runs.zip", "report", "report-table1")
 PLAIN_NAME = (
     f"a plain file name of at most {_LONGEST_NAME} bytes: no / or \\, no dot or dash in front, no "
     f"space at its ends, and none of {', '.join(_TAKEN_NAMES)}"

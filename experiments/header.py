@@ -8,6 +8,7 @@ from typing import get_args
 import noisyq_fast
 from experiments.methods import Method
 from experiments.tasks import Part
+from experiments.terminal import amount
 from experiments.training import data_parallel
 from experiments.training.loop import Trainer
 
@@ -28,9 +29,9 @@ def header(trainer: Trainer, path: Path) -> str:
         "data": f"{config.dataset}: {', '.join(parts)}, {tested:,} to test",
         "method": ", ".join(map(_described, config.methods.items())) or "baseline: nothing",
         "network": f"{type(model).__name__}, {parameters:,} parameters",
-        "training": f"{config.epochs} epochs of {steps} steps of {config.batch_size}, learning "
-        f"rate {config.lr:g} ({config.schedule}), seed {config.seed}",
-        "machine": f"{trainer.device}, {config.threads} threads{shared}, backend "
+        "training": f"{amount(config.epochs, 'epoch')} of {amount(steps, 'step')} of "
+        f"{config.batch_size}, learning rate {config.lr:g} ({config.schedule}), seed {config.seed}",
+        "machine": f"{trainer.device}, {amount(config.threads, 'thread')}{shared}, backend "
         f"{noisyq_fast.current_backend(trainer.device.type)}",
         "folder": str(path),
         "shown": task.LEGEND,

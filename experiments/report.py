@@ -73,7 +73,8 @@ def pack(runs: Path, out: Path | None = None) -> None:
         raise ValueError(f"--out: got {path}, which is no regular file, takes the name of one")
     with _told_as_out():
         packed.pack(finished, path)
-    print(f"{len(finished)} runs written to {path}, {path.stat().st_size:,} bytes")
+    count = terminal.amount(len(finished), "run")
+    print(f"{count} written to {path}, {path.stat().st_size:,} bytes")
 
 
 def _command(report: Report) -> _Command:

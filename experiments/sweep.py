@@ -104,7 +104,8 @@ class SweepConfig:
         shipped = {path.stem: path for path in SHIPPED.glob("*.toml")}
         if self.file not in shipped and not os.path.lexists(self.file):
             raise ValueError(
-                f"{self.file}: no such file; those that come along are {', '.join(sorted(shipped))}"
+                f"FILE: got {self.file}, no such file; takes one, or a grid that comes along: "
+                f"{', '.join(sorted(shipped))}"
             )
         return shipped.get(self.file, Path(self.file))
 
@@ -121,7 +122,7 @@ def sweep(config: SweepConfig, extra: list[str]) -> int:
     if config.dry_run:
         for task in todo:
             print(f"{state(task):<18}  {task.folder.name}")
-        print(f"{len(todo)} runs, {sum(map(is_finished, todo))} finished")
+        print(f"{terminal.amount(len(todo), 'run')}, {sum(map(is_finished, todo))} finished")
         return 0
     before = sum(map(is_finished, todo))
     failed, busy = carry_out(config, todo)

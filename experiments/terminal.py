@@ -52,6 +52,11 @@ def fail(error: Exception, status: int | None = None) -> int:
     return REFUSED if text.startswith(("--", "RUNS: ", "FOLDER: ")) else FAILED
 
 
+def amount(count: int, noun: str) -> str:
+    """A number of things, such as 1 run or 2,000 runs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def told(error: Exception) -> str:
     """What an error says to a user. Of the operating system's, the file and what it is about it,
     without the number."""

@@ -167,6 +167,31 @@ def test_command_line_report():
     assert set(table) == set(BACKENDS["reference"].functions)
 
 
+def test_command_line_report_takes_no_options():
+    refused = subprocess.run(
+        [sys.executable, "-m", "noisyq_fast", "--backends"], capture_output=True, text=True
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--backends" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "errors"),
+    [("/dev/full", 1, "error: standard output: No space left on device\n"), (None, 0, "")],
+)
+def test_command_line_report_that_cannot_be_written(place, status, errors):
+    if place is None:  # a pipe whose reader has gone
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(place, os.O_WRONLY)
+    with open(write, "w") as output:
+        ended = subprocess.run(
+            [sys.executable, "-m", "noisyq_fast"], stdout=output, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (status, errors)
+
+
 def test_import_without_the_native_library_explains_itself():
     code = (
         "import sys; sys.modules['noisyq_fast._core'] = None\n"

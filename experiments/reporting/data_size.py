@@ -25,6 +25,7 @@ from experiments.reporting.drawing import (
 )
 from experiments.reporting.runs import Study, titles
 from experiments.reporting.tables import cell, markdown
+from experiments.terminal import amount
 
 _SIZE = "train_size"
 _FEWEST = 3  # sizes: a line goes through any two points
@@ -135,7 +136,8 @@ def draw(studies: Iterable[Study], drawn: Drawn) -> None:
     found = _with_studies(studies)
     for number, (title, study, lines) in enumerate(found, 1):
         figure = growth(lines)
-        trained = f"{study.setup.get('model', 'resnet20')}, {study.setup['epochs']} epochs"
+        epochs = amount(study.setup["epochs"], "epoch")
+        trained = f"{study.setup.get('model', 'resnet20')}, {epochs}"
         figure.suptitle(f"{short(title)}\n{trained}", fontsize="medium")
         suffix = f"-{number}" if len(found) > 1 else ""
         drawn.add(f"data-size{suffix}", figure)

@@ -30,6 +30,7 @@ from experiments.reporting.drawing import (
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.runs import Study, defaults, method_of, name_seeds
 from experiments.reporting.settings import settings
+from experiments.terminal import amount
 
 PAPER = Path(__file__).with_name("paper_figure2.csv")
 _PAPER_COLUMNS = {
@@ -85,7 +86,7 @@ def about(study: Study) -> str:
     images = f"{setup['train_size']:,} images" if setup.get("train_size") else "all images"
     if setup.get("validation"):
         images += f", {PERCENT * setup['validation']:g} % of them held out"
-    return f"{setup.get('model', 'resnet20')}, {images}, {setup['epochs']} epochs"
+    return f"{setup.get('model', 'resnet20')}, {images}, {amount(setup['epochs'], 'epoch')}"
 
 
 def curves(study: Study) -> Figure | str:

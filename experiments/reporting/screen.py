@@ -6,6 +6,7 @@ from experiments.methods import BASELINE
 from experiments.reporting.escaping import one_line
 from experiments.reporting.report import Report
 from experiments.reporting.runs import Study
+from experiments.terminal import amount
 
 _MOST_ROWS = 12
 _MOST_NOISES = 8
@@ -16,8 +17,8 @@ def overview(report: Report, studies: list[tuple[str, Study, pl.DataFrame]]) -> 
     """Of each study a table, and why there is no gain."""
     parts = []
     for title, study, summary in studies:
-        seeds = len(study.seeds)
-        head = f"{one_line(title)}: {len(study.runs)} runs, {seeds} seed{'s' if seeds > 1 else ''}"
+        runs, seeds = amount(len(study.runs), "run"), amount(len(study.seeds), "seed")
+        head = f"{one_line(title)}: {runs}, {seeds}"
         parts.append("\n".join([head, *_table(report, study, summary), *_no_gain(summary)]))
     return "\n\n".join(parts)
 

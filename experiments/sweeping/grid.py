@@ -65,7 +65,8 @@ class Grid:
         if scale is None:
             scale = next(iter(layers), None)
         elif scale not in layers:
-            raise ValueError(f"no scale {scale}, it has {', '.join(layers) or 'none'}")
+            takes = f"one of {', '.join(layers)}" if layers else "none: it has no scales"
+            raise ValueError(f"--scale: got {scale}, takes {takes}")
         layer = _layer("", tables, ("base", "grid", "variants", "follow"))
         for name, content in (layers[scale] if scale else {}).items():
             merge = name != "variants" and name in layer
@@ -169,7 +170,9 @@ def _unknown(where: str, name: str, known: Iterable[str]) -> str:
 def narrowed(runs: list[Options], only: tuple[str, ...]) -> list[Options]:
     """The runs that fit all of `only`, each an OPTION=VALUE or OPTION=VALUE,VALUE."""
     for text in only:
-        name, _, values = text.partition("=")
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise ValueError(f"--only: got {text}, takes OPTION=VALUE, as in method=quant")
         name = name.replace("_", "-")
         known = {str(options[name]) for options in runs if name in options}
         for value in values.split(","):

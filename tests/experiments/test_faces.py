@@ -271,9 +271,33 @@ def test_contact_sheet():
     assert len(sheet.getcolors(100_000)) > 100
 
 
-def test_command_draws_the_contact_sheet(tmp_path):
+def test_command_draws_the_contact_sheet(tmp_path, monkeypatch):
     out = tmp_path / "docs" / "faces.png"
-    main(out, subjects=1, size=16)
+    monkeypatch.setattr("sys.argv", ["faces", str(out), "--subjects", "1", "--size", "16"])
+    assert main() == 0
     with Image.open(out) as sheet:
         assert sheet.format == "PNG"
         assert sheet.width % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "FILE: got none"),
+        (["sheet.xyz"], 2, "FILE: got sheet.xyz, takes the name of a PNG file"),
+        (["sheet.png", "--subjects", "0"], 2, "--subjects: got 0"),
+        (["sheet.png", "--size", "1"], 2, "--size: got 1"),
+        (["file/sheet.png", "--subjects", "1", "--size", "16"], 1, "file: "),
+    ],
+)
+def test_command_that_cannot_draw_says_why(
+    tmp_path, monkeypatch, capsys, arguments, status, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["faces", *arguments])
+    assert main() == status
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1

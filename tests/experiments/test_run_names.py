@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from experiments import run
+from experiments import report, run
 from experiments.config import RunConfig
 from experiments.methods import METHODS
 from experiments.storage.run_names import folder_of, run_name, same_run
@@ -211,7 +211,7 @@ def test_the_same_options_with_other_data_are_another_run(main, tmp_path):
 
 
 BAD = ["", " ", ".", "..", ".hidden", "a/b", "/tmp/x", "a\\b", "-x", "a\nb", "x" * 151, "ä" * 76]
-BAD += ["a ", "config.json", "runs.zip", "result.json"]
+BAD += ["a ", "config.json", "runs.zip", "result.json", *(kind.folder for kind in report.REPORTS)]
 
 
 @pytest.mark.parametrize("name", BAD)

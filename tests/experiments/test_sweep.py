@@ -182,7 +182,7 @@ def test_wrong_grid_is_told_in_one_line_before_anything_runs(main, tmp_path, tex
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "big"], "grid.toml: no scale big, it has none"),
+        (["--scale", "big"], "grid.toml: --scale: got big, takes none"),
         (["--jobs", "0"], "--jobs: got 0, takes a whole number from 1"),
         (["--jobs", "1000000"], "--jobs: got 1000000, takes a whole number from 1 to"),
         (["--engine", "ray", "--gpus-per-run", "inf"], "--gpus-per-run: got inf, takes 0 to 1, or"),
@@ -198,6 +198,7 @@ def test_wrong_grid_is_told_in_one_line_before_anything_runs(main, tmp_path, tex
         (["--jobs", "2", "--engine", "ray"], "--jobs: takes effect with --engine local only"),
         (["--gpus-per-run", "1"], "--gpus-per-run: takes effect with --engine ray only"),
         (["--only", "method=prune"], "--only: got method=prune, takes baseline, quant"),
+        (["--only", "quant"], "--only: got quant, takes OPTION=VALUE"),
         (["--only", "noise=0.1"], "--only: got noise=0.1, no run sets it"),
         (["--", "--method", "prune"], "--method after --: the runs of grid.toml differ in it"),
         (["--", "--out=x"], "--out after --: the sweep sets it"),
@@ -226,7 +227,7 @@ def test_missing_file_names_what_there_is(main):
     assert main("figure4") == (
         2,
         "",
-        "error: figure4: no such file; those that come along are "
+        "error: FILE: got figure4, no such file; takes one, or a grid that comes along: "
         "au_norm, data_size, figure2, figure3, league, learned, post_training, restricted, "
         "table1\n",
     )
@@ -469,7 +470,7 @@ def test_a_result_that_is_none_is_told(main, file, tmp_path, result):
     (folder / "result.json").write_text(result)
     _, output, _ = main(file, "--out", tmp_path, *only, "--dry-run")
     assert output.startswith(f"error: {folder}/")
-    assert output.endswith("1 runs, 0 finished\n")
+    assert output.endswith("1 run, 0 finished\n")
 
 
 @pytest.mark.parametrize(

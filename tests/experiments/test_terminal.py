@@ -45,6 +45,13 @@ def test_every_command_is_run_in_the_same_way(script, monkeypatch):
         runpy.run_path(script.__file__, run_name="__main__")
 
 
+@pytest.mark.parametrize(
+    ("count", "told"), [(0, "0 runs"), (1, "1 run"), (2, "2 runs"), (1000, "1,000 runs")]
+)
+def test_an_amount_is_told_in_singular_or_plural(count, told):
+    assert terminal.amount(count, "run") == told
+
+
 def environment(**changes):
     return os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | changes
 

@@ -24,6 +24,7 @@ from experiments.reporting.drawing import (
     short,
 )
 from experiments.reporting.runs import defaults
+from experiments.terminal import amount
 
 _QUANT = defaults()["quant"]
 _GAIN = f"{AS_PUBLISHED}_gain"
@@ -52,7 +53,8 @@ def about(study: ActionUnitStudy) -> str:
     frames = setup.get("frames_per_subject")
     pictures = f"{frames} frames of each subject" if frames else "all frames"
     folds = ", ".join(map(str, study.folds))
-    trained = f"{setup['encoder']} encoder, {pictures}, folds {folds}, {setup['epochs']} epochs"
+    epochs = amount(setup["epochs"], "epoch")
+    trained = f"{setup['encoder']} encoder, {pictures}, folds {folds}, {epochs}"
     return f"{trained}\nF1 against the annotators, at probability 0.5"
 
 
