@@ -15,6 +15,7 @@ from experiments.reporting import packed
 from experiments.reporting.finished_run import FinishedRun
 from experiments.reporting.packed import Folder
 from experiments.reporting.reading import Fields, exists
+from experiments.terminal import amount
 
 Run = TypeVar("Run", bound=FinishedRun)
 
@@ -162,6 +163,18 @@ def titles(studies: list[Study]) -> list[str]:
         if name != "dataset" and len({str(s.setup.get(name)) for s in studies}) > 1
     ]
     return [
-        ", ".join([study.setup["dataset"], *(f"{n} {study.setup.get(n)}" for n in differing)])
+        ", ".join([study.setup["dataset"], *(_worded(n, study.setup.get(n)) for n in differing)])
         for study in studies
     ]
+
+
+def _worded(name: str, value: Any) -> str:
+    """An option with its value as one says it, such as 25 epochs or without augmentation."""
+    if isinstance(value, bool):
+        of = "augmentation" if name == "augment" else name
+        return f"{'with' if value else 'without'} {of}"
+    if isinstance(value, int) and name == "epochs":
+        return amount(value, "epoch")
+    if name == "weights" and value is None:
+        return "from random weights"
+    return f"{name} {value}"

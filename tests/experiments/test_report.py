@@ -57,7 +57,7 @@ def test_runs_of_different_setup_are_never_mixed(tmp_path):
     write_run(tmp_path, seed=0, augment=False)
     found = studies(find(tmp_path).finished)
     assert [len(study.runs) for study in found] == [2, 1]
-    assert titles(found) == ["digits, augment True", "digits, augment False"]
+    assert titles(found) == ["digits, with augmentation", "digits, without augmentation"]
 
 
 def test_a_methods_own_options_do_not_part_studies(tmp_path):

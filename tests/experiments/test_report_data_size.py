@@ -78,8 +78,8 @@ def test_studies_that_differ_otherwise_too_have_lines_of_their_own(tmp_path):
         write(tmp_path, size, augment=False, accuracy=0.5)
     write(tmp_path, 6000, batch_size=32)  # no line, and so nothing that titles would name
     found = lines(tmp_path)
-    assert sorted(found) == ["digits, augment False", "digits, augment True"]
-    assert found["digits, augment False"][0].b == pytest.approx(0)
+    assert sorted(found) == ["digits, with augmentation", "digits, without augmentation"]
+    assert found["digits, without augmentation"][0].b == pytest.approx(0)
 
 
 def test_versions_of_the_data_are_not_mixed(tmp_path):

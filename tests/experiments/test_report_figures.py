@@ -333,7 +333,7 @@ def test_committed_figures_are_there_as_svg_too():
 
 
 def test_long_titles_are_cut_in_figures():
-    assert drawing.short("digits, augment False") == "digits, augment False"
+    assert drawing.short("digits, without augmentation") == "digits, without augmentation"
     assert len(drawing.short("x" * 4000)) == 200
 
 
