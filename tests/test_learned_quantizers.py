@@ -513,9 +513,10 @@ def test_values_that_are_not_finite_in_a_chain(value):
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4, equal_nan=True)
 
 
-def test_codes_write_no_values_that_nothing_reads(monkeypatch):
+@pytest.mark.parametrize("weight", [LSQ(4), SAT(4)], ids=["lsq", "sat"])
+def test_codes_write_no_values_that_nothing_reads(weight, monkeypatch):
     torch.manual_seed(0)
-    layer = quantize_model_(nn.Linear(8, 4), weight=LSQ(4), activation=LSQ(4), arithmetic="integer")
+    layer = quantize_model_(nn.Linear(8, 4), weight=weight, activation=LSQ(4), arithmetic="integer")
     x = torch.rand(3, 8, requires_grad=True)
     layer(x).sum().backward()
     expected = [x.grad, *(p.grad for p in layer.parameters())]

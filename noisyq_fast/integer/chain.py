@@ -183,10 +183,11 @@ class ChainGradient(torch.autograd.Function):
             one, zero = torch.ones_like(factor), torch.zeros_like(factor)
             made_of = GradOfSums(grad, values, factor, term, relu, zero, one, zero, zero)
         if made_of is not None and to_product:
-            deferred = DeferredGradient.of(made_of)
             of_layer, _ = ctx.next_functions[0]
-            takes = getattr(of_layer, "takes_deferred", False)  # and nothing else reads it
-            grad = deferred if takes else deferred.values()
+            if getattr(of_layer, "takes_deferred", False):  # and nothing else reads it
+                grad = DeferredGradient.of(made_of)
+            else:
+                grad = compute("grads_of_sums")(*made_of)
         of_weight = of_weight.to(ctx.dtypes[0]) if to_weight else None
         of_bias = of_bias.to(ctx.dtypes[1]) if to_bias else None
         return grad if to_product else None, of_weight, of_bias, residual, None, None

@@ -312,22 +312,16 @@ class LearnedQuantizer(Quantizer):
                     values = x.written()
                     # Behind a ReLU they tell a NaN, and an infinity from it.
                     ends = x.extremes_found() if x.chain.relu else None
-                codes = quantize_learned(
-                    values, self.stacked(), self.rule, *self._byte_ends(), self.axis
-                )
+                low, high = self._byte_ends()
+                codes = quantize_learned(values, self.stacked(), self.rule, low, high, self.axis)
                 found = values if ends is None or self.axis is not None else ends
                 scale = scale_of_codes(found, self.code_scale(), self.axis)
-            return self._learned_codes(x, codes, scale)
-
-    def _source(self, x: Tensor) -> Tensor:
-        """What gradients of the codes flow to, and through it to x and the parameters: the float
-        values, which nothing reads, so without them where nothing traces or transforms x."""
-        if not deferrable(x):
-            # Not a subclass's `fake_quantize`: the subclass has already changed x.
-            return LearnedQuantizer.fake_quantize(self, x)
-        x = x.values() if isinstance(x, Deferred) else x
-        how = self.rule, *self.code_ends, self.axis, self.gradient_scale(x)
-        return gradients.Learned.apply(lambda: without_values(x), x, self.stacked(), *how)
+            source = x
+            if gradients.wanted():
+                how = self.rule, low, high, self.axis, self.gradient_scale(x)
+                source = source_of_codes(x, self.stacked(), *how)
+            codes = codes.to(torch.int8 if low else torch.uint8)
+            return Codes(codes, scale, None, max(-low, high), source)
 
     def _byte_ends(self) -> tuple[int, int]:
         low, high = self.code_ends
@@ -337,12 +331,6 @@ class LearnedQuantizer(Quantizer):
                 "fewer bits"
             )
         return low, high
-
-    def _learned_codes(self, x: Tensor, codes: Tensor, scale: Tensor) -> Codes:
-        low, high = self.code_ends
-        source = self._source(x) if gradients.wanted() else x
-        codes = codes.to(torch.int8 if low else torch.uint8)
-        return Codes(codes, scale, None, max(-low, high), source)
 
     def code_scale(self) -> Tensor:
         """The scale of the codes."""
@@ -366,6 +354,19 @@ def _initialize(quantizer: LearnedQuantizer, x: Tensor) -> None:
 def _with_flag(state: Tensor, flag: bool) -> Tensor:
     """The state with one more number, encoded as in `Quantizer.get_extra_state`."""
     return torch.cat([state, state.new_tensor([6 if flag else 2])])
+
+
+def source_of_codes(
+    x: Tensor, parameters: Tensor, rule: str, low: int, high: int, axis: int | None, scale: float
+) -> Tensor:
+    """What gradients of codes flow to, and through it to x and the parameters: the float values of
+    `fake_quantize_learned`, which nothing reads, and so without them where nothing traces or
+    transforms x."""
+    how = rule, low, high, axis, scale
+    if not deferrable(x):
+        return fake_quantize_learned(x, parameters, *how)
+    x = x.values() if isinstance(x, Deferred) else x
+    return gradients.Learned.apply(lambda: without_values(x), x, parameters, *how)
 
 
 def quotient(x: Tensor, divisor: float) -> Tensor:

@@ -13,7 +13,7 @@ from noisyq_fast.grid import FULL, ODD
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import checks, gradients
 from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
-from noisyq_fast.quantizers.learned import quotient
+from noisyq_fast.quantizers.learned import quotient, source_of_codes
 from noisyq_fast.quantizers.quantizer import Quantizer
 
 ROUNDINGS = {
@@ -96,7 +96,10 @@ class SAT(Quantizer):
             parameters = self._parameters_of(x)
             codes = quantize_learned(x, parameters, ROUNDINGS[self.rounding], low, high)
             scale = scale_of_codes(x, self._scale_of_codes(parameters), None)
-        source = self.fake_quantize(x) if gradients.wanted() else x
+        source = x
+        if gradients.wanted():
+            how = ROUNDINGS[self.rounding], low, high, None, 1.0
+            source = source_of_codes(x, self._parameters_of(x), *how)
         return Codes(codes.to(torch.int8), scale, None, max(-low, high), source)
 
     @property
