@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import (
+from noisyq_fast.backends.reference.sums import (
     Running,
     along_channels,
     channel_axis,
