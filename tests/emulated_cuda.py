@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from unittest import mock
 
 import filelock
 import pybind11
@@ -66,18 +67,12 @@ def make_package() -> ModuleType:
 
 
 def imported_again(name: str) -> ModuleType:
-    """A second copy of a package that is imported already, with all its modules."""
+    """A second copy of a package that is imported already, and of all its modules."""
     parent, _, child = name.rpartition(".")
-    modules = {key: x for key, x in sys.modules.items() if f"{key}.".startswith(f"{name}.")}
-    for key in modules:
-        del sys.modules[key]
-    try:
+    with mock.patch.dict(sys.modules), mock.patch.object(sys.modules[parent], child):
+        for module in [key for key in sys.modules if f"{key}.".startswith(f"{name}.")]:
+            del sys.modules[module]
         return importlib.import_module(name)
-    finally:
-        for key in [key for key in sys.modules if f"{key}.".startswith(f"{name}.")]:
-            del sys.modules[key]
-        sys.modules.update(modules)
-        setattr(sys.modules[parent], child, modules[name])
 
 
 def build(compiler: str) -> Path:
