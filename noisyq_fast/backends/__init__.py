@@ -4,8 +4,8 @@ It is the first usable one in the order of ``BACKENDS`` that implements the oper
 is requested by name is tried before all others.
 
 Each backend is a folder, with files of the same names for the same operators. To add one, collect
-its functions in `Operators`, list these in a `Backend` named ``backend`` in its ``__init__.py``, and
-add it to ``BACKENDS``, in order of preference.
+its functions in `Operators`, list these in a `Backend` named ``backend`` in its ``__init__.py``,
+and add it to ``BACKENDS``, in order of preference.
 """
 
 import os

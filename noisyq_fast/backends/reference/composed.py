@@ -105,8 +105,8 @@ def convolution_gradients(float_steps: Callable, grads_of_sums: Callable) -> Ope
 
 
 def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor in the shape of ``like`` for gradients to flow to, with memory for one element, which
-    nothing reads."""
+    """A tensor in the shape of ``like`` for gradients to flow to, with memory for one element,
+    which nothing reads."""
     return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
 
 
