@@ -242,7 +242,7 @@ def range_between(low: Tensor, high: Tensor) -> Tensor:
 
 
 def range_of_ends(ends: Tensor, grid: Grid) -> Tensor:
-    """As `reference.range_of`."""
+    """As `levels.range_of`."""
     low, high = ends
     if grid.is_affine:
         return ends
