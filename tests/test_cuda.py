@@ -243,7 +243,7 @@ def test_nothing_beyond_a_tensor_is_touched(emulated, dtype, shape, place, monke
     for axis in (None, 0, 1)[: x.dim() + 1]:
         every_operator(emulated, x, axis)
         every_operator_on_grid(emulated, x, axis, GRIDS[0])
-        every_learned_operator(emulated, x, axis, ["qil_odd"])
+        every_learned_operator(emulated.learned, x, axis, ["qil_odd"])
 
 
 @pytest.mark.parametrize("size", [13_001, 13_008])
