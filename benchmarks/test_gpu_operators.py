@@ -25,6 +25,7 @@ RESNET20 = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
 RESNET50 = [(64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7)]
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+each_grid = pytest.mark.parametrize("grid", [SIGNED, FULL, UNSIGNED, AFFINE])
 each_layer = pytest.mark.parametrize("shape", RESNET20 + RESNET50, ids=str)
 
 
@@ -78,17 +79,31 @@ def test_learned(benchmark, quantizer):
     )
 
 
-@pytest.mark.parametrize("grid", [SIGNED, FULL, UNSIGNED, AFFINE])
-def test_grids(benchmark, grid):
+@each_grid
+@pytest.mark.parametrize("shape", [RESNET20[0], RESNET50[0]], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["moving average", "given range"])
+def test_activation_on_grid(benchmark, grid, shape, training):
     ranges = torch.tensor([-0.5, 1.0]) if grid == AFFINE else torch.tensor(1.0)
     running = ranges.to("cuda")
     compare_operator(
         benchmark,
-        f"activation {describe(RESNET20[0], torch.float32)}, channels_last, grid {grid}, "
-        "moving average, forward",
-        lambda x: fake_quantize_ema(x, running, BITS, grid=grid),
+        f"activation {describe(shape, torch.float32)}, channels_last, grid {grid}, "
+        f"{'moving average' if training else 'given range'}, forward",
+        lambda x: fake_quantize_ema(x, running, BITS, training=training, grid=grid),
         {},
-        activations(RESNET20[0], torch.float32),
+        activations(shape, torch.float32),
+    )
+
+
+@each_grid
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_weight_on_grid(benchmark, grid, shape):
+    compare_operator(
+        benchmark,
+        f"weight {describe(shape, torch.float32)}, per channel, grid {grid}, forward",
+        lambda weight: fake_quantize(weight, BITS, axis=0, grid=grid),
+        {},
+        rotated(lambda: randn(shape, torch.float32), nbytes(shape, torch.float32)),
     )
 
 

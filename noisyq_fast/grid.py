@@ -133,3 +133,11 @@ def check_bits(bits: object, kind: str = SIGNED, name: str = "bits") -> None:
 def most_bits(kind: str) -> int:
     """The largest width whose codes fit into a byte."""
     return 7 if kind == ODD else 8
+
+
+LARGEST_STEPS = {
+    (g.bits, g.kind): max(-g.code_min, g.code_max)
+    for kind in KINDS
+    for g in (Grid(bits, kind) for bits in range(2, most_bits(kind) + 1))
+}
+"""An upper bound of ``|code - zero_point|``, by bits and kind."""

@@ -211,7 +211,8 @@ class ExactBatchNorm(_Mixed):
                 track(running, mean, variance, count)
             return found
 
-        factor, term, norm = self._line(scale, bias, count, statistics)
+        with torch.no_grad():
+            factor, term, norm = self._line(scale, bias, count, statistics)
         of_batch = norm.uses_batch
         return _norm_of_sums(
             *(product, self.weight, self.bias, sums, scale),
@@ -231,7 +232,8 @@ class ExactBatchNorm(_Mixed):
             compute = select("normalization", sums.values.device.type)
             return compute(*found, count, sums.scale, *affine, self.eps, running)
 
-        factor, term, norm = self._line(sums.scale, sums.bias, count, statistics)
+        bias = None if sums.bias is None else sums.bias.detach()
+        factor, term, norm = self._line(sums.scale, bias, count, statistics)
         if ranks is not None:
             norm = norm._replace(of_ranks=functools.partial(ranks.line, count))
         return x.normalized(self, norm, factor, term)
@@ -245,7 +247,6 @@ class ExactBatchNorm(_Mixed):
     def _takes_batch(self) -> bool:
         return self.training or self.running_mean is None
 
-    @torch.no_grad()
     def _line(
         self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
     ) -> tuple[Tensor, Tensor, Norm]:
@@ -254,7 +255,8 @@ class ExactBatchNorm(_Mixed):
         if keeps_numbers and len(scale) != self.num_features:
             got = f"got a layer of {len(scale)} channels before it"
             raise ValueError(f"batch norm: {got}, takes {self.num_features}")
-        affine = [None if x is None else x.detach() for x in (self.weight, self.bias)]
+        weight, own_bias = self.weight, self.bias
+        affine = [None if x is None else x.detach() for x in (weight, own_bias)]
         of_batch = self._takes_batch()
         if of_batch:
             if self.training and count <= 1:
@@ -266,7 +268,7 @@ class ExactBatchNorm(_Mixed):
             factor, term, mean, inverse, *_ = statistics(running, *affine)
         else:
             factor, term, mean, inverse = self._running_line(scale, bias, *affine)
-        return factor, term, Norm(self.weight, self.bias, mean, inverse, of_batch)
+        return factor, term, Norm(weight, own_bias, mean, inverse, of_batch)
 
     def _running_line(
         self, scale: Tensor, bias: Tensor | None, *affine: Tensor | None

@@ -19,6 +19,7 @@ from noisyq_fast.backends.reference.composed import without_values
 from noisyq_fast.backends.reference.sums import GradOfSums
 from noisyq_fast.integer.deferred_gradient import DeferredGradient
 from noisyq_fast.operators import checks, gradients
+from noisyq_fast.operators.quantize import zero_clipped
 
 
 class Sums(NamedTuple):
@@ -167,7 +168,7 @@ class ChainGradient(torch.autograd.Function):
         relu = ctx.relu
         to_product, to_weight, to_bias, to_residual = ctx.needs_input_grad[:4]
         if zeros is not None:  # after an addition, the sign of y does not follow from the sums
-            grad = torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
+            grad = zero_clipped(gradients.laid_out(grad, values.stride()), zeros)
             relu = False
         residual = grad if to_residual else None
         of_weight: Any = None
@@ -195,11 +196,10 @@ class ChainGradient(torch.autograd.Function):
 
 
 def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    with torch.no_grad():
-        return chain.compute("map_sums")(
-            *(chain.sums.values, chain.factor, chain.term, chain.residual, chain.relu),
-            *(wants_zeros, True),
-        )
+    return chain.compute("map_sums")(
+        *(chain.sums.values, chain.factor, chain.term, chain.residual, chain.relu),
+        *(wants_zeros, True),
+    )
 
 
 def extremes(chain: Chain) -> Tensor:
@@ -208,8 +208,7 @@ def extremes(chain: Chain) -> Tensor:
         return chain.factor.new_zeros(2)
     moments = chain.sums.moments
     assert moments is not None
-    with torch.no_grad():
-        return chain.compute("ends_of_line")(*moments[2:], chain.factor, chain.term, chain.relu)
+    return chain.compute("ends_of_line")(*moments[2:], chain.factor, chain.term, chain.relu)
 
 
 class _MeanOfPixels(torch.autograd.Function):

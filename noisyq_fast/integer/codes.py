@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from noisyq_fast.operators.quantize import dequantize_on_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,4 +39,4 @@ class Codes:
     def dequantized(self, axis: int | None = None) -> Tensor:
         """The dequantized values, float32; ``scale`` has one value, or one for each index of
         ``axis``."""
-        return torch.ops.noisyq.dequantize_on_grid(self.codes, self.scale, self.zero_point, axis)
+        return dequantize_on_grid(self.codes, self.scale, self.zero_point, axis)

@@ -38,14 +38,14 @@ from noisyq_fast.integer.chain import (
     record,
     records,
 )
-from noisyq_fast.operators import checks
+from noisyq_fast.operators import dispatch, gradients
 
 
 def deferrable(x: Tensor) -> bool:
     """Whether a tensor has values, and no tracing or function transform is active."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return isinstance(x, Deferred) or checks.is_plain(x)
+    return isinstance(x, Deferred) or dispatch.is_plain(x)
 
 
 class _Written(torch.autograd.Function):
@@ -70,14 +70,14 @@ class Deferred(Tensor):
 
     _chain: Chain
     _carrier: Tensor  # gradients flow to it; it has no values
-    _raw: Tensor | None  # the values, while only chains have read them
-    _values: Tensor | None  # type: ignore[assignment]  # the values, after another reader
+    _raw: Tensor | None = None  # the values, while only chains have read them
+    _values: Tensor | None = None  # type: ignore[assignment]  # the values, after another reader
     _version_read: int
-    _extremes: Tensor | None
+    _extremes: Tensor | None = None
     _format: torch.memory_format
-    _instead: Deferred | None
-    _has_hook: bool
-    _is_passed: bool
+    _instead: Deferred | None = None
+    _has_hook: bool = False
+    _is_passed: bool = False
 
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
@@ -137,11 +137,11 @@ class Deferred(Tensor):
         return sums
 
     def normalized(self, module: nn.Module, norm: Norm, factor: Tensor, term: Tensor) -> Deferred:
-        record(self.chain, "batch norm")
+        own = self.current()
+        record(own._chain, "batch norm")
         for found in records:
-            found.norms.setdefault(self.chain.sums.layer, []).append(module)
-        chain = self.chain._replace(norm=norm, line=(factor, term))
-        return _extended(chain, self.current()._format)
+            found.norms.setdefault(own._chain.sums.layer, []).append(module)
+        return _extended(own._chain._replace(norm=norm, line=(factor, term)), own._format)
 
     def rectified(self) -> Deferred | None:
         own = self.current()
@@ -165,7 +165,7 @@ class Deferred(Tensor):
         if (
             chain is None
             or chain.residual is not None
-            or not (isinstance(other, Deferred) or checks.is_plain(other))
+            or not (isinstance(other, Deferred) or dispatch.is_plain(other))
             or other.shape != self.shape
             or other.dtype != torch.float32
             or other.device != self.device
@@ -367,8 +367,6 @@ def _deferred(carrier: Tensor, chain: Chain, format_: torch.memory_format) -> De
         made = carrier.as_subclass(Deferred)
     made._carrier = carrier
     made._chain = chain
-    made._values = made._raw = made._extremes = made._instead = None
-    made._has_hook = made._is_passed = False
     made._format = format_
     return made
 
@@ -378,9 +376,11 @@ def _extended(chain: Chain, format_: torch.memory_format, zeros: Tensor | None =
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     with torch._C.DisableTorchFunctionSubclass():
         if torch.is_grad_enabled():
-            carrier = ChainGradient.apply(
-                sums.product, weight, bias, chain.residual_source, chain, zeros
-            )
+            inputs = sums.product, weight, bias, chain.residual_source, chain, zeros
+            if torch.compiler.is_compiling():  # its graphs know only this form
+                carrier = ChainGradient.apply(*inputs)
+            else:
+                carrier = gradients.apply_outside_transforms(ChainGradient, *inputs)
         else:
             carrier = without_values(sums.product)
     return _deferred(carrier, chain, format_)

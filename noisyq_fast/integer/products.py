@@ -19,10 +19,11 @@ precision, which represents codes exactly; the scale of x is applied afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,21 +46,21 @@ from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
 from noisyq_fast.integer.deferred_gradient import DeferredGradient
 from noisyq_fast.operators import gradients
 from noisyq_fast.operators.declare import declare
+from noisyq_fast.operators.quantize import dequantize_on_grid, zero_clipped
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TERMS = 2**37
 """Sums of up to this many products of two one-byte codes are exact in float64."""
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The geometry arguments of `torch.convolution`, in its order."""
 
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     transposed: bool
-    output_padding: list[int]
+    output_padding: tuple[int, ...]
     groups: int
 
 
@@ -86,50 +87,44 @@ def _convolution(
 ) -> tuple:
     _check_codes("codes", codes, zero_point)
     _check_codes("weight", weight, weight_zero_point)
-    _check_sizes(codes, weight, *how)
-    _check_terms(weight.numel())
-    *_, transposed, _, groups = how
-    channels = weight.shape[0] if transposed else weight.shape[1] * groups
-    if codes.dim() != weight.dim() or codes.shape[1] != channels:
-        sizes = "[" + ", ".join(["N", str(channels), *"DHW"[5 - weight.dim() :]]) + "]"
-        raise ValueError(
-            f"codes: got shape {list(codes.shape)} for a weight of shape {list(weight.shape)}, "
-            f"takes {sizes}"
-        )
+    _check_sizes(codes.shape, weight.shape, *how)
     return codes, zero_point, weight, weight_zero_point, *how
 
 
 def _check_sizes(
-    codes: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    codes: torch.Size,
+    weight: torch.Size,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     transposed: bool,
-    _: list[int],
+    _: Sequence[int],
     groups: int,
 ) -> None:
     checked = ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
     for name, values, least in checked:
         if min(values) < least:
             raise ValueError(f"{name}: got {list(values)}, takes {least} or more")
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups: got {groups} for a weight of shape {list(weight.shape)}")
-    channels = weight.shape[0] if transposed else weight.shape[1] * groups
-    if codes.dim() != weight.dim() or codes.shape[1] != channels:
-        of = f"{codes.dim()} axes" if codes.dim() != weight.dim() else f"{codes.shape[1]} channels"
+    _check_terms(math.prod(weight))
+    if weight[0] % groups:
+        raise ValueError(f"groups: got {groups} for a weight of shape {list(weight)}")
+    channels = weight[0] if transposed else weight[1] * groups
+    if len(codes) != len(weight) or codes[1] != channels:
+        of = f"{len(codes)} axes" if len(codes) != len(weight) else f"{codes[1]} channels"
         raise ValueError(
-            f"codes: got shape {list(codes.shape)}, so {of}, for a weight of shape "
-            f"{list(weight.shape)} in {groups} groups, takes {weight.dim()} axes and {channels} "
-            "channels"
+            f"codes: got shape {list(codes)}, so {of}, for a weight of shape {list(weight)} in "
+            f"{groups} groups, takes {len(weight)} axes and {channels} channels"
         )
-    kernel = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    padded = [size + 2 * p for size, p in zip(codes.shape[2:], padding, strict=True)]
+    kernel = [d * (k - 1) + 1 for k, d in zip(weight[2:], dilation, strict=True)]
+    padded = [size + 2 * p for size, p in zip(codes[2:], padding, strict=True)]
     if not transposed and any(p < k for p, k in zip(padded, kernel, strict=True)):
         raise ValueError(
-            f"codes: got images of {list(codes.shape[2:])} pixels, {padded} with their padding, "
+            f"codes: got images of {list(codes[2:])} pixels, {padded} with their padding, "
             f"takes at least the kernel, {kernel} with its dilation"
         )
+
+
+_check_sizes_once = functools.lru_cache(maxsize=1024)(_check_sizes)
 
 
 def _convolution_shape(codes: Tensor, _: object, weight: Tensor, __: object, *how: Any) -> Tensor:
@@ -257,7 +252,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tensor | None:
     if grad is None or masked is None or masked.numel() == 0:
         return grad
-    return torch.ops.noisyq.zero_clipped(gradients.laid_out(grad, codes.stride()), masked)
+    return zero_clipped(gradients.laid_out(grad, codes.stride()), masked)
 
 
 class _Convolution(_Product):
@@ -320,7 +315,7 @@ def _channel_values(
     """The dequantized weight; it has one scale for each output channel."""
     *_, transposed, _, groups = geometry
     if not transposed:
-        return torch.ops.noisyq.dequantize_on_grid(codes, scale, zero, 0)
+        return dequantize_on_grid(codes, scale, zero, 0)
     values = channel_steps(codes, zero, transposed, groups).float()
     by_group = scale.reshape([groups, 1, -1, *[1] * (codes.dim() - 2)])
     return (values.unflatten(0, (groups, -1)) * by_group).flatten(0, 1)
@@ -423,7 +418,7 @@ integer_linear = declare(
 def convolution(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution of ``x`` ``[N, C, ...]`` with ``weight``, which has one scale for each output
     channel; in the dtype of ``x.source``."""
-    return integer_convolution(*_operands(x, weight, bias), *vars(geometry).values())
+    return integer_convolution(*_operands(x, weight, bias), *geometry)
 
 
 def linear(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
@@ -442,20 +437,19 @@ def deferred_convolution(
 ) -> Tensor:
     """`convolution` as a `Deferred`, whose values are computed when something reads them. ``layer``
     is the layer that computes it."""
-    how = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     operands = x.codes, x.zero_point, weight.codes, weight.zero_point
-    _convolution(*operands, *vars(geometry).values())
-    made_of = (*operands, *how, bound(x, weight))
+    _check_codes("codes", *operands[:2])
+    _check_codes("weight", *operands[2:])
+    _check_sizes_once(x.codes.shape, weight.codes.shape, *geometry)
+    stride, padding, dilation, _, _, groups = geometry
+    made_of = (*operands, stride, padding, dilation, groups, bound(x, weight))
     measures = layer.training  # a batch norm may need statistics of the batch
-    values, moments = select("convolve_sums", x.codes.device.type)(*made_of, measures)
-    with torch.no_grad():
-        scale = x.scale * weight.scale
-    dtype = _autocast_dtype(x.codes.device.type)
-    carrier = without_values(values, dtype)
+    device_type = x.codes.device.type
+    values, moments = select("convolve_sums", device_type)(*made_of, measures)
+    scale = x.scale.detach() * weight.scale.detach()
+    carrier = without_values(values, _autocast_dtype(device_type))
     if torch.is_grad_enabled():
-        carrier = _Convolution.apply(
-            lambda: carrier, *_operands(x, weight, bias), *vars(geometry).values()
-        )
+        carrier = _Convolution.apply(lambda: carrier, *_operands(x, weight, bias), *geometry)
         if carrier.requires_grad:
             carrier.grad_fn.takes_deferred = True
     again = made_of if layer.recomputes else None
@@ -473,8 +467,8 @@ def normalized_convolution(
 ) -> Tensor:
     """The batch norm of ``product``, the output of `convolution`, from exact sums; for traced
     graphs."""
-    how = vars(geometry).values()
-    sums = convolve_codes(x.codes, x.zero_point, weight.codes, weight.zero_point, *how)
+    operands = x.codes, x.zero_point, weight.codes, weight.zero_point
+    sums = convolve_codes(*operands, *geometry)
     return norm.of_sums(product, sums, x.scale * weight.scale, bias, bound(x, weight))
 
 

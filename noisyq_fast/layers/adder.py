@@ -40,7 +40,7 @@ _adder_conv2d = declare(
 )
 
 
-@register_decomposition(_adder_conv2d)
+@register_decomposition(torch.ops.noisyq.adder_conv2d.default)
 def _in_plain_operators(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
     """The decomposition that `torch.onnx.export` writes: a difference, absolute values and a sum
     for each element of the kernel. It sums in another order."""

@@ -27,31 +27,30 @@ class _QuantConv(QuantLayer):
     integer_axes = (None,)
 
     def compute_integers(self, x: Tensor) -> Tensor:
-        unbatched = x.dim() == len(self.kernel_size) + 1
+        follows_chain = isinstance(x, Deferred)
+        unbatched = not follows_chain and x.dim() == len(self.kernel_size) + 1
         x, padding = self._padded(x.unsqueeze(0) if unbatched else x)
+        no_output_padding = (0,) * len(padding)
         geometry = products.Geometry(
-            *(list(self.stride), padding, list(self.dilation), False),
-            *([0] * len(padding), self.groups),
+            *(tuple(self.stride), padding, tuple(self.dilation)),
+            *(False, no_output_padding, self.groups),
         )
         codes, weight, bias = self.coded(x)
         operands = codes, weight, bias, geometry
         are_plain = deferrable(codes.codes) and deferrable(weight.codes)
-        if self.defers and are_plain and x.dtype == torch.float32:
+        if self.defers and are_plain and (follows_chain or x.dtype == torch.float32):
             y = products.deferred_convolution(*operands, self, x)
         else:
             y = products.convolution(*operands)
             if self.norm and self.normalizes(y):
                 y = products.normalized_convolution(*operands, y, *self.norm)
-            if isinstance(x, Deferred):
+            if follows_chain:
                 y = y.contiguous(memory_format=memory_format(x))
         return y.squeeze(0) if unbatched else y
 
     def why_float(self) -> str | None:
-        if (
-            self.input_quantizer
-            and self.input_quantizer.grid_of_codes == ODD
-            and self._pads_before()
-        ):
+        quantizer = self.input_quantizer
+        if quantizer is not None and quantizer.grid_of_codes == ODD and self._pads_before():
             return "the zeros around its input have no code on the odd grid"
         return super().why_float()
 
@@ -61,14 +60,14 @@ class _QuantConv(QuantLayer):
         pads = self._reversed_padding_repeated_twice
         return self.padding_mode == "zeros" and pads[::2] != pads[1::2]
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input with the padding that the product cannot do, and the padding that it can.
         Padding before the quantizer changes no range, and the value 0 has a code."""
         pads = self._reversed_padding_repeated_twice
-        none = [0] * len(self.kernel_size)
+        none = (0,) * len(self.kernel_size)
         if self.padding_mode != "zeros":
             return F.pad(x, pads, mode=self.padding_mode), none
-        return (F.pad(x, pads), none) if self._pads_before() else (x, pads[::-2])
+        return (F.pad(x, pads), none) if self._pads_before() else (x, tuple(pads[::-2]))
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
@@ -120,8 +119,7 @@ class _QuantConvTranspose(QuantLayer):
         output_padding = self._output_padding_of(x, output_size)
         x = x.unsqueeze(0) if unbatched else x
         geometry = products.Geometry(
-            *(list(self.stride), list(self.padding), list(self.dilation), True),
-            *(list(output_padding), self.groups),
+            self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups
         )
         codes, weight = self.input_codes(x), self.weight_codes()
         y = products.convolution(codes, weight, self.bias, geometry)

@@ -214,6 +214,8 @@ class QuantLayer(nn.Module):
         quantizer = self.weight_quantizer
         assert quantizer is not None  # see `why_float`
         made = quantizer.codes(by_channel)
+        if by_channel is weight and made.scale.dim() > 0:
+            return made
         scale, zero_point = (
             x.expand(len(by_channel)).contiguous() if x is not None and x.dim() == 0 else x
             for x in (made.scale, made.zero_point)

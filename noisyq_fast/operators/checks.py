@@ -27,17 +27,6 @@ def tensors(**values: object) -> None:
         tensor(name, value)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether the values of ``x`` can be read: not while it is traced or batched."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not is_gradient_batch(x)
-    )
-
-
 def is_gradient_batch(x: Tensor) -> bool:
     """Whether it is a batch of gradients: of ``is_grads_batched=True``."""
     return torch._C._functorch.is_legacy_batchedtensor(x)

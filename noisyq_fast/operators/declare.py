@@ -8,6 +8,7 @@ import torch
 from noisyq_fast.backends import reference, select
 from noisyq_fast.grid import ODD, Grid
 from noisyq_fast.operators import batching, checks, gradients
+from noisyq_fast.operators.dispatch import is_below_autograd, may_bypass
 
 _library = torch.library.Library("noisyq", "DEF")
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
@@ -20,7 +21,7 @@ def declare(
     shape: Callable,
     gradient: type[gradients.Gradient] | None,
     check_values: Callable | None = None,
-) -> torch._ops.OpOverload:
+) -> Callable:
     """Declares an operator. Backends implement it by a function of the same name.
 
     Args:
@@ -29,15 +30,17 @@ def declare(
         shape: returns empty outputs (for tracing).
         gradient: differentiates the operator; ``None`` if it is not differentiable.
         check_values: raises for bad values; not called while tracing, without values.
+
+    Returns:
+        A function that calls the operator, past the dispatcher where nothing else could see it.
     """
     name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(torch.ops.noisyq, name).default
-    has_grid = any(argument.name == "grid" for argument in operator._schema.arguments)
-    named = [
-        (i, argument.name)
-        for i, argument in enumerate(operator._schema.arguments)
-        if "Tensor" in str(argument.type)
-    ]
+    types = [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
+    has_grid = "grid" in dict(types)
+    named = [(i, name) for i, (name, type_) in enumerate(types) if "Tensor" in type_]
+    positions = [i for i, _ in named]
+    floats = [i for i, (_, type_) in enumerate(types) if type_ == "float"]
 
     def compute(*arguments: Any) -> Any:
         arguments = prepare(*arguments)
@@ -63,12 +66,24 @@ def declare(
         def below_autograd() -> Any:
             return operator.redispatch(keys, *arguments)
 
+        return differentiated(below_autograd, arguments)
+
+    def differentiated(below_autograd: Callable, arguments: tuple) -> Any:
         if gradient is None:
             return gradients.unrecorded(below_autograd)
         return gradient.apply(below_autograd, *arguments)
+
+    def call(*arguments: Any) -> Any:
+        if not may_bypass(arguments, positions):
+            return operator(*arguments)
+        for i in floats:  # of an int
+            arguments = *arguments[:i], float(arguments[i]), *arguments[i + 1 :]
+        if not gradients.wanted() or is_below_autograd():
+            return compute(*arguments)
+        return differentiated(lambda: compute(*arguments), arguments)
 
     _library.impl(name, compute, "CompositeExplicitAutograd")
     _library.impl(name, differentiate, "Autograd", with_keyset=True)
     torch.library.register_fake(f"noisyq::{name}", fake, lib=_library)
     torch.library.register_vmap(f"noisyq::{name}", batching.RULES[name], lib=_library)
-    return operator
+    return call

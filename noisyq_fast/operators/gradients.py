@@ -12,8 +12,13 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from noisyq_fast.backends.reference import learned
-from noisyq_fast.operators import checks
+from noisyq_fast.operators import checks, dispatch
 from noisyq_fast.rules import Rule
+
+
+def apply_outside_transforms(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, without its search for tensors that have escaped from `torch.func`."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 class Gradient(torch.autograd.Function):
@@ -22,12 +27,10 @@ class Gradient(torch.autograd.Function):
     @classmethod
     def apply(cls, below_autograd: Callable, *arguments: Any) -> Any:
         if not torch._C._are_functorch_transforms_active():
-            return super().apply(below_autograd, *arguments)
+            return apply_outside_transforms(cls, below_autograd, *arguments)
         # torch.func calls an operator once for each of its nested transforms: this is one of them.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
-                lambda: unrecorded(below_autograd), *arguments
-            )
+            return apply_outside_transforms(cls, lambda: unrecorded(below_autograd), *arguments)
 
 
 def wanted() -> bool:
@@ -261,7 +264,7 @@ class Adder(Gradient):
 def _is_known_to_be_zero(mask: Tensor) -> bool:
     """Whether no bit is set. Checked only for plain tensors on the CPU: others may have no values
     yet, or the check would synchronize with the device."""
-    return checks.is_plain(mask) and mask.device.type == "cpu" and not mask.any()
+    return dispatch.is_plain(mask) and mask.device.type == "cpu" and not mask.any()
 
 
 def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:

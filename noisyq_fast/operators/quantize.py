@@ -98,7 +98,7 @@ _fake_quantize_fixed_range_clipped = declare(
     ),
     gradient=gradients.ClippedStraightThrough,
 )
-_zero_clipped = declare(
+zero_clipped = declare(
     "zero_clipped(Tensor grad, Tensor clipped) -> Tensor",
     prepare=checks.grad_and_clipped,
     shape=lambda grad, _: torch.empty_like(grad),
@@ -151,7 +151,7 @@ _quantize_on_grid = declare(
     ),
     gradient=None,
 )
-_quantize_ema_on_grid = declare(
+quantize_ema_on_grid = declare(
     "quantize_ema_on_grid(Tensor x, Tensor(a!) running_absmax, Tensor(b!)? observed, int bits, "
     "int? axis, float averaging_constant, str grid, str masked) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -159,7 +159,7 @@ _quantize_ema_on_grid = declare(
     shape=lambda x, _, __, grid, axis, ___, masked: _quantized(x, grid, axis, masked),
     gradient=None,
 )
-_quantize_fixed_range_on_grid = declare(
+quantize_fixed_range_on_grid = declare(
     "quantize_fixed_range_on_grid(Tensor x, Tensor running_absmax, int bits, int? axis, str grid, "
     "str masked) -> (Tensor, Tensor, Tensor, Tensor)",
     prepare=checks.given_range_on_grid,
@@ -167,7 +167,7 @@ _quantize_fixed_range_on_grid = declare(
     shape=lambda x, _, grid, axis, masked: _quantized(x, grid, axis, masked),
     gradient=None,
 )
-_dequantize_on_grid = declare(
+dequantize_on_grid = declare(
     "dequantize_on_grid(Tensor codes, Tensor scale, Tensor? zero_point, int? axis) -> Tensor",
     prepare=checks.codes_on_grid,
     shape=lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
@@ -497,4 +497,4 @@ def dequantize(
     checks.axis_type(axis)
     if zero_point is None and codes.dtype != torch.uint8:
         return _dequantize(codes, scale, axis)
-    return _dequantize_on_grid(codes, scale, zero_point, axis)
+    return dequantize_on_grid(codes, scale, zero_point, axis)

@@ -10,7 +10,7 @@ from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import gradients
 from noisyq_fast.operators.granularity import Axis
 from noisyq_fast.operators.quantize import fake_quantize, quantize
-from noisyq_fast.quantizers.quantizer import Quantizer
+from noisyq_fast.quantizers.quantizer import Quantizer, with_name_in_errors
 
 
 class AbsMax(Quantizer):
@@ -54,13 +54,13 @@ class AbsMax(Quantizer):
             x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size
         )
 
+    @with_name_in_errors
     def codes(self, x: Tensor) -> Codes:
-        with self._named():
-            codes, scale, *zero_point = quantize(
-                x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size
-            )
-            masked = None
-            if self.grid_kind == UNSIGNED and gradients.wanted():
-                masked = pack_like(codes, x < 0)
-            known = zero_point[0] if zero_point else None
-            return self._codes(x, codes, scale, known, masked)
+        codes, scale, *zero_point = quantize(
+            x, self.bits, self.axis, grid=self.grid_kind, group_size=self.group_size
+        )
+        masked = None
+        if self.grid_kind == UNSIGNED and gradients.wanted():
+            masked = pack_like(codes, x < 0)
+        known = zero_point[0] if zero_point else None
+        return self._codes(x, codes, scale, known, masked)

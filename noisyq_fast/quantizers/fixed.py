@@ -13,7 +13,7 @@ from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import checks
 from noisyq_fast.operators.granularity import Axis, Groups, by_group
 from noisyq_fast.operators.quantize import dequantize
-from noisyq_fast.quantizers.quantizer import Quantizer
+from noisyq_fast.quantizers.quantizer import Quantizer, with_name_in_errors
 
 
 class Fixed(Quantizer):
@@ -103,15 +103,15 @@ class Fixed(Quantizer):
             codes, scale, self.axis, zero_point=zero_point, group_size=self.group_size
         )
 
+    @with_name_in_errors
     def codes(self, x: Tensor) -> Codes:
-        with self._named():
-            if by_group(self.axis, self.group_size):
-                groups = Groups(x.detach(), self.axis, self.group_size)
-                codes = groups.restored(self._levels(groups).codes(groups.x, 0))
-            else:
-                codes = self._levels().codes(x.detach(), self.axis)
-            zero_points = [] if self.zero_point is None else [self.zero_point]
-            return self._codes(x, codes, self.scale, *zero_points)
+        if by_group(self.axis, self.group_size):
+            groups = Groups(x.detach(), self.axis, self.group_size)
+            codes = groups.restored(self._levels(groups).codes(groups.x, 0))
+        else:
+            codes = self._levels().codes(x.detach(), self.axis)
+        zero_points = [] if self.zero_point is None else [self.zero_point]
+        return self._codes(x, codes, self.scale, *zero_points)
 
     def _levels(self, groups: Groups | None = None) -> Levels:
         scale, zero_point = self.scale, self.zero_point

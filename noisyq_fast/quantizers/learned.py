@@ -17,7 +17,7 @@ from noisyq_fast.integer.deferred import Deferred, deferrable
 from noisyq_fast.operators import checks, gradients
 from noisyq_fast.operators.granularity import TOKEN
 from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
-from noisyq_fast.quantizers.quantizer import Quantizer
+from noisyq_fast.quantizers.quantizer import Quantizer, with_name_in_errors
 from noisyq_fast.rules import PARAMETERS
 
 WEIGHT, INPUT = "weight", "input"
@@ -303,25 +303,25 @@ class LearnedQuantizer(Quantizer):
         low, high = self.code_ends
         return -128 <= low <= high <= (127 if low else 255)
 
+    @with_name_in_errors
     def codes(self, x: Tensor) -> Codes:
-        with self._named():
-            with torch.no_grad():
-                self.prepare(x)
-                values, ends = x, None
-                if isinstance(x, Deferred):
-                    values = x.written()
-                    # Behind a ReLU they tell a NaN, and an infinity from it.
-                    ends = x.extremes_found() if x.chain.relu else None
-                low, high = self._byte_ends()
-                codes = quantize_learned(values, self.stacked(), self.rule, low, high, self.axis)
-                found = values if ends is None or self.axis is not None else ends
-                scale = scale_of_codes(found, self.code_scale(), self.axis)
-            source = x
-            if gradients.wanted():
-                how = self.rule, low, high, self.axis, self.gradient_scale(x)
-                source = source_of_codes(x, self.stacked(), *how)
-            codes = codes.to(torch.int8 if low else torch.uint8)
-            return Codes(codes, scale, None, max(-low, high), source)
+        with torch.no_grad():
+            self.prepare(x)
+            values, ends = x, None
+            if isinstance(x, Deferred):
+                values = x.written()
+                # Behind a ReLU they tell a NaN, and an infinity from it.
+                ends = x.extremes_found() if x.chain.relu else None
+            low, high = self._byte_ends()
+            codes = quantize_learned(values, self.stacked(), self.rule, low, high, self.axis)
+            found = values if ends is None or self.axis is not None else ends
+            scale = scale_of_codes(found, self.code_scale(), self.axis)
+        source = x
+        if gradients.wanted():
+            how = self.rule, low, high, self.axis, self.gradient_scale(x)
+            source = source_of_codes(x, self.stacked(), *how)
+        codes = codes.to(torch.int8 if low else torch.uint8)
+        return Codes(codes, scale, None, max(-low, high), source)
 
     def _byte_ends(self) -> tuple[int, int]:
         low, high = self.code_ends

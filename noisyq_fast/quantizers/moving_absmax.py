@@ -17,8 +17,14 @@ from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred
 from noisyq_fast.operators import checks
 from noisyq_fast.operators.granularity import TOKEN
-from noisyq_fast.operators.quantize import fake_quantize, fake_quantize_ema, masked_on
-from noisyq_fast.quantizers.quantizer import Quantizer
+from noisyq_fast.operators.quantize import (
+    fake_quantize,
+    fake_quantize_ema,
+    masked_on,
+    quantize_ema_on_grid,
+    quantize_fixed_range_on_grid,
+)
+from noisyq_fast.quantizers.quantizer import Quantizer, with_name_in_errors
 
 DEFAULT_AVERAGING_CONSTANT = 0.01
 
@@ -146,40 +152,42 @@ class MovingAbsMax(Quantizer):
             **options,
         )
 
+    @with_name_in_errors
     def codes(self, x: Tensor) -> Codes:
-        with self._named():
+        if not isinstance(x, Deferred):
             checks.padded(x)
-            if self._left_to_look_at and self.training:
-                self._look_for_negatives(x)
-            if self.observed.is_meta and not x.is_meta:
-                self.to_empty(device=x.device)
-            if self.frozen or not self.training:
-                range_ = checks.known_range(self.running, self.observed, self.grid.is_affine)
-                made = self._codes_within(x, range_, self.ste)
-                # A NaN in x has no code: the scale must carry it, as the batch's own range would.
-                found = x.extremes_found() if isinstance(x, Deferred) else x
-                if found is None:  # codes were computed from the sums, which propagates NaN
-                    return made
-                return replace(made, scale=scale_of_codes(found, made.scale, self.axis))
-            ste = "identity" if self.grid_kind == SIGNED else self.ste
-            batch = self._observe(x)
-            if batch is None:
-                return self._codes_observed(x, ste)
-            return self._codes_within(x, batch, ste)
+        if self._left_to_look_at and self.training:
+            self._look_for_negatives(x)
+        if self.observed.is_meta and not x.is_meta:
+            self.to_empty(device=x.device)
+        if self.frozen or not self.training:
+            range_ = checks.known_range(self.running, self.observed, self.grid.is_affine)
+            made = self._codes_within(x, range_, self.ste)
+            # A NaN in x has no code: the scale must carry it, as the batch's own range would.
+            found = x.extremes_found() if isinstance(x, Deferred) else x
+            if found is None:  # codes were computed from the sums, which propagates NaN
+                return made
+            return replace(made, scale=scale_of_codes(found, made.scale, self.axis))
+        ste = "identity" if self.grid_kind == SIGNED else self.ste
+        batch = self._observe(x)
+        if batch is None:
+            return self._codes_observed(x, ste)
+        return self._codes_within(x, batch, ste)
 
     def _average(self, batch: Tensor) -> None:
         constant, is_affine = self.averaging_constant, self.grid.is_affine
         average_(self.running, self.observed, batch, constant, is_affine)
 
-    @torch.no_grad()
     def _observe(self, x: Tensor) -> Tensor | None:
         """The range of a batch if it is known without reading ``x``, or is reduced over ranks; also
         moves the average. Else None."""
-        batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
-        if batch is not None:
-            if not in_backward():
-                self._average(batch)
-            return batch
+        if self.range_of_ranks is not None:
+            with torch.no_grad():
+                batch = self.range_of_ranks(x, self.axis)
+                if batch is not None:
+                    if not in_backward():
+                        self._average(batch)
+                    return batch
         ends = x.ends() if isinstance(x, Deferred) and self.axis is None else None
         if ends is None:
             return None
@@ -195,7 +203,7 @@ class MovingAbsMax(Quantizer):
         source = x
         if isinstance(x, Deferred):
             source, x = x.source, x.written()
-        codes, scale, zero_point, masked = torch.ops.noisyq.quantize_ema_on_grid(
+        codes, scale, zero_point, masked = quantize_ema_on_grid(
             *(_values(x), running, observed, self.bits, self.axis, self.averaging_constant),
             *(self.grid_kind, masked_on(self.grid_kind, ste)),
         )
@@ -211,7 +219,7 @@ class MovingAbsMax(Quantizer):
                 if found is not None:
                     return self._codes(source, *found)
             x = x.written()
-        codes, scale, zero_point, masked = torch.ops.noisyq.quantize_fixed_range_on_grid(
+        codes, scale, zero_point, masked = quantize_fixed_range_on_grid(
             *(_values(x), range_, self.bits, self.axis, self.grid_kind, masked)
         )
         return self._codes(source, codes, scale, zero_point, masked)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast.grid import KINDS, SIGNED, UNSIGNED, Grid, check_bits, check_kind
+from noisyq_fast.grid import (
+    AFFINE,
+    KINDS,
+    LARGEST_STEPS,
+    SIGNED,
+    UNSIGNED,
+    Grid,
+    check_bits,
+    check_kind,
+)
 from noisyq_fast.grid import grid as grid_of
 from noisyq_fast.integer.codes import Codes
-from noisyq_fast.operators import checks
+from noisyq_fast.operators import checks, dispatch
 from noisyq_fast.operators.granularity import TOKEN, Axis, Groups, by_group, check_group_size
 
 _STATE_FORMAT = 1
@@ -43,6 +52,21 @@ class _OfFloatModel(str):
 def _keep_off_fast_paths(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
     """Does nothing. `torch.nn.TransformerEncoderLayer` bypasses its layers with a fused float path
     unless a module in it has a hook."""
+
+
+def with_name_in_errors(method: Callable) -> Callable:
+    """Adds the quantizer's name in the model to the errors of a method."""
+
+    @functools.wraps(method)
+    def wrapped(self: Quantizer, x: Tensor) -> Any:
+        try:
+            return method(self, x)
+        except (TypeError, ValueError) as error:
+            if not self.name:
+                raise
+            raise type(error)(f"{self.name}: {error}") from error
+
+    return wrapped
 
 
 class Quantizer(nn.Module):
@@ -117,24 +141,14 @@ class Quantizer(nn.Module):
             return Grid(self.bits, self.grid_kind)
         return grid_of(self.bits, self.grid_kind)
 
+    @with_name_in_errors
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        with self._named():
-            checks.padded(x)
-            if self._left_to_look_at and self.training:
-                self._look_for_negatives(x)
-            return self.fake_quantize(x)
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Adds the quantizer's name in the model to errors."""
-        try:
-            yield
-        except (TypeError, ValueError) as error:
-            if not self.name:
-                raise
-            raise type(error)(f"{self.name}: {error}") from error
+        checks.padded(x)
+        if self._left_to_look_at and self.training:
+            self._look_for_negatives(x)
+        return self.fake_quantize(x)
 
     @property
     def grid_of_codes(self) -> str:
@@ -154,12 +168,11 @@ class Quantizer(nn.Module):
         zero_point: Tensor | None = None,
         masked: Tensor | None = None,
     ) -> Codes:
-        grid = self.grid
-        if not grid.is_affine:
+        if self.grid_kind != AFFINE:
             zero_point = None
         if masked is not None and masked.numel() == 0:
             masked = None
-        largest = max(-grid.code_min, grid.code_max)
+        largest = LARGEST_STEPS[self.bits, self.grid_kind]
         return Codes(codes, scale, zero_point, largest, x, masked)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -169,7 +182,7 @@ class Quantizer(nn.Module):
     def _look_for_negatives(self, x: Tensor) -> None:
         """Warns of values that an unsigned grid makes 0. Only in the first training batches: the
         check reads ``x`` once more, and synchronizes with a GPU."""
-        if torch.compiler.is_compiling() or not checks.is_plain(x):
+        if torch.compiler.is_compiling() or not dispatch.is_plain(x):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
