@@ -4,13 +4,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends.backend import Operators
-from noisyq_fast.backends.reference.levels import (
-    Levels,
-    absmax_of,
-    along_axis,
-    average_,
-    range_of,
-)
+from noisyq_fast.backends.reference.levels import Levels, absmax_of, along_axis, average_, range_of
 from noisyq_fast.backends.reference.masks import CLIPPED, NEGATIVE, NOTHING, pack_like, unpack
 from noisyq_fast.grid import UNSIGNED, Grid
 from noisyq_fast.grid import grid as grid_of
