@@ -1,5 +1,5 @@
 // exp, ln and tanh from sums, products and quotients that are each rounded once: the same bits as
-// noisyq_fast/backends/elementary.py.
+// noisyq_fast/backends/reference/elementary.py.
 #pragma once
 
 #include "dtypes.h"

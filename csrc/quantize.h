@@ -1,6 +1,6 @@
 // The arithmetic of the quantizer, one value at a time: the only C++ implementation, for the host
-// and for CUDA. `noisyq_fast/backends/reference.py` is the same in PyTorch, and every backend
-// equals it to the last bit.
+// and for CUDA. `noisyq_fast/backends/reference/levels.py` is the same in PyTorch, and every
+// backend equals it to the last bit.
 #pragma once
 
 #include <cfloat>

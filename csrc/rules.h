@@ -1,5 +1,5 @@
 // The rules of learned quantizers, one value at a time. noisyq_fast/rules.py has their equations,
-// noisyq_fast/backends/reference_learned.py is the same in PyTorch.
+// noisyq_fast/backends/reference/learned.py is the same in PyTorch.
 //
 // Each is a struct, constructed from the parameters of a group, `stride` apart, with
 //   code(x)              the code, an integer,

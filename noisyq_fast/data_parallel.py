@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noisyq_fast.backends import reference
+from noisyq_fast.backends.reference.levels import range_of
 from noisyq_fast.grid import Grid
 from noisyq_fast.integer.deferred import Deferred
 from noisyq_fast.layers.layer import QuantLayer
@@ -101,8 +101,8 @@ class _RangeOfRanks:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, axis: int | None) -> Tensor | None:
-        """Like `reference.range_of`, but over all ranks; infinite, which is not recorded, if no
-        rank has elements. None if there are no other ranks.
+        """Like `range_of`, but over all ranks; infinite, which is not recorded, if no rank has
+        elements. None if there are no other ranks.
 
         A NaN becomes infinity: either makes the batch NaN and is not recorded, but the maximum of
         some communication backends drops a NaN.
@@ -110,10 +110,7 @@ class _RangeOfRanks:
         if not has_other_ranks(self.process_group):
             return None
         ends = x.range_on(self.grid) if isinstance(x, Deferred) and axis is None else None
-        if ends is None:
-            ends = reference.range_of(x, self.grid, checks.front_axis(axis, x))
-        else:
-            ends = ends.clone()
+        ends = range_of(x, self.grid, checks.front_axis(axis, x)) if ends is None else ends.clone()
         if self.grid.is_affine:
             ends[0].neg_()  # so that both ends are maxima
         if x.numel() == 0:

@@ -76,5 +76,5 @@ def info() -> Info:
         requested=backends.requested(),
         operators=backends.who_computes(),
         threads=torch.get_num_threads(),
-        products=backends.cpu_integer.routes(),
+        products=backends.native_cpu.products.routes(),
     )

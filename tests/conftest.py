@@ -15,7 +15,7 @@ import emulated_cuda
 import noisyq_fast
 from noisyq_fast.backends import BACKENDS
 
-BACKENDS["emulated-cuda"] = emulated_cuda.MODULE.backend
+BACKENDS["emulated-cuda"] = emulated_cuda.PACKAGE.backend
 
 # How long an example takes says nothing on a machine that runs other tests too.
 hypothesis.settings.register_profile("noisyq", deadline=None)
@@ -37,6 +37,15 @@ def backend(request):
     reason = BACKENDS[request.param].unavailable()
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
+    with noisyq_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def exact_backend(request):
+    """The same for products of codes, without the backends that take long on the CPU."""
+    if BACKENDS[request.param].unavailable() is not None:
+        pytest.skip(f"{request.param}: {BACKENDS[request.param].unavailable()}")
     with noisyq_fast.use_backend(request.param):
         yield request.param
 

@@ -1,8 +1,9 @@
 """The backend `cuda` without a GPU: its kernels, compiled for the host, run in `cuda_emulator`.
 
-Everything else is what runs on a GPU: the backend's module, the bindings, the kernels' sources.
+Everything else is what runs on a GPU: the backend's package, the bindings, the kernels' sources.
 """
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -15,11 +16,12 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from unittest import mock
 
 import filelock
 import pybind11
 
-from noisyq_fast.backends.cuda_launch import DeviceLimits
+from noisyq_fast.backends.native_cuda.blocks import DeviceLimits
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -42,14 +44,11 @@ FLAGS = [
 LIMITS = DeviceLimits(multiprocessors=4, kept_bytes=64, access_bytes=8)
 
 
-def make_module() -> ModuleType:
-    """The module of the backend `cuda`, once more, for tensors on the CPU."""
-    original = ROOT / "noisyq_fast" / "backends" / "native_cuda.py"
-    spec = importlib.util.spec_from_file_location("emulated_cuda_backend", original)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module._limits = lambda device: LIMITS
-    module._stream = lambda device: 0
+def make_package() -> ModuleType:
+    """The package of the backend `cuda`, once more, for tensors on the CPU."""
+    package = imported_again("noisyq_fast.backends.native_cuda")
+    package.launch._limits = lambda device: LIMITS
+    package.launch._stream = lambda device: 0
 
     @cache
     def unavailable() -> str | None:
@@ -57,14 +56,23 @@ def make_module() -> ModuleType:
         compiler = shutil.which(name)
         if compiler is None:
             return f"the emulator needs a C++ compiler, and there is none named {name}"
-        module.kernels = load(build(compiler)).cuda
+        package.launch.kernels = load(build(compiler)).cuda
         return None
 
-    module.backend.name = "emulated-cuda"
-    module.backend.device_types = ("cpu",)
-    module.backend.unavailable = unavailable
-    module.backend.automatic = False
-    return module
+    package.backend.name = "emulated-cuda"
+    package.backend.device_types = ("cpu",)
+    package.backend.unavailable = unavailable
+    package.backend.automatic = False
+    return package
+
+
+def imported_again(name: str) -> ModuleType:
+    """A second copy of a package that is imported already, and of all its modules."""
+    parent, _, child = name.rpartition(".")
+    with mock.patch.dict(sys.modules), mock.patch.object(sys.modules[parent], child):
+        for module in [key for key in sys.modules if f"{key}.".startswith(f"{name}.")]:
+            del sys.modules[module]
+        return importlib.import_module(name)
 
 
 def build(compiler: str) -> Path:
@@ -112,4 +120,4 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-MODULE = make_module()
+PACKAGE = make_package()

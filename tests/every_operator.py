@@ -8,8 +8,8 @@ from strategies import DTYPES
 
 from noisyq_fast import Grid, rules
 from noisyq_fast.backends import reference
-from noisyq_fast.backends.reference import MASKED
-from noisyq_fast.backends.reference_integer import GradOfSums, Running
+from noisyq_fast.backends.reference.masks import MASKED
+from noisyq_fast.backends.reference.sums import GradOfSums, Running
 
 RULES = {
     "lsq": ([0.17], -8, 7),

@@ -8,7 +8,8 @@ from torch._decomp import decomposition_table
 
 import noisyq_fast
 from noisyq_fast import AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear
-from noisyq_fast.backends import native_cpu_adder, reference_adder
+from noisyq_fast.backends import native_cpu, reference
+from noisyq_fast.backends.kernel_arguments import core
 from noisyq_fast.operators import checks
 
 OPERATORS = ("adder_conv2d", "adder_conv2d_input_gradient", "adder_conv2d_weight_gradient")
@@ -43,7 +44,7 @@ def results(module, grad, x, weight, *options):
 
 
 def require_kernels():
-    if native_cpu_adder.core is None:
+    if core is None:
         pytest.skip("the native library was not compiled")
 
 
@@ -54,7 +55,7 @@ def test_kernels_equal_the_specification(shapes, threads, restore_threads):
     torch.set_num_threads(threads)
     arguments = case(*shapes)
     for kernel, expected in zip(
-        results(native_cpu_adder, *arguments), results(reference_adder, *arguments), strict=True
+        results(native_cpu.adder, *arguments), results(reference.adder, *arguments), strict=True
     ):
         assert torch.equal(kernel, expected)
         assert kernel.stride() == expected.stride()
@@ -64,9 +65,9 @@ def test_several_threads_share_a_convolution(restore_threads):
     require_kernels()
     arguments = case((4, 32, 16, 16), (32, 3, 3), (1, 1), (1, 1))
     torch.set_num_threads(1)
-    one = results(native_cpu_adder, *arguments)
+    one = results(native_cpu.adder, *arguments)
     torch.set_num_threads(3)
-    assert all(map(torch.equal, one, results(native_cpu_adder, *arguments)))
+    assert all(map(torch.equal, one, results(native_cpu.adder, *arguments)))
 
 
 def test_memory_layouts_give_the_same_bits(backend):
@@ -104,7 +105,7 @@ def test_specification_is_the_formulas(shapes):
         (-difference * g).sum((0, 3)).view_as(weight),
     ]
     for ours, theirs in zip(
-        results(reference_adder, grad, x, weight, stride, padding), expected, strict=True
+        results(reference.adder, grad, x, weight, stride, padding), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 

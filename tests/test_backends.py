@@ -16,7 +16,7 @@ import torch
 import noisyq_fast
 from noisyq_fast import backends
 from noisyq_fast.backends import BACKENDS, kernel_arguments
-from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.backend import Backend, Operators
 
 
 def run(code, **environment):
@@ -99,12 +99,13 @@ def test_a_device_that_the_backend_does_not_take():
 @pytest.fixture
 def partial_backend():
     """One that computes a single operator on the CPU, before all others."""
-    backend = Backend("partial", device_types=("cpu",), unavailable=lambda: None)
+    operators = Operators()
 
-    @backend.register
+    @operators.register
     def dequantize(codes, scale, axis):
         return torch.full_like(codes, 42.0, dtype=torch.float32)
 
+    backend = Backend("partial", ("cpu",), unavailable=lambda: None, functions=operators)
     others = dict(BACKENDS)
     BACKENDS.clear()
     BACKENDS.update({"partial": backend, **others})
@@ -229,7 +230,7 @@ def test_a_checkout_that_was_not_installed_can_be_imported(tmp_path):
 def test_kernels_name_their_arguments(backend):
     if (reason := BACKENDS[backend].unavailable()) is not None:
         pytest.skip(reason)
-    kernels = kernel_arguments.core if backend == "cpu" else emulated_cuda.MODULE.kernels
+    kernels = kernel_arguments.core if backend == "cpu" else emulated_cuda.PACKAGE.launch.kernels
     functions = {name: f for name, f in vars(kernels).items() if inspect.isbuiltin(f)}
     assert "zero_clipped" in functions
     assert not [name for name, f in functions.items() if "arg0" in f.__doc__]

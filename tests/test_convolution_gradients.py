@@ -3,7 +3,6 @@
 import functools
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from noisyq_fast import fuse_, quantize_model_, use_backend
-from noisyq_fast.backends import cpu_integer, select
-from noisyq_fast.backends import reference_integer as reference
-from noisyq_fast.backends.kernel_arguments import DTYPE_CODES
+from noisyq_fast.backends import native_cpu, reference, select
+from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, core
+from noisyq_fast.backends.native_cpu.convolution_gradients import _multiplies, grads_of_convolution
+from noisyq_fast.backends.reference.products import float_steps
+from noisyq_fast.backends.reference.sums import GradOfSums
 from noisyq_fast.integer.deferred_gradient import DeferredGradient
 
-pytestmark = pytest.mark.skipif(
-    cpu_integer.core is None, reason="the native library was not compiled"
-)
+pytestmark = pytest.mark.skipif(core is None, reason="the native library was not compiled")
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 
 def has_kernel(dtype):
-    return cpu_integer.core.has_products(DTYPE_CODES[dtype])
+    return core.has_products(DTYPE_CODES[dtype])
 
 
 @st.composite
@@ -65,16 +64,16 @@ def cases(draw, most=20, dtypes=tuple(TOLERANCES)):
         line = [randn(outputs) for _ in range(6)]
         line[5] /= 1000
         relu = draw(st.booleans())
-        grad = reference.GradOfSums(grad, last(sums), *line[:2], relu, *line[2:])
+        grad = GradOfSums(grad, last(sums), *line[:2], relu, *line[2:])
     geometry = list(stride), list(padding), [1, 1], False, [0, 0], 1
     return grad, codes, torch.tensor(0.3), zero, weight, compute_dtype, geometry
 
 
 def exact(grad, codes, scale, zero, weight, dtype, geometry):
     """In float64, of the values that are multiplied."""
-    if isinstance(grad, reference.GradOfSums):
-        grad = reference.grads_of_sums(*grad)
-    x = reference.float_steps(codes, zero, torch.float64)
+    if isinstance(grad, GradOfSums):
+        grad = reference.sums.grads_of_sums(*grad)
+    x = float_steps(codes, zero, torch.float64)
     grad, weight = grad.double(), weight.to(dtype).double()
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [True, True, False]
@@ -91,9 +90,9 @@ def difference(found, expected):
 def test_the_kernel_is_equal_to_float64(case):
     grad, codes, _, _, weight, dtype, geometry = case
     if has_kernel(dtype):  # or else it is left to the parts
-        given = grad[0] if isinstance(grad, reference.GradOfSums) else grad
-        assert cpu_integer._multiplies(codes, weight, given, dtype, *geometry)
-    found = cpu_integer.grads_of_convolution(*case[:6], True, True, *geometry)
+        given = grad[0] if isinstance(grad, GradOfSums) else grad
+        assert _multiplies(codes, weight, given, dtype, *geometry)
+    found = grads_of_convolution(*case[:6], True, True, *geometry)
     for one, other, tolerance in zip(
         found, exact(*case), (TOLERANCES[dtype], TOLERANCES[torch.float32]), strict=True
     ):
@@ -101,11 +100,11 @@ def test_the_kernel_is_equal_to_float64(case):
         assert difference(one, other) <= tolerance
 
 
-@pytest.mark.parametrize("of", [cpu_integer.backend, reference.backend], ids=lambda b: b.name)
+@pytest.mark.parametrize("of", [native_cpu, reference], ids=lambda of: of.backend.name)
 @given(case=cases(dtypes=[torch.float32]))  # of bfloat16 PyTorch's are wrong in rare shapes
 def test_the_parts_are_equal_to_float64(of, case):
-    compute = reference.register_gradients(replace(of, functions=dict(of.functions)))
-    found = compute(*case[:6], True, True, *case[6])
+    parts = reference.composed.convolution_gradients(float_steps, of.sums.grads_of_sums)
+    found = parts["grads_of_convolution"](*case[:6], True, True, *case[6])
     for one, other in zip(found, exact(*case), strict=True):
         assert one.shape == other.shape
         assert difference(one, other) <= TOLERANCES[torch.float32]
@@ -115,11 +114,11 @@ def test_the_parts_are_equal_to_float64(of, case):
 def test_what_is_not_asked_for_is_not_made(case):
     grad, codes, scale, zero, weight, dtype, geometry = case
     operands = grad, codes, scale, zero, weight, dtype
-    both = cpu_integer.grads_of_convolution(*operands, True, True, *geometry)
-    dx, none = cpu_integer.grads_of_convolution(*operands, True, False, *geometry)
+    both = grads_of_convolution(*operands, True, True, *geometry)
+    dx, none = grads_of_convolution(*operands, True, False, *geometry)
     assert none is None
     assert torch.equal(dx, both[0])
-    none, dw = cpu_integer.grads_of_convolution(*operands, False, True, *geometry)
+    none, dw = grads_of_convolution(*operands, False, True, *geometry)
     assert none is None
     assert torch.equal(dw, both[1])
 
@@ -132,11 +131,11 @@ def test_nothing_beyond_the_tensors_is_touched(at_end, case):
     def moved(x):
         return guarded_like(x, at_end=at_end).copy_(x) if isinstance(x, torch.Tensor) else x
 
-    grad = reference.GradOfSums(*map(moved, grad)) if isinstance(grad, tuple) else moved(grad)
+    grad = GradOfSums(*map(moved, grad)) if isinstance(grad, tuple) else moved(grad)
     operands = grad, moved(codes), moved(scale), zero, moved(weight), dtype, True, True
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "empty_like", functools.partial(guarded_like, at_end=at_end))
-        cpu_integer.grads_of_convolution(*operands, *geometry)
+        grads_of_convolution(*operands, *geometry)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -147,7 +146,7 @@ def test_a_gradient_that_is_not_finite_stays_so(value):
     grad[0, 3, 2, 2] = value
     geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
     how = torch.float32, True, True, *geometry
-    dx, dw = cpu_integer.grads_of_convolution(grad, codes, torch.ones([]), None, weight, *how)
+    dx, dw = grads_of_convolution(grad, codes, torch.ones([]), None, weight, *how)
     assert (~dx.isfinite()).sum() == 9 * 16
     assert not dw[3].isfinite().any()
     assert dw[4].isfinite().all()
@@ -155,7 +154,7 @@ def test_a_gradient_that_is_not_finite_stays_so(value):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(
-    cpu_integer.core is None or not has_kernel(torch.float32), reason="has no kernel of its own"
+    core is None or not has_kernel(torch.float32), reason="has no kernel of its own"
 )
 def test_few_large_images_at_once_are_held_as_floats():
     """Also where each has a single pixel of the output."""
@@ -170,7 +169,7 @@ def test_few_large_images_at_once_are_held_as_floats():
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = bytes_of("VmRSS")
-    cpu_integer.grads_of_convolution(grad, codes, torch.ones([]), None, weight, *how)
+    grads_of_convolution(grad, codes, torch.ones([]), None, weight, *how)
     assert bytes_of("VmHWM") - before < 2**25  # 64 images: 2^27
 
 
@@ -178,15 +177,13 @@ def test_large_layers_are_left_to_pytorch():
     codes = torch.empty(1, 16, 256, 256, dtype=torch.int8, device="meta")
     weight = torch.empty(16, 16, 3, 3, device="meta")
     geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-    assert not cpu_integer._multiplies(codes, weight, codes, torch.float32, *geometry)
+    assert not _multiplies(codes, weight, codes, torch.float32, *geometry)
     small = codes[..., :8, :8]
-    assert cpu_integer._multiplies(small, weight, small, torch.float32, *geometry) == has_kernel(
-        torch.float32
-    )
+    assert _multiplies(small, weight, small, torch.float32, *geometry) == has_kernel(torch.float32)
     for changed in ({2: [2, 2]}, {3: True}, {5: 2}):
         other = [changed.get(k, x) for k, x in enumerate(geometry)]
-        assert not cpu_integer._multiplies(small, weight, small, torch.float32, *other)
-    assert not cpu_integer._multiplies(small, weight, small, torch.float16, *geometry)
+        assert not _multiplies(small, weight, small, torch.float32, *other)
+    assert not _multiplies(small, weight, small, torch.float16, *geometry)
 
 
 @pytest.fixture
@@ -195,8 +192,8 @@ def deferred():
     grad, sums = torch.randn(2, 16, 4, 4), torch.randint(-99, 99, (2, 16, 4, 4)).to(torch.int16)
     line = torch.rand(6, 16)
     grad, sums = (x.to(memory_format=torch.channels_last) for x in (grad, sums))
-    made_of = reference.GradOfSums(grad, sums, *line[:2], True, *line[2:])
-    return DeferredGradient.of(made_of), reference.grads_of_sums(*made_of)
+    made_of = GradOfSums(grad, sums, *line[:2], True, *line[2:])
+    return DeferredGradient.of(made_of), reference.sums.grads_of_sums(*made_of)
 
 
 def test_whatever_reads_a_deferred_gradient_gets_its_values(deferred):
@@ -247,13 +244,13 @@ def test_layers_use_it(monkeypatch):
     calls = []
     compute = select("grads_of_convolution", "cpu")
     monkeypatch.setitem(
-        cpu_integer.backend.functions,
+        native_cpu.backend.functions,
         "grads_of_convolution",
         lambda *args: calls.append(args[0]) or compute(*args),
     )
     with use_backend("cpu"):
         found = gradients(model)
-    assert [type(x) for x in calls] == [torch.Tensor, *[reference.GradOfSums] * 2]
+    assert [type(x) for x in calls] == [torch.Tensor, *[GradOfSums] * 2]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 

@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisyq_fast import Grid
 from noisyq_fast.backends import reference
-from noisyq_fast.backends.cuda_launch import (
+from noisyq_fast.backends.native_cuda.blocks import (
     DeviceLimits,
     resident_blocks,
     splits_of_map,
     splits_of_reduction,
 )
-from noisyq_fast.backends.reference import MASKED, NOTHING
+from noisyq_fast.backends.reference.masks import MASKED, NOTHING
 from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 from noisyq_fast.rules import Rule
 
@@ -124,17 +124,17 @@ SHAPES = [(), (3,), (64,), (3, 40), (70, 2), (2, 5, 3, 3), (4, 3, 2, 8), (2, 8, 
 
 @pytest.fixture
 def emulated():
-    reason = emulated_cuda.MODULE.backend.unavailable()
+    reason = emulated_cuda.PACKAGE.backend.unavailable()
     if reason is not None:
         pytest.skip(reason)
-    return emulated_cuda.MODULE
+    return emulated_cuda.PACKAGE
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_operator_however_it_is_launched(emulated, dtype, shape, limits, monkeypatch):
-    monkeypatch.setattr(emulated, "_limits", lambda device: limits)
+    monkeypatch.setattr(emulated.launch, "_limits", lambda device: limits)
     x = torch.randn(shape).to(dtype)
     tensors = [x] if x.dim() < 4 else [x, x.to(memory_format=torch.channels_last)]
     if x.numel() > 1:
@@ -149,7 +149,7 @@ def test_every_operator_however_it_is_launched(emulated, dtype, shape, limits, m
 @pytest.mark.parametrize("shape", [(), (64,), (70, 2), (2, 5, 3, 3), (4, 3, 2, 8)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_rule_however_it_is_launched(emulated, dtype, shape, limits, monkeypatch):
-    monkeypatch.setattr(emulated, "_limits", lambda device: limits)
+    monkeypatch.setattr(emulated.launch, "_limits", lambda device: limits)
     x = torch.randn(shape).to(dtype)
     arguments = [(x, axis) for axis in (None, 0, 1)[: x.dim() + 1]]
     arguments += [(x.flatten()[1:], None)] if x.numel() > 1 else []  # not aligned
@@ -170,7 +170,7 @@ GRIDS = [Grid(4, AFFINE), Grid(8, UNSIGNED), Grid(3, FULL), Grid(8, AFFINE)]
 @pytest.mark.parametrize("shape", [(), (3, 40), (17, 2), (2, 5, 3, 3), (4, 3, 2, 8)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_grid_however_it_is_launched(emulated, dtype, shape, limits, monkeypatch):
-    monkeypatch.setattr(emulated, "_limits", lambda device: limits)
+    monkeypatch.setattr(emulated.launch, "_limits", lambda device: limits)
     x = torch.randn(shape).to(dtype)
     arguments = [(x, axis) for axis in (None, 0, 1)[: x.dim() + 1]]
     arguments += [(x.flatten()[1:], None)] if x.numel() > 1 else []  # not aligned
@@ -184,7 +184,7 @@ def test_every_grid_however_it_is_launched(emulated, dtype, shape, limits, monke
 @pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_grid_of_values_that_break_quantizers(emulated, kind, values, monkeypatch):
-    monkeypatch.setattr(emulated, "_limits", lambda device: LIMITS[0])
+    monkeypatch.setattr(emulated.launch, "_limits", lambda device: LIMITS[0])
     rng = np.random.default_rng(0)
     for bits, dtype, axis in zip((2, 4, 8), DTYPES, (0, None, 1), strict=True):
         with np.errstate(over="ignore"):
@@ -210,7 +210,7 @@ def test_ranges_that_are_given(emulated, kind):
 @pytest.mark.parametrize("limits", [DeviceLimits(132), DeviceLimits(4, 226 << 10)], ids=str)
 @pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
 def test_sizes_as_on_a_gpu(emulated, make, limits, monkeypatch):
-    monkeypatch.setattr(emulated, "_limits", lambda device: limits)
+    monkeypatch.setattr(emulated.launch, "_limits", lambda device: limits)
     x = make(torch.randn)
     for axis in (None, *range(x.dim())):
         if axis is None or x.shape[axis] <= 5000:  # The emulator takes 0.1 ms for each block.
@@ -219,7 +219,7 @@ def test_sizes_as_on_a_gpu(emulated, make, limits, monkeypatch):
 
 @pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
 def test_grids_of_sizes_as_on_a_gpu(emulated, make, monkeypatch):
-    monkeypatch.setattr(emulated, "_limits", lambda device: DeviceLimits(132))
+    monkeypatch.setattr(emulated.launch, "_limits", lambda device: DeviceLimits(132))
     x, grid = make(torch.randn), GRIDS[0]
     for axis in (None, *range(x.dim())):
         if axis is None or x.shape[axis] <= 1000:
@@ -243,7 +243,7 @@ def test_nothing_beyond_a_tensor_is_touched(emulated, dtype, shape, place, monke
     for axis in (None, 0, 1)[: x.dim() + 1]:
         every_operator(emulated, x, axis)
         every_operator_on_grid(emulated, x, axis, GRIDS[0])
-        every_learned_operator(emulated, x, axis, ["qil_odd"])
+        every_learned_operator(emulated.learned, x, axis, ["qil_odd"])
 
 
 @pytest.mark.parametrize("size", [13_001, 13_008])
@@ -291,7 +291,8 @@ def test_ranges_over_batches(emulated, values):
 
 def test_progress_is_left_as_it_was_found(emulated, monkeypatch):
     counts = torch.zeros(15, dtype=torch.int32)
-    monkeypatch.setattr(emulated, "progress", lambda device, size: counts)
+    for part in (emulated.signed, emulated.grids):
+        monkeypatch.setattr(part, "progress", lambda device, size: counts)
     for _ in range(3):
         running = torch.tensor([0.5, float("nan"), 0.1, float("nan"), 2.0])
         emulated.fake_quantize_ema(torch.randn(20, 5, 3), running, None, 7, 1, 0.3)
@@ -318,8 +319,8 @@ class Launches:
 @pytest.mark.parametrize(("shape", "together"), [((6, 8), True), ((5, 9), False)])
 def test_contiguous_channels_take_one_launch(emulated, masked, shape, together, monkeypatch):
     """Groups and tokens, unless channels share a byte of the mask."""
-    launches = Launches(emulated.kernels)
-    monkeypatch.setattr(emulated, "kernels", launches)
+    launches = Launches(emulated.launch.kernels)
+    monkeypatch.setattr(emulated.launch, "kernels", launches)
     emulated.fake_quantize_on_grid(torch.randn(shape), GRIDS[0], 0, masked)
     emulated.quantize_on_grid(torch.randn(shape), GRIDS[0], 0)
     fake_quantize = (
@@ -364,17 +365,17 @@ def test_pytorch_only_allocates(emulated, axis):
         emulated.fake_quantize_fixed_range_on_grid(x, ends, GRIDS[0], axis, "negative")
         codes, scale, zero_point = emulated.quantize_on_grid(x, GRIDS[0], axis)
         emulated.dequantize_on_grid(codes, scale, zero_point, axis)
-        emulated.fake_quantize_learned(x, parameters, rule, axis)
-        emulated.quantize_learned(x, parameters, rule, axis)
+        emulated.learned.fake_quantize_learned(x, parameters, rule, axis)
+        emulated.learned.quantize_learned(x, parameters, rule, axis)
         if axis != 1:  # channels that are spread are copied
-            emulated.fake_quantize_learned_backward(x, x, parameters, rule, axis, 0.3)
+            emulated.learned.fake_quantize_learned_backward(x, x, parameters, rule, axis, 0.3)
     assert calls.names - {"zeros"} == {"empty_like", "new_empty"}
 
 
 def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device(emulated, monkeypatch):
     # More blocks than the emulator has multiprocessors cannot all run at once.
     monkeypatch.setattr(
-        emulated, "_limits", lambda device: DeviceLimits(5, 1 << 16, access_bytes=1)
+        emulated.launch, "_limits", lambda device: DeviceLimits(5, 1 << 16, access_bytes=1)
     )
     running = torch.tensor(1.0)
     with pytest.raises(RuntimeError) as error:

@@ -7,7 +7,9 @@ from assert_same import assert_same
 from every_operator import RULES
 
 from noisyq_fast import use_backend
-from noisyq_fast.backends import elementary, on_triton, reference_learned
+from noisyq_fast.backends import on_triton
+from noisyq_fast.backends.reference import elementary
+from noisyq_fast.backends.reference.learned import sum_of_groups
 from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 
 EVERY_SIZE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -3e38, 1.3, -1.3]
@@ -121,7 +123,7 @@ def test_the_order_of_a_sum_is_the_stated_one():
     for axis, values in ((None, [x.flatten()]), (0, x.unbind())):
         sums = [of_chunk(torch.stack([of_chunk(c) for c in v.split(4096)])) for v in values]
         expected = sums[0] if axis is None else torch.stack(sums)
-        assert torch.equal(reference_learned.sum_of_groups(x, x, axis), expected)
+        assert torch.equal(sum_of_groups(x, x, axis), expected)
 
 
 def test_numbers_do_not_depend_on_threads(restore_threads):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noisyq_fast.backends import cpu_integer, reference_integer
+from noisyq_fast.backends import native_cpu, reference
 from noisyq_fast.backends.kernel_arguments import core
 
 BOUND = 2**15 - 1
@@ -13,8 +13,8 @@ BOUND = 2**15 - 1
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (4, 16, 32, 32), (3, 8)], ids=str)
 def test_moments_of_narrow_sums_are_those_of_the_floats(shape):
     sums = torch.randint(-BOUND, BOUND + 1, shape)
-    kept, *expected = reference_integer.moments(sums.float(), BOUND)
-    narrow, *found = cpu_integer.moments(sums.to(torch.int16), BOUND)
+    kept, *expected = reference.sums.moments(sums.float(), BOUND)
+    narrow, *found = native_cpu.sums.moments(sums.to(torch.int16), BOUND)
     assert narrow.dtype == torch.int16
     assert torch.equal(narrow, kept)
     for x, y in zip(found, expected, strict=True):

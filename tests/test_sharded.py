@@ -3,8 +3,8 @@
 import copy
 import warnings
 
+import fused_networks
 import pytest
-import test_fuse
 import torch
 import torch.distributed as dist
 from ranks import Ranks
@@ -225,8 +225,8 @@ def test_layers_stay_layers_when_copied():
 
 def make_chains():
     torch.manual_seed(0)
-    make, *_ = test_fuse.NETWORKS["projection, in place"]
-    return test_fuse.fused(make(), first_last_bits=None)
+    make, *_ = fused_networks.NETWORKS["projection, in place"]
+    return fused_networks.fused(make(), first_last_bits=None)
 
 
 def fsdp2_chains(model):
@@ -241,7 +241,7 @@ def fsdp2_chains(model):
 def fsdp1_chains(model):
     return FullyShardedDataParallel(
         sync_ranges_(model),
-        auto_wrap_policy=ModuleWrapPolicy({test_fuse.Block}),
+        auto_wrap_policy=ModuleWrapPolicy({fused_networks.Block}),
         device_id=torch.device("cpu"),
         use_orig_params=True,
     )
@@ -251,7 +251,7 @@ def train_chains(wrap, x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = wrap(make_chains())
-    y = test_fuse.plain(model(x))
+    y = fused_networks.plain(model(x))
     y.sum().backward()
     gradients = {} if wrap is fsdp1_chains else named_gradients(model)
     return y.detach(), gradients, {n: b.clone() for n, b in model.named_buffers()}
@@ -266,8 +266,8 @@ def named_gradients(model):
 @pytest.mark.parametrize("wrap", [ddp, fsdp1_chains, fsdp2_chains], ids=lambda f: f.__name__)
 def test_chains_have_the_numbers_of_one_process(ranks, wrap):
     """Of the same batch on all ranks."""
-    expected, gradients, buffers = train_chains(lambda model: model, test_fuse.X)
-    for y, of_rank, moved in ranks(train_chains, wrap, test_fuse.X):
+    expected, gradients, buffers = train_chains(lambda model: model, fused_networks.X)
+    for y, of_rank, moved in ranks(train_chains, wrap, fused_networks.X):
         assert torch.equal(y, expected)
         for a, b in zip(moved.values(), buffers.values(), strict=True):
             assert torch.equal(a, b)
@@ -278,12 +278,12 @@ def test_chains_have_the_numbers_of_one_process(ranks, wrap):
 def train_synchronized(x):
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    make, *_ = test_fuse.NETWORKS["projection, in place"]
+    make, *_ = fused_networks.NETWORKS["projection, in place"]
     model = nn.SyncBatchNorm.convert_sync_batchnorm(make())
-    model = sync_ranges_(test_fuse.fused(model, first_last_bits=None))
+    model = sync_ranges_(fused_networks.fused(model, first_last_bits=None))
     assert sum(isinstance(m, ExactBatchNorm) for m in model.modules()) > 1
     part = x[: len(x) - 1] if rank == 0 else x[len(x) - 1 :]  # parts of different sizes
-    y = test_fuse.plain(model(part))
+    y = fused_networks.plain(model(part))
     y.square().sum().backward()
     gradients = named_gradients(model)
     for gradient in gradients.values():
@@ -295,12 +295,12 @@ def train_synchronized(x):
 
 def test_synchronized_batch_norms_have_the_numbers_of_one_process(ranks):
     torch.manual_seed(0)
-    make, *_ = test_fuse.NETWORKS["projection, in place"]
-    model = test_fuse.fused(make(), first_last_bits=None)
-    expected = test_fuse.plain(model(test_fuse.X))
+    make, *_ = fused_networks.NETWORKS["projection, in place"]
+    model = fused_networks.fused(make(), first_last_bits=None)
+    expected = fused_networks.plain(model(fused_networks.X))
     expected.square().sum().backward()
     buffers = dict(model.named_buffers())
-    for y, gradients, moved in ranks(train_synchronized, test_fuse.X):
+    for y, gradients, moved in ranks(train_synchronized, fused_networks.X):
         assert torch.equal(y, expected)
         assert moved.keys() == buffers.keys()
         for name, buffer in moved.items():

@@ -15,8 +15,10 @@ from strategies import DTYPES, VALUES
 import noisyq_fast
 from noisyq_fast import Grid
 from noisyq_fast.backends import BACKENDS, on_triton, reference
-from noisyq_fast.backends.cuda_launch import progress
+from noisyq_fast.backends.native_cuda.blocks import progress
+from noisyq_fast.backends.on_triton import grid_launches, launch
 from noisyq_fast.backends.on_triton.tiling import TileLimits, absmax_tiling
+from noisyq_fast.backends.reference.masks import CLIPPED, MASKED, NOTHING
 from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
 
 DEVICE = "cpu" if on_triton.INTERPRETED else "cuda"
@@ -65,7 +67,7 @@ def test_limits_walk_in_every_way():
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_results_do_not_depend_on_the_tiles(dtype, shape, limits, monkeypatch):
-    monkeypatch.setattr(on_triton, "_limits", lambda device: limits)
+    monkeypatch.setattr(launch, "limits", lambda device: limits)
     x = torch.randn(shape, device=DEVICE).to(dtype)
     if x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
@@ -88,7 +90,7 @@ GRIDS = [
 @usable
 @pytest.mark.parametrize(("grid", "dtype", "limits"), GRIDS, ids=str)
 def test_grids_do_not_depend_on_the_tiles(grid, dtype, limits, monkeypatch):
-    monkeypatch.setattr(on_triton, "_limits", lambda device: limits)
+    monkeypatch.setattr(launch, "limits", lambda device: limits)
     images = torch.randn(2, 3, 2, 2, device=DEVICE).to(dtype, memory_format=torch.channels_last)
     matrix = torch.randn(2, 20, device=DEVICE).to(dtype)
     for x, axis in ((images, 1), (matrix, 0), (matrix[0, ::3], None), (matrix[:, :0], 0)):
@@ -121,7 +123,7 @@ def test_ranges_that_are_given(kind):
     ranges = torch.stack([low, high]) if kind == AFFINE else high
     x = torch.randn(len(high), 3, device=DEVICE)
     x *= torch.tensor([1.0, 1e-40, 1e38], device=DEVICE)
-    for masked in (reference.NOTHING, reference.CLIPPED):
+    for masked in (NOTHING, CLIPPED):
         for name in ("fake_quantize_fixed_range_on_grid", "quantize_fixed_range_on_grid"):
             expected, actual = (
                 getattr(backend, name)(x, ranges, grid, 0, masked)
@@ -134,13 +136,13 @@ def test_ranges_that_are_given(kind):
 def launches(monkeypatch):
     """The names of the kernels that are launched."""
     names = []
-    launch = on_triton._launch
+    original = launch.launch
 
     def recorded(x, kernel, *arguments):
         names.append(kernel.fn.__name__)
-        launch(x, kernel, *arguments)
+        original(x, kernel, *arguments)
 
-    monkeypatch.setattr(on_triton, "_launch", recorded)
+    monkeypatch.setattr(launch, "launch", recorded)
     return names
 
 
@@ -161,7 +163,7 @@ def model(make):
 @usable
 @pytest.mark.parametrize("values", VALUES, ids=lambda values: values.__name__)
 def test_all_weights_of_a_model_take_one_launch(values, launches, monkeypatch):
-    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
+    monkeypatch.setattr(launch, "limits", lambda device: LIMITS[0])
     rng = np.random.default_rng(0)
     with np.errstate(over="ignore"):
         arguments = model(
@@ -174,7 +176,7 @@ def test_all_weights_of_a_model_take_one_launch(values, launches, monkeypatch):
 
 @usable
 def test_tensors_whose_channels_programs_share_take_their_own_launches(launches, monkeypatch):
-    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
+    monkeypatch.setattr(launch, "limits", lambda device: LIMITS[0])
     weights, qmaxes, axes = model(torch.randn)
     shared = [torch.randn(100, device=DEVICE), torch.randn(20, 30, device=DEVICE)]
     arguments = [*weights, *shared], [*qmaxes, 7, 127], [*axes, None, 1]
@@ -184,10 +186,10 @@ def test_tensors_whose_channels_programs_share_take_their_own_launches(launches,
 
 
 @usable
-@pytest.mark.parametrize("masked", reference.MASKED)
+@pytest.mark.parametrize("masked", MASKED)
 def test_a_mask_takes_a_launch_more(masked, launches, monkeypatch):
-    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS[0])
-    last = [] if masked == reference.NOTHING else ["quantize_masked"]
+    monkeypatch.setattr(launch, "limits", lambda device: LIMITS[0])
+    last = [] if masked == NOTHING else ["quantize_masked"]
     for shape, first in (
         ((2, 9), ["quantize_tensor"]),
         ((2, 100), ["reduce_partially", "quantize_reduced"]),
@@ -200,7 +202,7 @@ def test_a_mask_takes_a_launch_more(masked, launches, monkeypatch):
 
 @usable
 def test_more_tensors_than_one_launch_takes(launches, monkeypatch):
-    monkeypatch.setattr(on_triton, "_TENSORS_PER_LAUNCH", 4)
+    monkeypatch.setattr(grid_launches, "_TENSORS_PER_LAUNCH", 4)
     arguments = model(torch.randn)
     weights, _, _ = arguments
     assert sum(x.numel() > 0 for x in weights) == 9
@@ -220,7 +222,7 @@ def test_a_launch_that_fails_names_the_kernel_the_shape_and_the_device():
             return too_large
 
     with pytest.raises(RuntimeError) as error:
-        on_triton._launch(torch.ones(7, 11), Kernel(), (1,), 4)
+        launch.launch(torch.ones(7, 11), Kernel(), (1,), 4)
     assert str(error.value) == (
         "noisyq_fast: dequantize of a torch.float32 tensor of shape [7, 11] could not be launched "
         "on cpu: out of resource: shared memory"
@@ -257,7 +259,7 @@ def test_triton_is_imported_where_it_computes_and_not_before():
     code = (
         "import sys, noisyq_fast, torch\n"
         "noisyq_fast.fake_quantize(torch.ones(2), 4)\n"
-        "print('noisyq_fast.backends.on_triton.kernels' in sys.modules)"
+        "print('noisyq_fast.backends.on_triton.grid_kernels' in sys.modules)"
     )
     assert python(code) == "False\n"
 

@@ -69,7 +69,7 @@ def compile_for(architecture, folder):
 
     from noisyq_fast import Grid
     from noisyq_fast.backends import on_triton as backend
-    from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
+    from noisyq_fast.backends.reference.masks import CLIPPED, NEGATIVE, NOTHING
     from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
     from noisyq_fast.rules import NAMES, PARAMETERS, Rule
 

@@ -8,8 +8,8 @@ from assert_same import assert_same
 from strategies import DTYPES
 
 from noisyq_fast import Grid
-from noisyq_fast.backends import on_triton, reference_integer
-from noisyq_fast.backends.on_triton import products
+from noisyq_fast.backends import on_triton, reference
+from noisyq_fast.backends.on_triton import launch, products
 from noisyq_fast.backends.on_triton.tiling import TileLimits
 from noisyq_fast.grid import KINDS
 
@@ -43,7 +43,7 @@ def scales(shape):
 
 
 def both(name, *arguments):
-    backends = reference_integer.backend, on_triton.backend
+    backends = reference.backend, on_triton.backend
     return [backend.functions[name](*arguments) for backend in backends]
 
 
@@ -56,13 +56,13 @@ def check(name, *arguments):
 def launches(monkeypatch):
     """The names of the kernels that are launched."""
     names = []
-    launch = on_triton._launch
+    original = launch.launch
 
     def recorded(x, kernel, *arguments):
         names.append(kernel.fn.__name__)
-        launch(x, kernel, *arguments)
+        original(x, kernel, *arguments)
 
-    monkeypatch.setattr(on_triton, "_launch", recorded)
+    monkeypatch.setattr(launch, "launch", recorded)
     return names
 
 
@@ -167,7 +167,7 @@ SUMS = [((2, 5, 3, 3), 2**15 - 1), ((1, 17, 4, 3), 2**30), ((7, 3), 300), ((3, 1
 @pytest.fixture(params=SUMS, ids=str)
 def sums(request, monkeypatch):
     """Sums with their bound, walked in small tiles by several programs."""
-    monkeypatch.setattr(on_triton, "_limits", lambda device: LIMITS)
+    monkeypatch.setattr(launch, "limits", lambda device: LIMITS)
     shape, bound = request.param
     v = torch.randint(-bound, bound + 1, shape, device=DEVICE).float()
     v.view(-1)[:2] = torch.tensor([-bound, bound])
@@ -178,11 +178,11 @@ def sums(request, monkeypatch):
 def chain(sums):
     """Sums as they are kept; a factor and a term; and what the backward takes besides."""
     v, bound = sums
-    kept, total, squares, _, _ = reference_integer.moments(v, bound)
+    kept, total, squares, _, _ = reference.sums.moments(v, bound)
     channels = len(total)
     scale, weight = scales((channels,)) / bound, torch.randn(channels).to(DEVICE)
     count = v.numel() // channels
-    factor, term, mean, inverse, _, _ = reference_integer.normalization(
+    factor, term, mean, inverse, _, _ = reference.sums.normalization(
         total, squares, count, scale, weight, weight - 0.5, 1e-5
     )
     return kept, factor, term, (mean, inverse, scale, weight)
@@ -195,7 +195,7 @@ def test_moments(sums):
 @pytest.mark.parametrize(("eps", "affine"), [(1e-5, True), (0.0, False)])
 def test_normalization(sums, eps, affine):
     v, bound = sums
-    total, squares = reference_integer.moments(v, bound)[1:3]
+    total, squares = reference.sums.moments(v, bound)[1:3]
     weight, bias = torch.randn(2, len(total), device=DEVICE) if affine else (None, None)
     count = v.numel() // len(total)
     check("normalization", total, squares, count, scales((len(total),)), weight, bias, eps)

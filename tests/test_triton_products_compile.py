@@ -79,7 +79,7 @@ def compile_for(architecture, folder):
 
     from noisyq_fast import Grid
     from noisyq_fast.backends.on_triton import backend
-    from noisyq_fast.backends.reference_integer import Running
+    from noisyq_fast.backends.reference.sums import Running
 
     def describe(name, named):
         of_pixel = named["terms"][1] if name in PRODUCTS else 0

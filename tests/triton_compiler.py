@@ -31,7 +31,7 @@ def compile_instead(architecture, folder, describe):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from noisyq_fast.backends import on_triton
+    from noisyq_fast.backends.on_triton import launch
     from noisyq_fast.backends.on_triton.tiling import TileLimits
 
     run = JITFunction.run
@@ -63,4 +63,4 @@ def compile_instead(architecture, folder, describe):
 
     triton.runtime.driver.set_active(Driver(GPUTarget("cuda", architecture, 32)))
     JITFunction.run = compile_only
-    on_triton._limits = lambda device: TileLimits(processors=132)
+    launch.limits = lambda device: TileLimits(processors=132)

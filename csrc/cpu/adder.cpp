@@ -2,7 +2,7 @@
 // backward.
 //
 // Every sum has the reference's order, whatever the vectors and threads: the lanes of a vector are
-// channels, never terms of a sum. noisyq_fast/backends/native_cpu_adder.py lays the tensors out:
+// channels, never terms of a sum. noisyq_fast/backends/native_cpu/adder.py lays the tensors out:
 // channels come last; tensors that are read by vectors have them in padded blocks of kBlock.
 #include <algorithm>
 

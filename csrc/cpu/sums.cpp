@@ -1,5 +1,5 @@
 // Passes over the exact sums v of products of codes, integers laid out as [rows, channels], for the
-// operations of a chain. `noisyq_fast/backends/reference_integer.py` is the same in PyTorch.
+// operations of a chain. `noisyq_fast/backends/reference/sums.py` is the same in PyTorch.
 #include <algorithm>
 #include <cmath>
 #include <numeric>

@@ -3,8 +3,9 @@
 It is the first usable one in the order of ``BACKENDS`` that implements the operator. A backend that
 is requested by name is tried before all others.
 
-To add a backend, write a module with a `Backend` named ``backend``, decorate its functions with
-``@backend.register``, and add it to ``BACKENDS``, in order of preference.
+Each backend is a folder, with files of the same names for the same operators. To add one, collect
+its functions in `Operators`, list these in a `Backend` named ``backend`` in its ``__init__.py``,
+and add it to ``BACKENDS``, in order of preference.
 """
 
 import os
@@ -12,14 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from noisyq_fast.backends import cpu_integer as cpu_integer
 from noisyq_fast.backends import native_cpu, native_cuda, on_triton, reference
-from noisyq_fast.backends import native_cpu_adder as native_cpu_adder
-from noisyq_fast.backends import native_cpu_learned as native_cpu_learned
-from noisyq_fast.backends import reference_learned as reference_learned
 from noisyq_fast.backends.backend import Backend
-from noisyq_fast.backends.on_triton import learned as learned
-from noisyq_fast.backends.on_triton import products as products
 
 # In order of preference. The reference computes every operator on every device.
 BACKENDS: dict[str, Backend] = {

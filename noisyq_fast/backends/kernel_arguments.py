@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends.reference import MASKED, NOTHING
+from noisyq_fast.backends.reference.masks import MASKED, NOTHING
 from noisyq_fast.grid import KINDS
 from noisyq_fast.operators import checks
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import rules
-from noisyq_fast.backends.reference import FLT_MIN, Levels
-from noisyq_fast.backends.reference_integer import along_channels
-from noisyq_fast.backends.reference_learned import codes_and_values
+from noisyq_fast.backends.reference.learned import codes_and_values
+from noisyq_fast.backends.reference.levels import FLT_MIN, Levels
+from noisyq_fast.backends.reference.sums import along_channels
 from noisyq_fast.exporting.operators import dequantize_linear, quantize_linear
 from noisyq_fast.grid import FULL, ODD, SIGNED, UNSIGNED, Grid, most_bits
 from noisyq_fast.integer.codes import Codes

@@ -29,13 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import (
-    Running,
-    along_channels,
-    channel_axis,
-    line,
-    track,
-)
+from noisyq_fast.backends.reference.sums import Running, along_channels, channel_axis, line, track
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
 from noisyq_fast.integer.deferred import Deferred, deferrable

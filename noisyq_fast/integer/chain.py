@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import GradOfSums, without_values
+from noisyq_fast.backends.reference.composed import without_values
+from noisyq_fast.backends.reference.sums import GradOfSums
 from noisyq_fast.integer.deferred_gradient import DeferredGradient
 from noisyq_fast.operators import checks, gradients
 from noisyq_fast.operators.quantize import zero_clipped
@@ -31,7 +32,7 @@ class Sums(NamedTuple):
         bound: an upper bound of ``|v|``.
         product: the tensor to which the gradient of ``v * scale + bias`` flows; without values.
         layer: the layer that has computed the sums.
-        moments: by channel, as from `reference_integer.moments`; ``None``: not known.
+        moments: by channel, as from `reference.sums.moments`; ``None``: not known.
         again: the arguments of `convolve_sums`, saved for the backward in place of the sums.
     """
 
@@ -54,7 +55,7 @@ class Norm(NamedTuple):
         inverse: 1 / standard deviation that was used, float32 ``[C]``.
         uses_batch: whether these are of the batch, so that gradients flow through them.
         of_ranks: for a batch that is spread over ranks, combines slope, shift and tilt, as from
-            `reference_integer.grads_of_norm`, over the ranks; else ``None``.
+            `reference.sums.grads_of_norm`, over the ranks; else ``None``.
     """
 
     weight: Tensor | None
@@ -202,7 +203,7 @@ def mapped(chain: Chain, wants_zeros: bool) -> tuple[Tensor, Tensor | None, Tens
 
 
 def extremes(chain: Chain) -> Tensor:
-    """The ends of y, as `reference_integer.ends` computes them."""
+    """The ends of y, as `reference.sums.ends` computes them."""
     if chain.sums.values.numel() == 0:
         return chain.factor.new_zeros(2)
     moments = chain.sums.moments

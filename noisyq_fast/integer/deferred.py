@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback  # None: nothing is compiled
 from torch.utils import _pytree as pytree
 
-from noisyq_fast.backends.reference import NEGATIVE, NOTHING
-from noisyq_fast.backends.reference_integer import range_of_ends, without_values
+from noisyq_fast.backends.reference.composed import without_values
+from noisyq_fast.backends.reference.masks import NEGATIVE, NOTHING
+from noisyq_fast.backends.reference.sums import range_of_ends
 from noisyq_fast.grid import Grid
 from noisyq_fast.integer.chain import (
     Chain,
@@ -212,13 +213,13 @@ class Deferred(Tensor):
         self._values, self._version_read = raw, _version(raw)
 
     def range_on(self, grid: Grid) -> Tensor | None:
-        """As `reference.range_of`, with one range; None if it has to be computed from the
+        """As `reference.levels.range_of`, with one range; None if it has to be computed from the
         values."""
         ends = self.ends()
         return None if ends is None else range_of_ends(ends, grid)
 
     def ends(self) -> Tensor | None:
-        """As `reference_integer.ends`; None if it has to be computed from the values."""
+        """As `reference.sums.ends`; None if it has to be computed from the values."""
         own = self.current()
         if own._values is not None:
             return None

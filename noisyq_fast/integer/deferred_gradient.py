@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference_integer import GradOfSums
+from noisyq_fast.backends.reference.sums import GradOfSums
 
 
 class DeferredGradient(Tensor):

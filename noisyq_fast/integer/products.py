@@ -29,15 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from noisyq_fast.backends import reference_integer, select
-from noisyq_fast.backends.reference_integer import (
-    GradOfSums,
+from noisyq_fast.backends import select
+from noisyq_fast.backends.reference import composed
+from noisyq_fast.backends.reference.composed import without_values
+from noisyq_fast.backends.reference.products import (
     as_rows,
     channel_steps,
+    float_steps,
     laid_out_like,
     steps,
-    without_values,
 )
+from noisyq_fast.backends.reference.sums import GradOfSums
 from noisyq_fast.integer.chain import Sums
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
@@ -273,7 +275,7 @@ class _Convolution(_Product):
         to_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         w = _Convolution.weight_values(ctx, w_codes, w_scale, w_zero)
-        compute = reference_integer.grads_of_convolution
+        compute = composed.operators["grads_of_convolution"]
         known = grad.current() if isinstance(grad, DeferredGradient) else grad
         if deferrable(codes) and (isinstance(known, GradOfSums) or deferrable(known)):
             compute = select("grads_of_convolution", codes.device.type)
@@ -303,7 +305,7 @@ class _Convolution(_Product):
 
 def _floats(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     if not deferrable(codes):
-        return reference_integer.float_steps(codes, zero, dtype)
+        return float_steps(codes, zero, dtype)
     return select("float_steps", codes.device.type)(codes, zero, dtype)
 
 

@@ -9,7 +9,7 @@ gradients are not the derivatives, which are signs, but those that the paper fou
     dx[k, n]      = sum_o clip(weight[o, k] - x[k, n], -1, 1) dy[o, n]
     dweight[o, k] = sum_n (x[k, n] - weight[o, k]) dy[o, n]
 
-The order of the sums is fixed (`noisyq_fast/backends/reference_adder.py`): every backend gives the
+The order of the sums is fixed (`noisyq_fast/backends/reference/adder.py`): every backend gives the
 same bits, forward and backward.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._decomp import register_decomposition
 
-from noisyq_fast.backends.reference_adder import Pair, channels_last, windows
+from noisyq_fast.backends.reference.adder import Pair, channels_last, windows
 from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.operators import checks, gradients
 from noisyq_fast.operators.declare import declare

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noisyq_fast.backends import reference
+from noisyq_fast.backends.reference.masks import packed, unpacked
 from noisyq_fast.grid import AFFINE
 from noisyq_fast.operators import checks
 
@@ -239,12 +239,12 @@ class _Groups:
 
 def _with_masks(groups: _Groups, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The samples, and the bits of each."""
-    is_masked = reference.unpacked(mask)[: y.numel()].reshape(y.shape) if mask.numel() else None
+    is_masked = unpacked(mask)[: y.numel()].reshape(y.shape) if mask.numel() else None
     y = groups.restored(y)
     if is_masked is None:
         return y, mask.expand(y.shape[0], 0)
     # Each sample's mask starts at a byte, and its memory order is that of the mask.
-    return y.contiguous(), reference.packed(_whole_bytes(groups.restored(is_masked)))
+    return y.contiguous(), packed(_whole_bytes(groups.restored(is_masked)))
 
 
 def _for_each_sample(x: Tensor, dim: int | None, batch: int) -> Tensor:

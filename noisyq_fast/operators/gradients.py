@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from noisyq_fast.backends import reference_learned
+from noisyq_fast.backends.reference import learned
 from noisyq_fast.operators import checks, dispatch
 from noisyq_fast.rules import Rule
 
@@ -225,7 +225,7 @@ class Learned(Gradient):
     ) -> Tensor:
         x, parameters = ctx.saved_tensors
         *rule, axis = ctx.rule
-        by_x, *by_each = reference_learned.derivatives(x, parameters, Rule(*rule), axis)
+        by_x, *by_each = learned.derivatives(x, parameters, Rule(*rule), axis)
         tangent = torch.zeros_like(by_x) if x_tangent is None else by_x * x_tangent
         if parameters_tangent is not None:
             along = [-1 if d == axis else 1 for d in range(x.dim())] if axis is not None else []

@@ -32,7 +32,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from noisyq_fast.backends.reference import CLIPPED, NEGATIVE, NOTHING
+from noisyq_fast.backends.reference.masks import CLIPPED, NEGATIVE, NOTHING
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED, Grid, check_kind
 from noisyq_fast.operators import checks, gradients
 from noisyq_fast.operators.declare import declare

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from noisyq_fast.backends.reference import pack_like
+from noisyq_fast.backends.reference.masks import pack_like
 from noisyq_fast.grid import SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import gradients

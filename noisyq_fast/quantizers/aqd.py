@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from noisyq_fast import rules
-from noisyq_fast.backends.reference_learned import sum_of_groups
+from noisyq_fast.backends.reference.learned import sum_of_groups
 from noisyq_fast.grid import ODD, UNSIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import checks

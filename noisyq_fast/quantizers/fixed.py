@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends.reference import Levels
+from noisyq_fast.backends.reference.levels import Levels
 from noisyq_fast.grid import SIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import checks

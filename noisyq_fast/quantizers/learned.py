@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from noisyq_fast.backends.reference import scale_of_codes
-from noisyq_fast.backends.reference_integer import without_values
-from noisyq_fast.backends.reference_learned import sum_of_groups
+from noisyq_fast.backends.reference.composed import without_values
+from noisyq_fast.backends.reference.learned import sum_of_groups
+from noisyq_fast.backends.reference.levels import scale_of_codes
 from noisyq_fast.grid import FULL, UNSIGNED, check_bits
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred, deferrable

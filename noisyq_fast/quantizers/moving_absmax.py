@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends import select
-from noisyq_fast.backends.reference import average_, scale_of_codes
-from noisyq_fast.backends.reference_integer import range_of_ends
+from noisyq_fast.backends.reference.levels import average_, scale_of_codes
+from noisyq_fast.backends.reference.sums import range_of_ends
 from noisyq_fast.grid import AFFINE, SIGNED, UNSIGNED
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.integer.deferred import Deferred

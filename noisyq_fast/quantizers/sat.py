@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import rules
-from noisyq_fast.backends.reference import scale_of_codes
+from noisyq_fast.backends.reference.levels import scale_of_codes
 from noisyq_fast.grid import FULL, ODD
 from noisyq_fast.integer.codes import Codes
 from noisyq_fast.operators import checks, gradients

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from noisyq_fast.backends import reference_learned
+from noisyq_fast.backends.reference import learned
 from noisyq_fast.operators.learned import fake_quantize_learned, quantize_learned
 from noisyq_fast.rules import Rule
 
@@ -36,7 +36,7 @@ class Quantized:
     def sum_is(self, number, expected):
         """A gradient of a parameter: within 1e-5 of the sum of the sizes of its terms."""
         x, parameters = self.x.detach(), self.parameters.detach()
-        terms = reference_learned.derivatives(x, parameters, Rule(*self.rule), self.axis)
-        sizes = reference_learned.sum_of_groups((terms[1 + number] * self.grad).abs(), x, self.axis)
+        terms = learned.derivatives(x, parameters, Rule(*self.rule), self.axis)
+        sizes = learned.sum_of_groups((terms[1 + number] * self.grad).abs(), x, self.axis)
         error = (self.parameters.grad[number].double() - expected.reshape(sizes.shape)).abs()
         assert (error <= 1e-5 * sizes.double() + 1e-12).all(), (error, sizes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from learned_values import Quantized, close, load
 
-from noisyq_fast.backends import reference_learned
+from noisyq_fast.backends.reference import learned
 from noisyq_fast.rules import Rule
 
 ORACLE = load("dsq")
@@ -44,7 +44,7 @@ def test_slope_and_gradient_of_alpha_are_those_of_the_soft_form(alpha):
     place = (x - at[0]) / (2 / n)
     x = x[(place - place.round()).abs() > 0.02]  # not across the border of a cell
     parameters = torch.stack(at).float()
-    found = reference_learned.derivatives(x.float(), parameters, Rule("dsq", 0, n), None)
+    found = learned.derivatives(x.float(), parameters, Rule("dsq", 0, n), None)
     for number, index in ((0, 0), (3, 3)):
         low, high = [x, *at], [x, *at]
         low[index], high[index] = low[index] - step, high[index] + step
@@ -60,7 +60,7 @@ def test_the_mean_slope_of_a_cell_is_1(alpha, middle, edge):
     count = 20001
     x = (torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 / n - 1
     parameters = torch.tensor([-1.0, 1.0, alpha])
-    slope = reference_learned.derivatives(x.float(), parameters, Rule("dsq", 0, n), None)[0]
+    slope = learned.derivatives(x.float(), parameters, Rule("dsq", 0, n), None)[0]
     assert slope.double().mean().item() == pytest.approx(1, abs=1e-4)
     if middle is not None:
         assert slope[count // 2].item() == pytest.approx(middle, abs=1e-3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from learned_values import Quantized, close, load
 
-from noisyq_fast.backends import reference_learned
+from noisyq_fast.backends.reference import learned
 from noisyq_fast.rules import Rule
 
 ORACLE = load("qil")
@@ -52,7 +52,7 @@ def test_derivatives_are_those_of_what_is_rounded():
     v = 0.5 + (w.abs() - at[0]) / (2 * at[1])
     w = w[(v > 0.02) & (v < 0.98)]
     parameters = torch.stack(at).float()
-    found = reference_learned.derivatives(w.float(), parameters, Rule("qil_odd", -7, 7), None)
+    found = learned.derivatives(w.float(), parameters, Rule("qil_odd", -7, 7), None)
     step = 1e-6
     for number, derivative in enumerate(found):
         low, high = [w, *at], [w, *at]

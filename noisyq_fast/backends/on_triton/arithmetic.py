@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 
 from noisyq_fast import grid
-from noisyq_fast.backends import reference
+from noisyq_fast.backends.reference import masks
 
 SIGNED = tl.constexpr(grid.SIGNED)
 FULL = tl.constexpr(grid.FULL)
 UNSIGNED = tl.constexpr(grid.UNSIGNED)
 AFFINE = tl.constexpr(grid.AFFINE)
-NEGATIVE = tl.constexpr(reference.NEGATIVE)
+NEGATIVE = tl.constexpr(masks.NEGATIVE)
 FLT_MIN = tl.constexpr(2.0**-126)
 INFINITY = tl.constexpr(float("inf"))
 # 1.5 * 2^23: float32 numbers of this size are integers, so adding it rounds, half to even.

@@ -1,4 +1,4 @@
-"""The Triton kernels of learned quantizers (`learned_kernels`), launched on dense memory."""
+"""Learned quantizers (`learned_kernels`)."""
 
 from functools import cache
 from types import ModuleType
@@ -6,25 +6,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.backends.kernel_arguments import channel_layout, dense, like
-from noisyq_fast.backends.on_triton import _launch, _map, backend
+from noisyq_fast.backends.on_triton import launch
 from noisyq_fast.rules import CHUNK, Rule
 
 # Chunks per program: each chunk has 64 sums, so that a few chunks share a warp.
 _CHUNKS = 4
 
+operators = Operators()
 
-@backend.register
+
+@operators.register
 def fake_quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
     return _mapped(x, parameters, rule, axis, x.dtype)
 
 
-@backend.register
+@operators.register
 def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
     return _mapped(x, parameters, rule, axis, torch.int16)
 
 
-@backend.register
+@operators.register
 def fake_quantize_learned_backward(
     grad: Tensor,
     x: Tensor,
@@ -42,7 +45,7 @@ def fake_quantize_learned_backward(
     chunks = -(-size // CHUNK)
     partial = torch.empty(rule.parameters * channels, chunks, device=x.device)
     lies_together = outer == 1 or channels == 1
-    _launch(
+    launch.launch(
         x,
         _kernels().learned_backward,
         (-(-chunks // _CHUNKS), channels),
@@ -66,7 +69,7 @@ def fake_quantize_learned_backward(
         rows, count = partial.shape
         sums = torch.empty(rows, -(-count // CHUNK), device=x.device)
         grid = sums.shape[1], rows
-        _launch(x, _kernels().sum_chunks, grid, 1, partial, sums, count, sums.shape[1])
+        launch.launch(x, _kernels().sum_chunks, grid, 1, partial, sums, count, sums.shape[1])
         partial = sums
     return dx, partial.reshape(parameters.shape) * gradient_scale
 
@@ -77,7 +80,7 @@ def _mapped(
     x, y = dense(x, dtype)
     ends = float(rule.low), float(rule.high)
     arguments = parameters.contiguous(), y, *ends, rule.name, rule.parameters
-    _map(_kernels().quantize_learned, x, axis, *arguments)
+    launch.launch_map(_kernels().quantize_learned, x, axis, *arguments)
     return y
 
 

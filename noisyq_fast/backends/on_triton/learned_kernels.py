@@ -1,5 +1,5 @@
 """The rules of learned quantizers in Triton, with the functions of ``csrc/rules.h``, and their
-kernels. Tiles of the forward are as in `kernels`.
+kernels. Tiles of the forward are those of `tiles`.
 """
 
 # ruff: noqa: SIM109, as Triton compiles no ``in``
@@ -14,7 +14,7 @@ from noisyq_fast.backends.on_triton.arithmetic import (
     rounded_of,
     to_float,
 )
-from noisyq_fast.backends.on_triton.kernels import (
+from noisyq_fast.backends.on_triton.tiles import (
     channels_of_program,
     elements_of_tile,
     tiles_of_program,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from noisyq_fast.backends.on_triton.arithmetic import from_float
-from noisyq_fast.backends.on_triton.kernels import tiles_along
 from noisyq_fast.backends.on_triton.sum_kernels import BELOW_NARROW
+from noisyq_fast.backends.on_triton.tiles import tiles_along
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Products of codes by the Triton kernels (`product_kernels`), if a bound proves that their sums
+"""Products of codes (`product_kernels`), if a bound proves that their sums
 fit into 32 bits; the reference computes all others, and those of other dimensions."""
 
 from collections.abc import Sequence
@@ -9,11 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends import on_triton, reference, reference_integer
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.backends.kernel_arguments import contiguous, dense
-from noisyq_fast.backends.on_triton import backend
+from noisyq_fast.backends.on_triton import launch
+from noisyq_fast.backends.on_triton.grid_launches import grid_kernels
 from noisyq_fast.backends.on_triton.sums import moments, moments_of_products
 from noisyq_fast.backends.on_triton.tiling import product_tile
+from noisyq_fast.backends.reference import composed
+from noisyq_fast.backends.reference import products as reference
+from noisyq_fast.backends.reference.sums import is_narrow
 
 _EXACT_INT = 2**31
 _MOST_PLACES = 2**31 - 2**15
@@ -22,6 +26,8 @@ _SHIFT = 128
 """The difference between an unsigned code and the signed byte that is multiplied in its place."""
 _FEW = 16
 """Up to this number of channels per group, matrix products would be mostly padding."""
+
+operators = Operators()
 
 
 class _Scales(NamedTuple):
@@ -32,7 +38,7 @@ class _Scales(NamedTuple):
     bias: Tensor | None
 
 
-@backend.register
+@operators.register
 def convolve_codes(
     codes: Tensor,
     zero_point: Tensor | None,
@@ -50,11 +56,11 @@ def convolve_codes(
     if not transposed and _is_taken(codes, weight) and codes.dim() == 4:
         out = _convolve(*operands, stride, padding, dilation, groups, None, torch.float32)
         if out is not None:
-            return reference_integer.laid_out_like(codes, out)
-    return reference_integer.convolve_codes(*operands, *how)
+            return reference.laid_out_like(codes, out)
+    return reference.convolve_codes(*operands, *how)
 
 
-@backend.register
+@operators.register
 def convolve_sums(
     codes: Tensor,
     zero_point: Tensor | None,
@@ -69,15 +75,15 @@ def convolve_sums(
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     operands = codes, zero_point, weight, weight_zero_point
     how = stride, padding, dilation, groups
-    is_narrow = reference_integer.is_narrow(bound)
+    narrow = is_narrow(bound)
     sums = found = None
     if _is_taken(codes, weight) and codes.dim() == 4:
-        if measures and is_narrow and not _is_few(weight, groups):
+        if measures and narrow and not _is_few(weight, groups):
             found = torch.zeros(4, len(weight), dtype=torch.int64, device=codes.device)
-        dtype = torch.int16 if is_narrow else torch.float32
+        dtype = torch.int16 if narrow else torch.float32
         sums = _convolve(*operands, *how, None, dtype, found)
     if sums is None:
-        return reference_integer.convolve_sums(*operands, *how, bound, measures)
+        return reference.convolve_sums(*operands, *how, bound, measures)
     if not measures:
         return sums, None
     if found is not None:
@@ -86,26 +92,26 @@ def convolve_sums(
     return kept, tuple(of_channels)
 
 
-@backend.register
+@operators.register
 def float_steps(codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     if zero_point is not None and zero_point.dim() > 0:
-        return reference_integer.float_steps(codes, zero_point, dtype)
+        return reference.float_steps(codes, zero_point, dtype)
     codes, y = dense(codes, dtype)
-    on_triton._map(on_triton._kernels().dequantize, codes, None, None, zero_point, y)
+    launch.launch_map(grid_kernels().dequantize, codes, None, None, zero_point, y)
     return y
 
 
-@backend.register
+@operators.register
 def multiply_codes(
     codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
 ) -> Tensor:
     operands = codes, zero_point, weight, weight_zero_point
     if weight.dim() == 2 and _is_taken(codes, weight):
         return _multiply(*operands, None, torch.float32)
-    return reference_integer.multiply_codes(*operands)
+    return reference.multiply_codes(*operands)
 
 
-@backend.register
+@operators.register
 def integer_convolution(
     x: Tensor,
     weight: Tensor,
@@ -131,15 +137,15 @@ def integer_convolution(
         scales = _Scales(scale, weight_scale, bias)
         out = _convolve(*operands, stride, padding, dilation, groups, scales, x.dtype)
         if out is not None:
-            return reference_integer.laid_out_like(codes, out)
-    return reference.backend.functions["integer_convolution"](
+            return reference.laid_out_like(codes, out)
+    return composed.operators["integer_convolution"](
         *(x, weight, bias, codes, scale, zero_point, masked),
         *(weight_codes, weight_scale, weight_zero_point, weight_masked),
         *(stride, padding, dilation, transposed, output_padding, groups),
     )
 
 
-@backend.register
+@operators.register
 def integer_linear(
     x: Tensor,
     weight: Tensor,
@@ -156,7 +162,7 @@ def integer_linear(
     if weight_codes.dim() == 2 and _is_taken(codes, weight_codes):
         scales = _Scales(scale, weight_scale, bias)
         return _multiply(codes, zero_point, weight_codes, weight_zero_point, scales, x.dtype)
-    return reference.backend.functions["integer_linear"](
+    return composed.operators["integer_linear"](
         *(x, weight, bias, codes, scale, zero_point, masked),
         *(weight_codes, weight_scale, weight_zero_point, weight_masked),
     )
@@ -267,10 +273,10 @@ def _launch(
     else:
         kernel, columns = _kernels().multiply, of_group
         operands = _signed(weight, weight_zero_point, codes.dtype == torch.uint8)
-    tile = product_tile(pixels, columns, of_sum, on_triton._limits(codes.device))
+    tile = product_tile(pixels, columns, of_sum, launch.limits(codes.device))
     # Moments need registers.
     warps = max(tile[0] * tile[1] // (2048 if found is None else 1024), min(tile[0] // 16, 4))
-    on_triton._launch(
+    launch.launch(
         codes,
         kernel,
         (-(-pixels // tile[0]) * -(-columns // tile[1]), 1 if is_few else groups),

@@ -1,6 +1,6 @@
-"""The Triton kernels of chains after products of codes (`reference_integer`).
+"""The Triton kernels of passes over the sums of products.
 
-Sums have their channels last in memory: tiles are those of `kernels`, of (rows, channels, 1);
+Sums have their channels last in memory: tiles are those of `tiles`, of (rows, channels, 1);
 kernels that write bits iterate in memory order. In reductions each program writes partial results,
 one row per quantity, and a second kernel adds these in a fixed order.
 """
@@ -20,11 +20,10 @@ from noisyq_fast.backends.on_triton.arithmetic import (
     rounded_of,
     to_float,
 )
-from noisyq_fast.backends.on_triton.kernels import (
+from noisyq_fast.backends.on_triton.grid_kernels import load_ends, move_average
+from noisyq_fast.backends.on_triton.tiles import (
     channels_of_program,
     elements_of_tile,
-    load_ends,
-    move_average,
     tiles_along,
     tiles_of_program,
 )

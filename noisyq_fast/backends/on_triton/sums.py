@@ -1,5 +1,4 @@
-"""Chains after products of codes, by the Triton kernels (`sum_kernels`); without elements, by the
-reference."""
+"""Passes over the sums of products (`sum_kernels`); without elements, by the reference."""
 
 import struct
 from functools import cache
@@ -9,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends import on_triton, reference_integer
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.backends.kernel_arguments import channels_last_rows, like, write_back
-from noisyq_fast.backends.on_triton import backend
+from noisyq_fast.backends.on_triton import launch
 from noisyq_fast.backends.on_triton.tiling import Tiling, fewer_splits
-from noisyq_fast.backends.reference_integer import Running
+from noisyq_fast.backends.reference import sums as reference
 from noisyq_fast.grid import ODD, Grid
 
+operators = Operators()
 
-@backend.register
+
+@operators.register
 def moments(sums: Tensor, bound: int) -> tuple[Tensor, ...]:
     if sums.numel() == 0:
-        return reference_integer.moments(sums, bound)
+        return reference.moments(sums, bound)
     sums, _, channels = channels_last_rows(sums)
-    is_narrow = reference_integer.is_narrow(bound)
+    is_narrow = reference.is_narrow(bound)
     kept = sums
     if is_narrow and sums.dtype != torch.int16:
         kept = torch.empty_like(sums, dtype=torch.int16)
@@ -48,11 +49,11 @@ def moments_of_products(found: Tensor) -> tuple[Tensor, ...]:
     tile = 128
     programs = -(-channels // tile)
     arguments = found, total, squares, low, high, channels, tile
-    on_triton._launch(found, _kernels().moments_of_products, (programs,), 4, *arguments)
+    launch.launch(found, _kernels().moments_of_products, (programs,), 4, *arguments)
     return total, squares, low, high
 
 
-@backend.register
+@operators.register
 def normalization(
     sum_: Tensor,
     squares: Tensor,
@@ -61,7 +62,7 @@ def normalization(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    running: Running | None = None,
+    running: reference.Running | None = None,
 ) -> tuple[Tensor, ...]:
     channels = len(sum_)
     found = (
@@ -83,11 +84,11 @@ def normalization(
         write_back(x, x)
     if running is not None and not moved:
         *_, mean, variance = found
-        reference_integer.track(running, mean, variance, count)
+        reference.track(running, mean, variance, count)
     return found
 
 
-@backend.register
+@operators.register
 def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: bool) -> Tensor:
     range_ = factor.new_empty(2)
     of_channels = (x.contiguous() for x in (low, high, factor, term))
@@ -95,20 +96,20 @@ def ends_of_line(low: Tensor, high: Tensor, factor: Tensor, term: Tensor, relu: 
     return range_
 
 
-@backend.register
+@operators.register
 def observe(
     ends: Tensor, running: Tensor, observed: Tensor, averaging_constant: float, grid: Grid
 ) -> Tensor:
     batch = ends if grid.is_affine else ends.new_empty(())
     average = running.contiguous()
     operands = ends, average, observed, batch, averaging_constant, grid.kind
-    on_triton._launch(ends, _kernels().observe, (1,), 1, *operands, 1)
+    launch.launch(ends, _kernels().observe, (1,), 1, *operands, 1)
     write_back(average, running)
     write_back(observed, observed)
     return batch
 
 
-@backend.register
+@operators.register
 def map_sums(
     sums: Tensor,
     factor: Tensor,
@@ -119,14 +120,12 @@ def map_sums(
     wants_range: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if sums.numel() == 0:
-        return reference_integer.map_sums(
-            sums, factor, term, residual, relu, wants_zeros, wants_range
-        )
+        return reference.map_sums(sums, factor, term, residual, relu, wants_zeros, wants_range)
     sums, _, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
     residual = None if residual is None else like(residual, sums)
     zeros = sums.new_empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
-    tiling = on_triton._map_tiling(y, None)
+    tiling = launch.tiling_of_map(y, None)
     partial = sums.new_empty(2, tiling.splits, dtype=torch.int32) if wants_range else None
     range_ = sums.new_empty(2, dtype=torch.float32) if wants_range else None
     _launch(
@@ -138,12 +137,12 @@ def map_sums(
     return y, zeros, range_
 
 
-@backend.register
+@operators.register
 def codes_of_sums(
     sums: Tensor, factor: Tensor, term: Tensor, relu: bool, range_: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     if sums.numel() == 0 or grid.kind == ODD:
-        return reference_integer.codes_of_sums(sums, factor, term, relu, range_, grid)
+        return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
     sums, *_ = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
     scale, zero = (sums.new_empty([], dtype=dtype) for dtype in (torch.float32, torch.uint8))
@@ -154,7 +153,7 @@ def codes_of_sums(
     return codes, scale, zero
 
 
-@backend.register
+@operators.register
 def grads_of_norm(
     grad: Tensor,
     sums: Tensor,
@@ -169,7 +168,7 @@ def grads_of_norm(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     of_channels = factor, term, mean, inverse, scale
     if sums.numel() == 0:
-        return reference_integer.grads_of_norm(
+        return reference.grads_of_norm(
             grad, sums, factor, term, relu, *of_channels[2:], weight, uses_batch
         )
     factor, term, mean, inverse, scale = (x.contiguous() for x in of_channels)
@@ -190,7 +189,7 @@ def grads_of_norm(
     return (slope, shift, tilt), of_weight, of_bias
 
 
-@backend.register
+@operators.register
 def grads_of_sums(
     grad: Tensor,
     sums: Tensor,
@@ -215,21 +214,17 @@ def grads_of_sums(
     return out
 
 
-reference_integer.register_gradients(backend)
-reference_integer.register_norm(backend)
-
-
 def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
 def _tiling(sums: Tensor) -> Tiling:
-    return on_triton._map_tiling(sums, 1)
+    return launch.tiling_of_map(sums, 1)
 
 
 def _reduction_tiling(sums: Tensor) -> Tiling:
     """A tiling with few programs, so that combining their partial results is quick."""
-    return fewer_splits(_tiling(sums), on_triton._limits(sums.device))
+    return fewer_splits(_tiling(sums), launch.limits(sums.device))
 
 
 def _bits(x: float) -> int:
@@ -240,17 +235,17 @@ def _bits(x: float) -> int:
 
 def _launch(kernel: object, tiling: Tiling, x: Tensor, *arguments: object) -> None:
     # 64-bit sums need many registers.
-    on_triton._launch_tiled(kernel, tiling, x, *arguments, warps=2 * tiling.warps)
+    launch.launch_tiled(kernel, tiling, x, *arguments, warps=2 * tiling.warps)
 
 
 def _finish(kernel: object, x: Tensor, *arguments: object, channels: int | None = None) -> None:
     """Combines the partial results of the programs of a launch, each one value or one per
     channel."""
     if channels is None:
-        on_triton._launch(x, kernel, (1,), 4, x, *arguments, 1024)
+        launch.launch(x, kernel, (1,), 4, x, *arguments, 1024)
     else:
         programs = -(-channels // 16)
-        on_triton._launch(x, kernel, (programs,), 4, x, *arguments, channels, (128, 16))
+        launch.launch(x, kernel, (programs,), 4, x, *arguments, channels, (128, 16))
 
 
 @cache

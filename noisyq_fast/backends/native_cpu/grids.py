@@ -1,11 +1,9 @@
-"""The native kernels for the CPU (``csrc/cpu``), called with addresses and sizes."""
-
-import os
+"""Quantization on grids (``csrc/cpu/quantize.cpp``)."""
 
 import torch
 from torch import Tensor
 
-from noisyq_fast.backends.backend import Backend
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.backends.kernel_arguments import (
     DTYPE_CODES,
     KIND_CODES,
@@ -17,55 +15,33 @@ from noisyq_fast.backends.kernel_arguments import (
     core,
     dense,
     mask_of,
-    missing,
     write_back,
 )
-from noisyq_fast.backends.reference import CLIPPED, NOTHING
+from noisyq_fast.backends.native_cpu.threads import threads
+from noisyq_fast.backends.reference.masks import CLIPPED, NOTHING
 from noisyq_fast.grid import SIGNED, Grid
 
 NO_AVERAGE = NULL, NULL, 0.0
 
-backend = Backend("cpu", device_types=("cpu",), unavailable=lambda: missing)
-
-_forked = False
-
-
-def _mark_forked() -> None:
-    global _forked
-    _forked = True
-
-
-# The threads of an OpenMP team do not survive a fork: a child that waits for them waits forever.
-os.register_at_fork(after_in_child=_mark_forked)
-
-
-def threads() -> int:
-    return 1 if _forked else torch.get_num_threads()
-
-
-def compiler() -> str | None:
-    """The compiler of the native library, and whether the library uses several threads."""
-    if core is None:
-        return None
-    return f"{core.compiler}, {'OpenMP' if core.openmp else 'without OpenMP: one thread'}"
+operators = Operators()
 
 
 # On the signed grid.
 
 
-@backend.register
+@operators.register
 def fake_quantize(x: Tensor, qmax: int, axis: int | None) -> Tensor:
     return _fake_quantize(x, SIGNED, qmax, axis)
 
 
-@backend.register
+@operators.register
 def fake_quantize_many(
     tensors: list[Tensor], qmaxes: list[int], axes: list[int | None]
 ) -> list[Tensor]:
     return [fake_quantize(*arguments) for arguments in zip(tensors, qmaxes, axes, strict=True)]
 
 
-@backend.register
+@operators.register
 def fake_quantize_ema(
     x: Tensor,
     running_absmax: Tensor,
@@ -77,12 +53,12 @@ def fake_quantize_ema(
     return _fake_quantize_ema(x, running_absmax, observed, SIGNED, qmax, axis, averaging_constant)
 
 
-@backend.register
+@operators.register
 def fake_quantize_fixed_range(x: Tensor, absmax: Tensor, qmax: int, axis: int | None) -> Tensor:
     return _fake_quantize_fixed_range(x, absmax, SIGNED, qmax, axis)
 
 
-@backend.register
+@operators.register
 def fake_quantize_fixed_range_clipped(
     x: Tensor, absmax: Tensor, qmax: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +66,7 @@ def fake_quantize_fixed_range_clipped(
     return _fake_quantize_fixed_range(x, absmax, SIGNED, qmax, axis, CLIPPED, mask), mask
 
 
-@backend.register
+@operators.register
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
     grad, out = dense(grad)
     clipped = clipped.contiguous()
@@ -105,12 +81,12 @@ def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
     return out
 
 
-@backend.register
+@operators.register
 def quantize(x: Tensor, qmax: int, axis: int | None) -> tuple[Tensor, Tensor]:
     return _quantize(x, SIGNED, qmax, axis, torch.int8)
 
 
-@backend.register
+@operators.register
 def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return dequantize_on_grid(codes, scale, None, axis)
 
@@ -118,7 +94,7 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 # On any grid.
 
 
-@backend.register
+@operators.register
 def fake_quantize_on_grid(
     x: Tensor, grid: Grid, axis: int | None, masked: str
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +102,7 @@ def fake_quantize_on_grid(
     return _fake_quantize(x, grid.kind, grid.qmax, axis, NO_AVERAGE, masked, mask), mask
 
 
-@backend.register
+@operators.register
 def fake_quantize_ema_on_grid(
     x: Tensor,
     running_range: Tensor,
@@ -143,7 +119,7 @@ def fake_quantize_ema_on_grid(
     return y, mask
 
 
-@backend.register
+@operators.register
 def fake_quantize_fixed_range_on_grid(
     x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
 ) -> tuple[Tensor, Tensor]:
@@ -152,14 +128,14 @@ def fake_quantize_fixed_range_on_grid(
     return y, mask
 
 
-@backend.register
+@operators.register
 def quantize_on_grid(x: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
     zero_point = _zero_point(x, axis)
     codes, scale = _quantize(x, grid.kind, grid.qmax, axis, grid.code_dtype, zero_point)
     return codes, scale, zero_point
 
 
-@backend.register
+@operators.register
 def quantize_ema_on_grid(
     x: Tensor,
     running_range: Tensor,
@@ -180,7 +156,7 @@ def quantize_ema_on_grid(
     return codes, scale, zero_point, mask
 
 
-@backend.register
+@operators.register
 def quantize_fixed_range_on_grid(
     x: Tensor, range_: Tensor, grid: Grid, axis: int | None, masked: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,7 +182,7 @@ def quantize_fixed_range_on_grid(
     return codes, scale, zero_point, mask
 
 
-@backend.register
+@operators.register
 def dequantize_on_grid(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
 ) -> Tensor:

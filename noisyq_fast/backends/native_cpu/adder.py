@@ -1,5 +1,5 @@
-"""The kernels of AdderNet for the CPU (``csrc/cpu/adder.cpp``), of float32; other dtypes are left
-to the specification."""
+"""The convolution of AdderNet and its gradients (``csrc/cpu/adder.cpp``), of float32; other dtypes
+are left to the specification."""
 
 import math
 from collections.abc import Sequence
@@ -8,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noisyq_fast.backends import reference_adder as reference
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.backends.kernel_arguments import core
-from noisyq_fast.backends.native_cpu import backend, threads
-from noisyq_fast.backends.reference_adder import channels_last
+from noisyq_fast.backends.native_cpu.threads import threads
+from noisyq_fast.backends.reference import adder as reference
+from noisyq_fast.backends.reference.adder import channels_last
 from noisyq_fast.operators.checks import Pair, output_size
 
 _BLOCK = 16
 """Channels per block in tensors that kernels read by the vector."""
 
+operators = Operators()
 
-@backend.register
+
+@operators.register
 def adder_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
     if x.dtype != torch.float32:
         return reference.adder_conv2d(x, weight, stride, padding)
@@ -33,7 +36,7 @@ def adder_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tens
     return channels_last([len(x), len(weight), *size], x).copy_(y[:, : len(weight)])
 
 
-@backend.register
+@operators.register
 def adder_conv2d_input_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
 ) -> Tensor:
@@ -54,7 +57,7 @@ def adder_conv2d_input_gradient(
     return channels_last(list(x.shape), x).copy_(_joined(sums, x.shape[1]).permute(0, 3, 1, 2))
 
 
-@backend.register
+@operators.register
 def adder_conv2d_weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
 ) -> Tensor:

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noisyq_fast.backends.reference import backend
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.operators.checks import Pair, output_size
+
+operators = Operators()
 
 
 def channels_last(size: list[int], like: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def channels_last(size: list[int], like: Tensor) -> Tensor:
     )
 
 
-@backend.register
+@operators.register
 def adder_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
     size = output_size(x, weight, stride, padding)
     y = channels_last([len(x), len(weight), *size], x).zero_()
@@ -39,7 +41,7 @@ def adder_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tens
     return y
 
 
-@backend.register
+@operators.register
 def adder_conv2d_input_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
 ) -> Tensor:
@@ -56,7 +58,7 @@ def adder_conv2d_input_gradient(
     return channels_last(list(x.shape), x).copy_(inner)
 
 
-@backend.register
+@operators.register
 def adder_conv2d_weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
 ) -> Tensor:

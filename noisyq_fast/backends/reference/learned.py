@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from noisyq_fast import rules
-from noisyq_fast.backends import elementary
-from noisyq_fast.backends.reference import FLT_MIN, backend
+from noisyq_fast.backends.backend import Operators
+from noisyq_fast.backends.reference import elementary
+from noisyq_fast.backends.reference.levels import FLT_MIN
 from noisyq_fast.rules import CHUNK, LANES, Rule
 
+operators = Operators()
 
-@backend.register
+
+@operators.register
 def fake_quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
     levels = _levels(x, parameters, rule, axis)
     return torch.empty_like(x).copy_(levels.value(levels.code()))
 
 
-@backend.register
+@operators.register
 def fake_quantize_learned_backward(
     grad: Tensor,
     x: Tensor,
@@ -33,7 +36,7 @@ def fake_quantize_learned_backward(
     return dx, torch.stack(sums).reshape(parameters.shape) * gradient_scale
 
 
-@backend.register
+@operators.register
 def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
     code = _levels(x, parameters, rule, axis).code().nan_to_num(nan=0.0)
     return torch.empty_like(x, dtype=torch.int16).copy_(code)

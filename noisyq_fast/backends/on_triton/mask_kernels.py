@@ -1,7 +1,7 @@
 """The Triton kernels that compute the mask of elements without a gradient, and mask gradients.
 
-The bits of a mask are in memory order, eight per byte (`reference.pack`).
-Arguments and tiles are otherwise as in `kernels`.
+The bits of a mask are in memory order, eight per byte (`reference.masks.pack`).
+Arguments are otherwise as in `grid_kernels`.
 """
 
 import triton
@@ -14,7 +14,8 @@ from noisyq_fast.backends.on_triton.arithmetic import (
     rounded_of,
     to_float,
 )
-from noisyq_fast.backends.on_triton.kernels import load_ends, tiles_along
+from noisyq_fast.backends.on_triton.grid_kernels import load_ends
+from noisyq_fast.backends.on_triton.tiles import tiles_along
 
 
 @triton.jit

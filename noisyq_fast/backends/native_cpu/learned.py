@@ -1,14 +1,17 @@
-"""The native kernels of learned quantizers (``csrc/cpu/learned.cpp``)."""
+"""Learned quantizers (``csrc/cpu/learned.cpp``)."""
 
 import torch
 from torch import Tensor
 
+from noisyq_fast.backends.backend import Operators
 from noisyq_fast.backends.kernel_arguments import DTYPE_CODES, channel_layout, core, dense, like
-from noisyq_fast.backends.native_cpu import backend, threads
+from noisyq_fast.backends.native_cpu.threads import threads
 from noisyq_fast.rules import NAMES, Rule
 
+operators = Operators()
 
-@backend.register
+
+@operators.register
 def fake_quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
     x, y = dense(x)
     parameters = parameters.contiguous()
@@ -22,7 +25,7 @@ def fake_quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int |
     return y
 
 
-@backend.register
+@operators.register
 def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None) -> Tensor:
     x, codes = dense(x, torch.int16)
     parameters = parameters.contiguous()
@@ -36,7 +39,7 @@ def quantize_learned(x: Tensor, parameters: Tensor, rule: Rule, axis: int | None
     return codes
 
 
-@backend.register
+@operators.register
 def fake_quantize_learned_backward(
     grad: Tensor,
     x: Tensor,
