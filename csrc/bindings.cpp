@@ -16,6 +16,17 @@ using noisyq::moving_average;
 using noisyq::pointer;
 using noisyq::RuleKind;
 
+namespace {
+
+using Strides = std::array<int64_t, 4>;
+
+template <class T>
+noisyq::cpu::Weight<T> weight_at(uintptr_t address, const Strides& strides) {
+  return {pointer<const T>(address), {strides[0], strides[1], strides[2], strides[3]}};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native kernels of noisyq_fast.";
   m.attr("compiler") = NOISYQ_COMPILER;
@@ -105,14 +116,14 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "convolve",
-      [](uintptr_t codes, bool are_signed, int zero_point, uintptr_t weight, int64_t images,
-         int64_t height, int64_t width, int64_t channels, int64_t outputs,
+      [](uintptr_t codes, bool are_signed, int zero_point, uintptr_t weight, const Strides& strides,
+         int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,
          std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
          std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, bool narrow,
          uintptr_t out, uintptr_t sum, uintptr_t squares, uintptr_t low, uintptr_t high,
          int threads) {
         cpu::convolve(pointer<const void>(codes), are_signed, zero_point,
-                      pointer<const int8_t>(weight),
+                      weight_at<int8_t>(weight, strides),
                       {images,
                        height,
                        width,
@@ -127,9 +138,9 @@ PYBIND11_MODULE(_core, m) {
                        pointer<float>(high)},
                       threads);
       },
-      "codes"_a, "are_signed"_a, "zero_point"_a, "weight"_a, "images"_a, "height"_a, "width"_a,
-      "channels"_a, "outputs"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "narrow"_a,
-      "out"_a, "sum"_a, "squares"_a, "low"_a, "high"_a, "threads"_a, release);
+      "codes"_a, "are_signed"_a, "zero_point"_a, "weight"_a, "strides"_a, "images"_a, "height"_a,
+      "width"_a, "channels"_a, "outputs"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+      "narrow"_a, "out"_a, "sum"_a, "squares"_a, "low"_a, "high"_a, "threads"_a, release);
 
   m.def("has_products", [](int dtype) { return cpu::has_products(DType{dtype}); }, "dtype"_a);
 
@@ -142,9 +153,8 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "convolve_backward",
       [](int dtype, uintptr_t grad, const OfSums& of_sums, bool narrow, bool relu, uintptr_t codes,
-         bool are_signed, int zero_point, uintptr_t scale, uintptr_t weight,
-         const std::array<int64_t, 4>& strides, const Sizes& sizes, uintptr_t dx, uintptr_t dw,
-         int threads) {
+         bool are_signed, int zero_point, uintptr_t scale, uintptr_t weight, const Strides& strides,
+         const Sizes& sizes, uintptr_t dx, uintptr_t dw, int threads) {
         const auto at = [&](int i) { return pointer<const float>(of_sums[i]); };
         const auto& s = sizes;
         cpu::convolve_backward(
@@ -159,7 +169,7 @@ PYBIND11_MODULE(_core, m) {
              at(5),
              at(6)},
             {pointer<const void>(codes), are_signed, zero_point, *pointer<const float>(scale)},
-            {pointer<const float>(weight), {strides[0], strides[1], strides[2], strides[3]}},
+            weight_at<float>(weight, strides),
             {s[0], s[1], s[2], s[3], s[4], {s[5], s[6]}, {s[7], s[8]}, {s[9], s[10]}, {1, 1}},
             pointer<void>(dx), pointer<float>(dw), threads);
       },

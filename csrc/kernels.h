@@ -95,6 +95,18 @@ struct Convolution {
   int64_t output_width() const { return output_size(1, width); }
 };
 
+// [outputs, channels, kernel], dense, with a stride of each axis.
+template <class T>
+struct Weight {
+  const T* values;
+  int64_t strides[4];
+
+  // The first channel of an output at a tap.
+  const T* at(int64_t output, int64_t row, int64_t column) const {
+    return values + output * strides[0] + row * strides[2] + column * strides[3];
+  }
+};
+
 // For each channel of exact sums v: the sum of v, the sum of v^2 as (upper, lower 32 bits), the
 // smallest and the largest v.
 struct Moments {
@@ -109,7 +121,7 @@ bool has_dot_products();
 
 // v = sum (code - zero) * weight, exact below 2^31, as floats or `narrow`, int16. With moments,
 // which only narrow sums have, the number of sums per thread must stay below 2^23.
-void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight,
+void convolve(const void* codes, bool are_signed, int zero, Weight<int8_t> weight,
               const Convolution& how, bool narrow, void* out, Moments moments, int threads);
 
 // Exact sums of products of codes, [rows, channels]: int16, or float if that is too narrow.
@@ -192,19 +204,13 @@ struct ConvolvedCodes {
   float scale;
 };
 
-// [outputs, channels, kernel], with a stride of each axis.
-struct Weight {
-  const float* values;
-  int64_t strides[4];
-};
-
 // Whether `convolve_backward` multiplies values of a type on this machine.
 bool has_products(DType dtype);
 
 // The gradients of `convolve` for its input, in the layout of `grad`, and for its weight, [outputs,
 // kernel, channels], each if not null. Channels and outputs are multiples of 16; the kernel has 1
 // or 3 columns and no dilation. Products are in `dtype`, that of `grad`, sums in float.
-void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weight weight,
+void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weight<float> weight,
                        const Convolution& how, void* dx, float* dw, int threads);
 
 // A convolution without groups and dilation.

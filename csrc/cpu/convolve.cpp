@@ -54,22 +54,27 @@ struct Task {
 };
 
 // Weights as the dot products read them. Wide, register q has output 4 i + q in its lane i.
-std::vector<int8_t> packed(const int8_t* weight, const Task& task) {
+std::vector<int8_t> packed(Weight<int8_t> weight, const Task& task) {
   const Convolution& how = task.how;
   const int64_t kernel = how.kernel[0] * how.kernel[1];
+  const int64_t of_channel = weight.strides[1];
+  // Of an output and a tap: runs of adjacent channels, and from one to the next.
+  const int64_t run = task.is_wide ? kWide : kGroup, next = run * kLanes;
   std::vector<int8_t> out(task.blocks * kLanes * kernel * task.width);
   for (int64_t o = 0; o < how.outputs; ++o) {
     const int64_t lane = o % kLanes;
-    for (int64_t c = 0; c < how.channels; ++c) {
-      for (int64_t k = 0; k < kernel; ++k) {
-        int64_t at = (o / kLanes * kernel + k) * task.width * kLanes;
-        if (task.is_wide) {
-          at += c / kWide * kWide * kLanes + lane % kQuad * kLanes * kGroup + lane / kQuad * kWide +
-                c % kWide;
+    const int64_t first =
+        task.is_wide ? lane % kQuad * kLanes * kGroup + lane / kQuad * kWide : lane * kGroup;
+    for (int64_t k = 0; k < kernel; ++k) {
+      const int8_t* in = weight.at(o, k / how.kernel[1], k % how.kernel[1]);
+      int8_t* to = &out[(o / kLanes * kernel + k) * task.width * kLanes + first];
+      for (int64_t c = 0; c < how.channels; c += run, to += next) {
+        const int64_t count = std::min(run, how.channels - c);
+        if (of_channel == 1) {
+          memcpy(to, in + c, count);
         } else {
-          at += (c / kGroup * kLanes + lane) * kGroup + c % kGroup;
+          for (int64_t i = 0; i < count; ++i) to[i] = in[(c + i) * of_channel];
         }
-        out[at] = weight[(o * how.channels + c) * kernel + k];
       }
     }
   }
@@ -277,7 +282,7 @@ bool has_dot_products() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight,
+void convolve(const void* codes, bool are_signed, int zero, Weight<int8_t> weight,
               const Convolution& how, bool narrow, void* out, Moments moments, int threads) {
   Task task{};
   task.how = how;
@@ -290,9 +295,10 @@ void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight
   const std::vector<int8_t> weights = packed(weight, task);
   std::vector<int32_t> shift(task.blocks * kLanes);
   const int64_t terms = how.channels * how.kernel[0] * how.kernel[1];
-  for (int64_t o = 0; o < how.outputs; ++o) {
+  for (int64_t o = 0; o < how.outputs && task.zero != 0; ++o) {
+    const int8_t* of_output = weight.at(o, 0, 0);  // dense, in some order
     int32_t total = 0;
-    for (int64_t k = 0; k < terms; ++k) total += weight[o * terms + k];
+    for (int64_t k = 0; k < terms; ++k) total += of_output[k];
     shift[o] = total * task.zero;
   }
   const bool are_near = how.dilation[1] == 1;
@@ -346,7 +352,7 @@ void convolve(const void* codes, bool are_signed, int zero, const int8_t* weight
 #else
 
 bool has_dot_products() { return false; }
-void convolve(const void*, bool, int, const int8_t*, const Convolution&, bool, void*, Moments,
+void convolve(const void*, bool, int, Weight<int8_t>, const Convolution&, bool, void*, Moments,
               int) {}
 
 #endif

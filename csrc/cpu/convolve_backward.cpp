@@ -3,6 +3,7 @@
 // temporaries (the gradient of the sums and the codes as floats) stay in a cache.
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../dtypes.h"
@@ -114,22 +115,28 @@ Task task_of(const Convolution& how) {
 // Weights as `tile` reads them: words of one or two outputs, [channels / 16, kernel, outputs, 16].
 // A member of a team writes its part.
 template <class E>
-void pack(Weight weight, const Convolution& how, Member member, typename E::Word* out) {
+void pack(Weight<float> weight, const Convolution& how, Member member, typename E::Word* out) {
   const int64_t kernel = how.kernel[0] * how.kernel[1], words = how.outputs / E::kFactors;
-  const int64_t blocks = how.channels / kLanes;
-  const auto [of_output, of_channel, of_row, of_column] = weight.strides;
-  for (int64_t i = member.begin(blocks * kernel); i < member.end(blocks * kernel); ++i) {
-    const int64_t k = i % kernel, next = (E::kFactors - 1) * of_output;
-    const float* values = weight.values + i / kernel * kLanes * of_channel +
-                          k / how.kernel[1] * of_row + k % how.kernel[1] * of_column;
-    auto* at = out + i * words * kLanes;
-    for (int64_t o = 0; o < words; ++o, at += kLanes, values += E::kFactors * of_output) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float* first = values + lane * of_channel;
-        at[lane] = E::word(from_float<typename E::Value>(*first),
-                           from_float<typename E::Value>(first[next]));
+  const int64_t blocks = how.channels / kLanes, of_output = weight.strides[0];
+  const auto write = [&](auto of_channel) {
+    for (int64_t i = member.begin(blocks * kernel); i < member.end(blocks * kernel); ++i) {
+      const int64_t k = i % kernel, next = (E::kFactors - 1) * of_output;
+      const float* values =
+          weight.at(0, k / how.kernel[1], k % how.kernel[1]) + i / kernel * kLanes * of_channel;
+      auto* at = out + i * words * kLanes;
+      for (int64_t o = 0; o < words; ++o, at += kLanes, values += E::kFactors * of_output) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const float* first = values + lane * of_channel;
+          at[lane] = E::word(from_float<typename E::Value>(*first),
+                             from_float<typename E::Value>(first[next]));
+        }
       }
     }
+  };
+  if (weight.strides[1] == 1) {
+    write(std::integral_constant<int64_t, 1>{});  // reads many at a time
+  } else {
+    write(weight.strides[1]);
   }
 }
 
@@ -500,7 +507,7 @@ class Images {
 };
 
 template <class E>
-void convolve_backward_in(const GradOfSums& of, ConvolvedCodes x, Weight weight,
+void convolve_backward_in(const GradOfSums& of, ConvolvedCodes x, Weight<float> weight,
                           const Convolution& how, void* dx, float* dw, int threads) {
   const Task task = task_of(how);
   const int64_t rows = how.kernel[0], columns = how.kernel[1];
@@ -542,7 +549,7 @@ bool has_products(DType dtype) {
   return has_floats && dtype == DType::float32;
 }
 
-void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weight weight,
+void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weight<float> weight,
                        const Convolution& how, void* dx, float* dw, int threads) {
   if (dtype == DType::bfloat16) {
     convolve_backward_in<PairOfBFloat16>(of, x, weight, how, dx, dw, threads);
@@ -554,8 +561,8 @@ void convolve_backward(DType dtype, const GradOfSums& of, ConvolvedCodes x, Weig
 #else
 
 bool has_products(DType) { return false; }
-void convolve_backward(DType, const GradOfSums&, ConvolvedCodes, Weight, const Convolution&, void*,
-                       float*, int) {}
+void convolve_backward(DType, const GradOfSums&, ConvolvedCodes, Weight<float>, const Convolution&,
+                       void*, float*, int) {}
 
 #endif
 

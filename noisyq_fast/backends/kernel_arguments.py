@@ -78,7 +78,8 @@ def channels_last_rows(x: Tensor) -> tuple[Tensor, int, int]:
         >>> x.stride(), rows, channels
         ((60, 1, 15, 3), 40, 3)
     """
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     channels = x.shape[1]
     return x, x.numel() // channels if channels else 0, channels
 
@@ -91,6 +92,13 @@ def mask_of(x: Tensor, masked: str) -> Tensor:
 def contiguous(x: Tensor | None) -> Tensor | None:
     """``x`` if it is contiguous, else a copy, for a kernel to write to."""
     return None if x is None else x.contiguous()
+
+
+def floats(x: Tensor | None) -> Tensor | None:
+    """Contiguous, in float32."""
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.float().contiguous()
 
 
 def address(x: Tensor | None) -> int:

@@ -282,6 +282,11 @@ class Deferred(Tensor):
 
     @staticmethod
     def compute_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        follow = _FOLLOWS.get(func)
+        if follow is not None:
+            made = follow(*args, **kwargs)
+            if made is not None:
+                return made
         if func in _OF_THE_SHELL:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -296,11 +301,6 @@ class Deferred(Tensor):
             return _grad(*args, **kwargs)
         if func in _OF_GRADIENTS and args[0].requires_grad:
             return func(args[0]._watched(), *args[1:], **kwargs)
-        follow = _FOLLOWS.get(func)
-        if follow is not None:
-            made = follow(*args, **kwargs)
-            if made is not None:
-                return made
         return func(*map(_with_values, args), **{k: _with_values(v) for k, v in kwargs.items()})
 
     @classmethod

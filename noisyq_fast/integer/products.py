@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ from noisyq_fast.backends.reference.products import (
     channel_steps,
     float_steps,
     laid_out_like,
-    steps,
+    without_autocast,
 )
 from noisyq_fast.backends.reference.sums import GradOfSums
 from noisyq_fast.integer.chain import Sums
@@ -205,7 +204,7 @@ class _Product(gradients.Gradient):
     def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero, masked, w_codes, w_scale, w_zero, w_masked = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad[1:4]
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             dx, dw = cls.grads(
                 ctx, grad, codes, scale, zero, w_codes, w_scale, w_zero, to_x, to_weight
             )
@@ -241,12 +240,6 @@ def _autocast_dtype(device_type: str) -> torch.dtype:
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return torch.float32
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # entering the context costs as much as a small operator
 
 
 def _unmasked(grad: Tensor | None, codes: Tensor, masked: Tensor | None) -> Tensor | None:
@@ -341,9 +334,9 @@ class _Linear(_Product):
         to_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         dtype = ctx.compute_dtype
-        w = _Linear.weight_values(ctx, w_codes, w_scale, w_zero)
         dx = dw = None
         if to_x:
+            w = _Linear.weight_values(ctx, w_codes, w_scale, w_zero)
             dx = grad.to(dtype) @ w.to(dtype)
         if to_weight:
             x, g = _floats(codes, zero, dtype), grad
@@ -365,7 +358,9 @@ class _Linear(_Product):
 
     @staticmethod
     def weight_values(ctx: Any, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return steps(codes, zero).float() * scale.unsqueeze(-1)
+        rows = codes.flatten(0, -2)
+        of_rows = (None if x is None else x.flatten() for x in (scale, zero))
+        return dequantize_on_grid(rows, *of_rows, 0).reshape(codes.shape)
 
     @staticmethod
     def product(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from noisyq_fast.backends.reference.sums import is_narrow
 
 _EXACT_FLOAT = 2**24
 _EXACT_INT = 2**31
+_LARGEST_STEP = 255
 _SHIFT = 128
 """The difference between a signed code and the unsigned byte that oneDNN takes in its place."""
 
@@ -52,13 +53,14 @@ def convolve(
         ):
             return _convolve_by_kernel(codes, zero_point, w, stride, padding, dilation)[0]
         if w is not None and is_exact_in_8_bits(terms, w.shape, stride, padding, dilation, groups):
+            w = w.contiguous()
             return _convolve_8_bits(codes, zero_point, w, stride, padding, dilation, groups)
     x = reference.steps(codes, zero_point)
     w = reference.channel_steps(weight, weight_zero_point, transposed, groups)
     # Without oneDNN PyTorch takes NNPACK, which transforms float32 images: products of fractions.
     exact = terms * _largest(x) * _largest(w) < _EXACT_FLOAT and torch.backends.mkldnn.enabled
     dtype = torch.float32 if exact else torch.float64
-    with torch.autocast("cpu", enabled=False):
+    with reference.without_autocast("cpu"):
         return reference.convolved(x.to(dtype), w.to(dtype), *how).float()
 
 
@@ -111,6 +113,8 @@ def _convolve_by_kernel(
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """With the kernel in ``csrc/cpu/convolve.cpp``."""
     codes = codes.contiguous(memory_format=torch.channels_last)
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.contiguous()
     images, channels, *sizes = codes.shape
     outputs, _, *kernel = weight.shape
     of_output = [
@@ -129,6 +133,7 @@ def _convolve_by_kernel(
         are_signed=codes.dtype == torch.int8,
         zero_point=0 if zero_point is None else int(zero_point),
         weight=weight.data_ptr(),
+        strides=weight.stride(),
         images=images,
         height=height,
         width=width,
@@ -158,6 +163,7 @@ def multiply_codes(
     fits = terms > 1 and terms * 255 * 128 < _EXACT_INT  # of one term PyTorch's products are wrong
     if w is None or not rows.numel() or not fits or not has_exact_products():
         return _multiply_floats(codes, zero_point, weight, weight_zero_point)
+    w = w.contiguous()
     # From c - z = (c - 128) + (128 - z).
     shifted = codes.dtype == torch.uint8
     if shifted:
@@ -172,11 +178,15 @@ def multiply_codes(
 def _multiply_floats(
     codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
 ) -> Tensor:
-    x, w = reference.steps(codes, zero_point), reference.steps(weight, weight_zero_point)
-    exact = codes.shape[-1] * _largest(x) * _largest(w) < _EXACT_FLOAT
-    dtype = torch.float32 if exact else torch.float64
-    with torch.autocast("cpu", enabled=False):
-        return torch.matmul(x.to(dtype), w.to(dtype).mT).float()
+    dtype = torch.float32
+    if codes.shape[-1] * _LARGEST_STEP**2 >= _EXACT_FLOAT:
+        x, w = reference.steps(codes, zero_point), reference.steps(weight, weight_zero_point)
+        if codes.shape[-1] * _largest(x) * _largest(w) >= _EXACT_FLOAT:
+            dtype = torch.float64
+    x = reference.float_steps(codes, zero_point, dtype)
+    w = reference.float_steps(weight, weight_zero_point, dtype)
+    with reference.without_autocast("cpu"):
+        return torch.matmul(x, w.mT).float()
 
 
 def _largest(steps: Tensor) -> int:
@@ -186,9 +196,9 @@ def _largest(steps: Tensor) -> int:
 def _as_int8(weight: Tensor, zero_point: Tensor | None) -> Tensor | None:
     """The steps of a weight as int8, if they fit."""
     if weight.dtype == torch.int8:
-        return weight.contiguous()
+        return weight
     steps = reference.steps(weight, zero_point)
-    return steps.to(torch.int8).contiguous() if _largest(steps) < 128 else None
+    return steps.to(torch.int8) if _largest(steps) < 128 else None
 
 
 def _convolve_8_bits(

@@ -11,6 +11,7 @@ from noisyq_fast.backends.kernel_arguments import (
     address,
     channels_last_rows,
     core,
+    floats,
     like,
     write_back,
 )
@@ -54,10 +55,9 @@ def normalization(
     channels = len(sum_)
     factor, term, mean, inverse = _empty(4, channels)
     batch_mean, variance = _empty(2, channels, torch.float64)
-    weight = None if weight is None else weight.float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    weight, bias = floats(weight), floats(bias)
     moved = running if running is not None and running.is_plain() else None
-    layer_bias = None if moved is None or moved.bias is None else moved.bias.float().contiguous()
+    layer_bias = None if moved is None else floats(moved.bias)
     core.normalization(
         sum=sum_.data_ptr(),
         squares=squares.data_ptr(),
@@ -80,8 +80,7 @@ def normalization(
         momentum=0.0 if moved is None else moved.momentum,
     )
     if moved is not None:
-        for x in (moved.mean, moved.variance, moved.batches):
-            write_back(x, x)
+        torch.autograd.graph.increment_version((moved.mean, moved.variance, moved.batches))
     elif running is not None:
         reference.track(running, batch_mean, variance, count)
     return factor, term, mean, inverse, batch_mean, variance
@@ -184,7 +183,7 @@ def grads_of_norm(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     sums, rows, channels = channels_last_rows(sums)
     grad = like(grad, sums)
-    weight = None if weight is None else weight.float().contiguous()
+    weight = floats(weight)
     slope, shift, tilt, of_weight, of_bias = _empty(5, channels)
     core.grads_of_norm(
         dtype=DTYPE_CODES[grad.dtype],

@@ -107,7 +107,7 @@ def convolution_gradients(float_steps: Callable, grads_of_sums: Callable) -> Ope
 def without_values(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor in the shape of ``like`` for gradients to flow to, with memory for one element,
     which nothing reads."""
-    return torch.empty((), dtype=dtype or like.dtype, device=like.device).expand(like.shape)
+    return like.new_empty_strided(like.shape, (0,) * like.dim(), dtype=dtype or like.dtype)
 
 
 def norm(compute: Mapping[str, Callable]) -> Operators:

@@ -4,6 +4,8 @@ A product of codes is a sum of integers, which is the same in any order while it
 float64, as here, below 2^53. Then it is rounded once, to float32.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,13 @@ def laid_out_like(codes: Tensor, sums: Tensor) -> Tensor:
     return sums.contiguous(
         memory_format=torch.channels_last if is_last else torch.contiguous_format
     )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which products are computed in the dtype of their operands."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # entering the context costs as much as a small operator
 
 
 def as_rows(x: Tensor) -> Tensor:
