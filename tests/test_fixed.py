@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import noisyq_fast
-from noisyq_fast import AbsMax, Fixed, QuantConv2d
+from noisyq_fast import AbsMax, EvenlySpaced, Fixed, QuantConv2d
 from noisyq_fast.grid import KINDS
 
 W = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -98,3 +98,10 @@ def test_in_a_layer_and_compiled():
 def test_refused(scale, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Fixed(scale, **options)
+
+
+def test_wrong_steps_and_offsets_of_evenly_spaced_values():
+    one = torch.tensor(1.0)
+    for step, offset, name in ((0 * one, one, "step"), (one, one / 0, "offset")):
+        with pytest.raises(ValueError, match=f"{name}: got a value that is not .*finite"):
+            EvenlySpaced(step, offset)

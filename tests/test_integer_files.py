@@ -325,6 +325,25 @@ def test_a_weight_that_is_read_directly_stays(path):
     assert torch.equal(load_integers(Reading(), path)(x), model(x))
 
 
+def test_modules_with_versions_of_their_state(path):
+    class Versioned(nn.Sequential):
+        _version = 3
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+            assert local_metadata["version"] == 3
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def make():
+        return Versioned(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Versioned(nn.Conv2d(8, 2, 1)))
+
+    x = torch.randn(2, 3, 5, 5)
+    model = quantize_model_(make(), example=x)
+    with torch.no_grad():
+        model(x)
+        save_integers(model.eval(), path)
+        assert torch.equal(load_integers(make(), path)(x), model(x))
+
+
 def test_files_of_version_1_are_read(path):
     model = trained()
     save_integers(model, path)
@@ -421,17 +440,25 @@ def test_tied_weights_are_there_once(path):
 def test_what_is_not_saved(path):
     pruned = trained()
     prune.random_unstructured(pruned.head, "weight", 0.5)
+    normed = trained()
+    nn.utils.parametrizations.weight_norm(normed.head)
     infinite = trained()
     infinite.head.weight.data[0, 0] = torch.inf
     renormed = quantize_model_(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)))
     for model, message in (
         (network(), "model: got Network without quantized layers"),
-        (pruned, "layer 'head': its weight is made by another module, such as of pruning"),
+        (pruned, "layer 'head': its weight is made by another module.*utils.prune.remove"),
+        (normed, "layer 'head': .*utils.parametrize.remove_parametrizations"),
         (infinite, "layer 'head': got a weight with a NaN or an infinity"),
         (renormed, "layer '0': got an embedding with max_norm"),
     ):
         with pytest.raises(ValueError, match=message):
             save_integers(model, path)
+    expected = normed.eval()(X[:2])
+    nn.utils.parametrize.remove_parametrizations(normed.head, "weight")
+    save_integers(normed, path)
+    assert torch.equal(load_integers(network(), path)(X[:2]), expected)
+    path.unlink()
     with noisyq_fast.disabled(model := trained()), pytest.raises(ValueError, match="are off"):
         save_integers(model, path)
     with pytest.raises(TypeError, match="model: got str"):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import warnings
 
@@ -22,9 +23,11 @@ from noisyq_fast import (
     QuantLinear,
     dequantize_model_,
     fake_quantize,
+    fuse_,
     quantize_model_,
     register_layer,
 )
+from noisyq_fast.integer.fusing import unfuse_
 
 # Each layer and the shape of its input.
 LAYERS = {
@@ -228,6 +231,75 @@ def test_the_linear_layer_of_gpt2():
     assert isinstance(layer, float_class)
     dequantize_model_(layer)
     assert type(layer) is float_class
+
+
+def named(base, name, forward):
+    """A stand-in for a class of a package."""
+    module, _, name = name.rpartition(".")
+    return type(name, (base,), {"forward": forward, "__module__": module, "__qualname__": name})
+
+
+def same_padded(x, kernel, stride, dilation):
+    """As TensorFlow pads, with the larger half at the end."""
+    pads = []
+    for size, k, s, d in zip(x.shape[-2:], kernel, stride, dilation, strict=True):
+        total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        pads = [total // 2, math.ceil(total / 2), *pads]
+    return F.pad(x, pads)
+
+
+def forward_of_same(self, x):
+    x = same_padded(x, self.kernel_size, self.stride, self.dilation)
+    return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+@pytest.mark.parametrize("activation_grid", ["signed", "affine", "odd"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        ((7, 8), 3, {"stride": 2}),
+        ((8, 8), (2, 3), {"bias": False}),
+        ((5, 9), 3, {"stride": 3, "dilation": 2, "groups": 2}),
+        ((6, 6), 1, {"stride": 2}),
+    ],
+)
+def test_the_padded_convolution_of_timm(size, kernel, options, arithmetic, activation_grid):
+    layer = named(nn.Conv2d, "timm.layers.conv2d_same.Conv2dSame", forward_of_same)
+    layer = layer(4, 6, kernel, **options)
+    x = torch.randn(2, 4, *size)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.copy_(fake_quantize(layer.weight, 4, axis=0))
+    expected = other(fake_quantize(x, 4, grid=activation_grid))
+    widths = {"activation_grid": activation_grid, "first_last_bits": None}
+    model = quantize_model_(nn.Sequential(layer), **widths, arithmetic=arithmetic)
+    torch.testing.assert_close(model(x), expected)
+    expected.sum().backward()
+    model(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-4)
+    assert (model[0].why_float() is None) == (activation_grid != "odd")
+    if model[0].computes_in_integers():
+        fused = fuse_(nn.Sequential(*model, nn.BatchNorm2d(6)), x)
+        unfused = copy.deepcopy(fused)
+        unfuse_(unfused)
+        torch.testing.assert_close(fused(x), unfused(x), rtol=1e-4, atol=1e-4)
+    dequantize_model_(model)
+    assert type(model[0]).__qualname__ == "Conv2dSame"
+
+
+def test_the_linear_layer_of_timm():
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+    layer = named(nn.Linear, "timm.layers.linear.Linear", forward)(6, 5)
+    expected = quantize_model_(copy.deepcopy(nn.Sequential(layer)), example=torch.randn(2, 6))
+    plain = nn.Linear(6, 5)
+    plain.load_state_dict(layer.state_dict())
+    plain = quantize_model_(nn.Sequential(plain))
+    x = torch.randn(2, 6)
+    assert torch.equal(expected(x), plain(x))
+    assert isinstance(expected[0], QuantLinear)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,18 @@ def test_a_first_batch_that_is_not_finite_is_refused(value):
     assert not layer.input_quantizer.initialized
 
 
+def test_values_too_large_for_a_scale_are_refused():
+    x = torch.tensor([-3e38, 3e38])
+    with pytest.raises(ValueError, match="or values whose sum overflows float32"):
+        LSQ(4, signed=True)(x)
+    for start in (lambda q: q(x), lambda q: q.set_bounds(*x)):
+        quantizer = DSQ(4)
+        with pytest.raises(ValueError, match="range: got one from -3e"):
+            start(quantizer)
+        assert not quantizer.initialized
+    assert DSQ(4)(x / 2).isfinite().all()
+
+
 def test_the_deviation_of_sat_comes_from_exact_sums():
     weight = torch.randn(8, 4, 3, 3)
     quantizer = SAT(4)

@@ -449,6 +449,35 @@ def test_pairs_are_of_the_same_channels(function, layers, shape, is_pair):
     torch.testing.assert_close(both.float(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Standardized(nn.Conv2d):
+    """Whose output does not depend on the scale of its weight."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_that_use_their_weight_in_another_way_are_not_changed():
+    convolutions = Standardized(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    layers = nn.Flatten(), Doubled(8 * 16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    model, x = nn.Sequential(*convolutions, *layers), torch.randn(16, 3, 8, 8)
+    model(x)
+    model.eval()
+
+    def change_(both):
+        found = changeable(both.float, both.trace)
+        assert [*found] == ["3", "8"]
+        equalize_([(found[a], found[b], both.normal.get(a)) for a, b in pairs(both)])
+
+    with pytest.warns(UserWarning, match="a subclass of Conv2d with a forward of its own"):
+        both = PostTraining(model, [x], {}, change_=change_)
+    torch.testing.assert_close(both.float(x), model(x))
+
+
 def test_equalisation_keeps_what_the_network_computes():
     model, x = network(), batches()
     model[3].first[2] = nn.ReLU()

@@ -63,6 +63,13 @@ def beit():
     return package("timm").create_model("beit_base_patch16_224", **options), IMAGES
 
 
+def timm(name):
+    def make():
+        return package("timm").create_model(name), IMAGES
+
+    return make
+
+
 def language(config, model, **options):
     def make():
         transformers = package("transformers")
@@ -89,6 +96,11 @@ NETWORKS = {
     "vit": (vit, {"conv_proj", "heads.head"}, 0),
     "swin": (swin, {"features.0.0", "head"}, 8),
     "beit": (beit, {"patch_embed.proj", "head"}, 2),
+    "mobilenet_v3 of timm": (
+        timm("tf_mobilenetv3_small_minimal_100"),
+        {"conv_stem", "classifier"},
+        0,
+    ),
     "gpt2": (
         language("GPT2Config", "GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=2, n_positions=32),
         {"transformer.wte", "transformer.wpe", "lm_head"},

@@ -28,8 +28,8 @@ class Normal:
 
 
 def changeable(model: nn.Module, trace: Trace) -> dict[str, Linear]:
-    """By name, the linear layers and convolutions whose weight is a parameter of their own, and
-    whose weight and bias nothing else reads."""
+    """By name, the linear layers and convolutions whose weight is a parameter of their own, which
+    nothing else reads and which they use as the classes of PyTorch do."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -37,11 +37,19 @@ def changeable(model: nn.Module, trace: Trace) -> dict[str, Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LINEAR)
+        if _is_linear(module)
         and not is_parametrized(module)
         and name not in trace.read_by_others
         and owners.get(id(module._parameters.get("weight")), 0) == 1
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = next((base for base in LINEAR if isinstance(module, base)), None)
+    return base is not None and not any(
+        getattr(type(module), method, None) is not getattr(base, method, None)
+        for method in ("forward", "_conv_forward")
+    )
 
 
 @torch.no_grad()
@@ -62,6 +70,8 @@ def fold_batch_norms_(model: nn.Module, trace: Trace) -> dict[str, Normal]:
         norm = modules.get(after.layer)
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
+        if after.layer not in trace.batch_norms:
+            continue  # a subclass that does more
         if not trace.once(step.layer) or not trace.once(after.layer):
             continue
         if isinstance(layer, nn.Linear) and len(step.outputs[0].shape) != 2:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from noisyq_fast.integer.norm_classes import BatchNormCall
 from noisyq_fast.running import arguments, in_evaluation, tensors_in
 
 
@@ -67,6 +69,9 @@ class Trace:
     calls: Counter[str] = field(default_factory=Counter)
     read_by_others: set[str] = field(default_factory=set)
     """Names of layers with a parameter that a function outside reads directly."""
+    batch_norms: set[str] = field(default_factory=set)
+    """Names of layers that did what `torch.nn.BatchNorm2d` does and nothing else, whatever their
+    class."""
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> Trace:
@@ -120,6 +125,8 @@ class _Recorder(TorchFunctionMode):
         self.count = 0
         self.inside: list[tuple[str, Any]] = []
         """The layers that are running, outermost first, with their arguments."""
+        self.last: tuple[Callable | None, Any, Any, Any] = None, (), {}, None
+        """The last function that a layer called, its arguments and its output."""
 
     def watch(self, name: str, layer: nn.Module) -> list[Any]:
         before = functools.partial(self._enter, name)
@@ -133,7 +140,9 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.inside:
-            return function(*args, **kwargs)
+            output = function(*args, **kwargs)
+            self.last = function, args, kwargs, output
+            return output
         named = self._named((args, kwargs))  # before an operation in place gives them new values
         output = function(*args, **kwargs)
         self._record(None, function, named, output)
@@ -145,6 +154,11 @@ class _Recorder(TorchFunctionMode):
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         name, named = self.inside.pop()
+        function, of_function, named_too, last = self.last
+        if function is F.batch_norm and output is last:
+            call = BatchNormCall(*of_function, **named_too)
+            if call.input is args[0] and call.is_own(layer):
+                self.trace.batch_norms.add(name)
         if not self.inside:
             self._record(name, None, named, output)
 

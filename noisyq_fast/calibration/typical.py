@@ -100,7 +100,7 @@ def _made(
     if len(step.outputs) != 1 or not step.inputs:
         return None
     (output,), inputs = step.outputs, step.inputs
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, _BatchNorm) and step.layer in trace.batch_norms:
         before = trace.maker.get(inputs[0])
         folded = normal.get(before.layer) if before and before.layer else None
         if folded is None and layer.affine:

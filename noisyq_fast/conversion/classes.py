@@ -19,6 +19,7 @@ from noisyq_fast.layers.convolution import (
     QuantConvTranspose1d,
     QuantConvTranspose2d,
     QuantConvTranspose3d,
+    QuantSameConv2d,
 )
 from noisyq_fast.layers.grouped import GroupedLinear, QuantGroupedLinear
 from noisyq_fast.layers.layer import QuantLayer
@@ -39,7 +40,11 @@ _LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     AdderConv2d: QuantAdderConv2d,
     AdderLinear: QuantAdderLinear,
 }
-_BY_NAME = {"transformers.pytorch_utils.Conv1D": QuantTransposedLinear}
+_BY_NAME: dict[str, type[QuantLayer]] = {
+    "transformers.pytorch_utils.Conv1D": QuantTransposedLinear,
+    "timm.layers.linear.Linear": QuantLinear,  # with casts under TorchScript
+    "timm.layers.conv2d_same.Conv2dSame": QuantSameConv2d,
+}
 """Layers of packages that are not imported here."""
 
 

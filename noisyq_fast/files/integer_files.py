@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from noisyq_fast.calibration.folding import LINEAR, replace_module_, with_bias_
 from noisyq_fast.calibration.ocs import SplitChannels, split_inputs_
@@ -134,9 +136,13 @@ def _describe(
         raise ValueError("got an embedding with max_norm, which changes its weight as it is used")
     own = {id(p): key for key, p in layer._parameters.items() if p is not None}
     if any(id(weight) not in own for weight in layer.weights()):
+        removes = 'prune.remove(layer, "weight") for pruning'
+        if is_parametrized(layer):
+            removes = 'parametrize.remove_parametrizations(layer, "weight")'
         raise ValueError(
             "its weight is made by another module, such as of pruning or weight norm; make it "
-            "a parameter before, with torch.nn.utils.prune.remove or the like"
+            f"a parameter before, with torch.nn.utils.{removes}, also in the model that "
+            "load_integers gets"
         )
     if keep:
         return described | {"kept": describe(quantizer, "weight")}
@@ -440,7 +446,9 @@ def _load_others_(
     weights = {id(w) for name in stored for w in _quantized(model, name).weights()}
     if missing := _others(model, weights, stored).keys() - tensors.keys():
         raise ValueError(f"{', '.join(sorted(missing)[:3])}: in the model only")
-    model.load_state_dict(tensors, strict=False)
+    state: Any = OrderedDict(tensors)
+    state._metadata = getattr(own, "_metadata", None)  # versions by module: it fits this model
+    model.load_state_dict(state, strict=False)
     for name, described in layers.items():
         quantizers = described["inputs"] | {_WEIGHT: described.get("kept", {})}
         for key, about in quantizers.items():

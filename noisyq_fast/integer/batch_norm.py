@@ -19,7 +19,6 @@ running mean includes it. Momentum, the unbiased running variance and evaluation
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,7 @@ class _NormGradient(gradients.Gradient):
 if TYPE_CHECKING:
     _Mixed = _BatchNorm
 else:
-    _Mixed = object  # `exact` mixes it with one of several classes
+    _Mixed = object  # it is mixed with one of several classes
 
 LARGEST_SUM = 2**31 - 2**7
 """The largest float below 2^31. The squares of sums up to it are exact in 64 bits."""
@@ -173,7 +172,7 @@ class _Ranks:
 
 class ExactBatchNorm(_Mixed):
     """A batch norm after `fuse_`: it normalizes the exact sums of the layer before it. For other
-    inputs it is an ordinary batch norm.
+    inputs it is an ordinary batch norm. (`noisyq_fast.integer.norm_classes` makes its classes.)
 
     Attributes:
         follows: the layer before it; in a tuple, so that it is not registered as a submodule.
@@ -186,16 +185,23 @@ class ExactBatchNorm(_Mixed):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Deferred):
             if input.is_sums():
-                return self._of_deferred(input)
-        elif self.follows and self.follows[0].normalizes(input):
-            return input  # the layer has called `of_sums`
+                return self.of_deferred(input, self.num_batches_tracked)
+        elif self.is_normalized(input):
+            if self.tracks():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+            return input
         return super().forward(input)
+
+    def is_normalized(self, input: Tensor) -> bool:
+        """Whether the layer before it has called `of_sums`."""
+        return bool(self.follows) and self.follows[0].normalizes(input)
 
     def of_sums(
         self, product: Tensor, sums: Tensor, scale: Tensor, bias: Tensor | None, bound: int
     ) -> Tensor:
         """For traced graphs: normalizes sums that are an ordinary tensor. Gradients flow to
-        ``product``."""
+        ``product``. The batch is not counted: the forward does that."""
         count = sums.numel() // scale.numel()
 
         def statistics(running: Running | None, *affine: Tensor | None) -> tuple[Tensor, ...]:
@@ -205,18 +211,21 @@ class ExactBatchNorm(_Mixed):
                 track(running, mean, variance, count)
             return found
 
+        batches = self.num_batches_tracked
         with torch.no_grad():
-            factor, term, norm = self._line(scale, bias, count, statistics)
+            batches = None if batches is None else batches.clone()
+            factor, term, norm = self._line(scale, bias, count, statistics, batches)
         of_batch = norm.uses_batch
         return _norm_of_sums(
             *(product, self.weight, self.bias, sums, scale),
             *(factor, term, norm.mean, norm.inverse, of_batch),
         )
 
-    def _of_deferred(self, x: Deferred) -> Deferred:
+    def of_deferred(self, x: Deferred, batches: Tensor | None) -> Deferred:
+        """Normalizes sums. ``batches`` is the number of batches before; this one is added."""
         sums = x.chain.sums
         count = sums.values.numel() // sums.scale.numel()
-        ranks = self._ranks()
+        ranks = self.ranks()
         if ranks is not None:
             sum_, squares, *_ = _moments(x)
             moments, count = ranks.added(sum_, squares, count)
@@ -227,12 +236,12 @@ class ExactBatchNorm(_Mixed):
             return compute(*found, count, sums.scale, *affine, self.eps, running)
 
         bias = None if sums.bias is None else sums.bias.detach()
-        factor, term, norm = self._line(sums.scale, bias, count, statistics)
+        factor, term, norm = self._line(sums.scale, bias, count, statistics, batches)
         if ranks is not None:
             norm = norm._replace(of_ranks=functools.partial(ranks.line, count))
         return x.normalized(self, norm, factor, term)
 
-    def _ranks(self) -> _Ranks | None:
+    def ranks(self) -> _Ranks | None:
         """The ranks over which the batch is spread; None if there are none."""
         if not isinstance(self, nn.SyncBatchNorm) or not self._takes_batch() or records:
             return None
@@ -241,8 +250,17 @@ class ExactBatchNorm(_Mixed):
     def _takes_batch(self) -> bool:
         return self.training or self.running_mean is None
 
+    def tracks(self) -> bool:
+        """Whether the batch moves the running statistics."""
+        return self.training and self.track_running_stats and not in_backward()
+
     def _line(
-        self, scale: Tensor, bias: Tensor | None, count: int, statistics: Any
+        self,
+        scale: Tensor,
+        bias: Tensor | None,
+        count: int,
+        statistics: Any,
+        batches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Norm]:
         """Factor and term of the sums, and the norm that they come from."""
         keeps_numbers = self.weight is not None or self.running_mean is not None
@@ -257,8 +275,7 @@ class ExactBatchNorm(_Mixed):
                 raise ValueError(
                     "expected more than 1 value per channel in training, got a batch norm of 1"
                 )
-            tracks = self.training and self.track_running_stats and not in_backward()
-            running = self._running(bias) if tracks else None
+            running = self._running(bias, batches) if self.tracks() else None
             factor, term, mean, inverse, *_ = statistics(running, *affine)
         else:
             factor, term, mean, inverse = self._running_line(scale, bias, *affine)
@@ -294,8 +311,8 @@ class ExactBatchNorm(_Mixed):
         factor, term = line(mean, inverse, scale, *affine)
         return factor, term, (mean / scale.double()).float(), inverse
 
-    def _running(self, bias: Tensor | None) -> Running:
-        batches, momentum = self.num_batches_tracked, self.momentum
+    def _running(self, bias: Tensor | None, batches: Tensor | None) -> Running:
+        momentum = self.momentum
         assert batches is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -308,20 +325,3 @@ def _moments(x: Deferred) -> tuple[Tensor, ...]:
     moments = x.measured().moments
     assert moments is not None
     return moments
-
-
-def _exact(norm: type[nn.Module]) -> Any:
-    namespace = {
-        "__reduce_ex__": lambda self, _: (_new, (norm,), self.__getstate__()),
-        "float_class": norm,
-    }
-    return type(f"Exact{norm.__name__}", (ExactBatchNorm, norm), namespace)
-
-
-exact: Callable[..., Any] = functools.cache(_exact)
-"""The class of a batch norm with `ExactBatchNorm`."""
-
-
-def _new(norm: type[nn.Module]) -> nn.Module:
-    cls = exact(norm)
-    return cls.__new__(cls)

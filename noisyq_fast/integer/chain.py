@@ -8,6 +8,7 @@ Also its gradient, and the record of chains from which `fuse_` decides.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -93,10 +94,11 @@ class Chain(NamedTuple):
 
 
 class Record:
-    """For `fuse_`: by layer, the operations of its chain and its batch norms; and the layers whose
-    sums something else has read."""
+    """For `fuse_`: by layer, how often it gave sums, the operations of its chain and its batch
+    norms; and the layers whose sums something other than a batch norm has read."""
 
     def __init__(self) -> None:
+        self.runs: Counter[nn.Module] = Counter()
         self.steps: dict[nn.Module, list[str]] = {}
         self.norms: dict[nn.Module, list[nn.Module]] = {}
         self.reads: list[nn.Module] = []
@@ -119,6 +121,12 @@ def record(chain: Chain, step: str) -> None:
         steps = found.steps.setdefault(chain.sums.layer, [])
         if step not in steps:
             steps.append(step)
+
+
+def record_read(chain: Chain) -> None:
+    if chain.norm is None:
+        for found in records:
+            found.reads.append(chain.sums.layer)
 
 
 class ChainGradient(torch.autograd.Function):

@@ -36,6 +36,7 @@ from noisyq_fast.integer.chain import (
     mapped,
     mean_of_pixels,
     record,
+    record_read,
     records,
 )
 from noisyq_fast.operators import dispatch, gradients
@@ -81,6 +82,8 @@ class Deferred(Tensor):
 
     @staticmethod
     def of_sums(sums: Sums, format_: torch.memory_format) -> Deferred:
+        for found in records:
+            found.runs[sums.layer] += 1
         # No operation follows yet: the gradient is that of the product.
         return _deferred(sums.product, Chain(sums), format_)
 
@@ -149,6 +152,7 @@ class Deferred(Tensor):
         if chain is None:
             return None
         record(chain, "ReLU")
+        record_read(chain)
         own._is_passed = chain.norm is not None
         chain = chain._replace(relu=True)
         if chain.residual is None:
@@ -172,6 +176,7 @@ class Deferred(Tensor):
         ):
             return None
         record(chain, "addition")
+        record_read(chain)
         own._is_passed = chain.norm is not None
         source = other
         if isinstance(other, Deferred):
@@ -187,6 +192,7 @@ class Deferred(Tensor):
     def written(self) -> Tensor:
         """The values, for a reader that does not change them; without gradient history."""
         own = self.current()
+        record_read(own._chain)
         return own._written() if own._values is None else own._values.detach()
 
     def _written(self) -> Tensor:
@@ -199,8 +205,7 @@ class Deferred(Tensor):
         """The values, as an ordinary tensor."""
         own = self.current()
         if own._values is None:
-            for found in records:
-                found.reads += [own._chain.sums.layer] * (own._chain.norm is None)
+            record_read(own._chain)
             own._write()
         return _known(own._values)
 
@@ -244,6 +249,7 @@ class Deferred(Tensor):
         own = self.current()
         chain = own._chain
         record(chain, "quantizer")
+        record_read(chain)
         if own._values is not None or own._raw is not None or chain.residual is not None:
             return None
         return chain.compute("codes_of_sums")(

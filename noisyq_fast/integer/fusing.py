@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from noisyq_fast.integer.batch_norm import LARGEST_SUM, ExactBatchNorm, exact
+from noisyq_fast.integer.batch_norm import LARGEST_SUM, ExactBatchNorm
 from noisyq_fast.integer.chain import Record, recording
+from noisyq_fast.integer.deferred import Deferred
+from noisyq_fast.integer.norm_classes import can_be_exact, exact
 from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Quantizer
-from noisyq_fast.running import arguments, left_as_it_was
+from noisyq_fast.running import arguments, left_as_it_was, tensors_in
 from noisyq_fast.widths import NormOfWidths
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _MOST_TERMS = LARGEST_SUM // 255**2
 
 
@@ -28,7 +29,12 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
     one pass; no float tensor is written in between unless something else reads it. A forward then
     gives the same bits on every backend and with every number of threads, in training too. The mean
     over all pixels of a tensor in a chain is summed in a fixed order. Operations that a chain does
-    not support (another activation, a batch norm of another class) are PyTorch's.
+    not support (another activation) are PyTorch's.
+
+    torchvision's `FrozenBatchNorm2d` is a batch norm too. A subclass keeps its own forward; within
+    it ``super().forward`` or `torch.nn.functional.batch_norm` is exact
+    (`noisyq_fast.integer.norm_classes`). A batch norm stays PyTorch's if its forward does something
+    else with its input, or if something else reads the output of the convolution.
 
     The model's own forward is called as before, so it may depend on its mode, on Python state and
     on shapes. Any code that reads a tensor within a chain (another layer, a hook) gets its values.
@@ -80,7 +86,7 @@ def fuse_(model: nn.Module, example: Any, *, recompute: bool = False) -> nn.Modu
             'takes one of quantize_model_(model, arithmetic="integer")'
         )
     unfuse_(model)
-    norms: list[Any] = [norm for norm in model.modules() if type(norm) in _NORMS]
+    norms: list[Any] = [norm for norm in model.modules() if can_be_exact(norm)]
     try:
         for layer in layers:
             layer.defers, layer.recomputes = True, recompute
@@ -133,7 +139,7 @@ def fuse_as_(model: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
         layer.followed_by = str(about["followed_by"])
         layer.norm = tuple(norms)
         for norm in norms:
-            if type(norm) not in _NORMS:
+            if not can_be_exact(norm):
                 raise ValueError(f"{name}: a batch norm in the file, {type(norm).__name__} here")
             norm.__class__ = exact(type(norm))
             norm.follows = (layer,)
@@ -147,7 +153,9 @@ def _seen(model: nn.Module, example: Any, training: bool) -> Record:
             if isinstance(quantizer, Quantizer):
                 quantizer.train()  # ranges may have seen no data yet
         try:
-            model(*positional, **named)
+            for output in tensors_in(model(*positional, **named)):
+                if isinstance(output, Deferred):
+                    output.values()
         except Exception as error:
             mode = "training" if training else "evaluation"
             raise ValueError(
@@ -161,8 +169,9 @@ def _pair(layers: list[QuantLayer], norms: list[Any], seen: list[Record]) -> Non
         of_modes = [found.norms.get(layer, []) for found in seen]
         of_layer: dict[int, Any] = {id(norm): norm for norms in of_modes for norm in norms}
         read = any(layer in found.reads for found in seen)
+        runs = [found.runs[layer] for found in seen]  # 0 in a mode that does without it
         steps = list(dict.fromkeys(step for found in seen for step in found.steps.get(layer, [])))
-        one_norm = len(of_layer) == 1 and all(of_modes) and not read
+        one_norm = len(of_layer) == 1 and [*map(len, of_modes)] == runs and not read
         if (of_layer and not one_norm) or not {"batch norm", "quantizer"} & set(steps):
             layer.defers = False
             continue

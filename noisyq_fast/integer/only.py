@@ -321,6 +321,9 @@ class _Program:
         if isinstance(module, QuantLayer):
             self._add_layer(step, module)
         elif isinstance(module, _BatchNorm):
+            if step.layer not in self.trace.batch_norms:
+                does = f"a {type(module).__name__} does more than normalize"
+                raise ValueError(f"{_named(step)}: {does}; takes batch norms and functions apart")
             self._add_norm(step, module)
         elif step.function in _ADDITIONS and len(step.inputs) == 2 and not step.kwargs:
             if any(value not in self.scales for value in step.inputs):

@@ -63,11 +63,15 @@ class _QuantConv(QuantLayer):
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input with the padding that the product cannot do, and the padding that it can.
         Padding before the quantizer changes no range, and the value 0 has a code."""
-        pads = self._reversed_padding_repeated_twice
+        pads = self._pads(x)
         none = (0,) * len(self.kernel_size)
         if self.padding_mode != "zeros":
             return F.pad(x, pads, mode=self.padding_mode), none
-        return (F.pad(x, pads), none) if self._pads_before() else (x, tuple(pads[::-2]))
+        return (x, tuple(pads[::-2])) if pads[::2] == pads[1::2] else (F.pad(x, pads), none)
+
+    def _pads(self, x: Tensor) -> list[int]:
+        """The padding of an input, as `torch.nn.functional.pad` takes it."""
+        return self._reversed_padding_repeated_twice
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
@@ -86,6 +90,26 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
         >>> conv(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 16, 6, 6])
     """
+
+
+class QuantSameConv2d(QuantConv2d):
+    """The convolution of timm with the padding of TensorFlow (`Conv2dSame`), on fake-quantized
+    weights and inputs: zeros for ``ceil(size / stride)`` outputs, one more at the end than before
+    the input if their number is odd. Made by `quantize_model_`."""
+
+    def _pads_before(self) -> bool:
+        return True  # it depends on the input
+
+    def _pads(self, x: Tensor) -> list[int]:
+        pads: list[int] = []
+        for i, size in enumerate(x.shape[-2:]):
+            kernel, stride = self.dilation[i] * (self.kernel_size[i] - 1) + 1, self.stride[i]
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads = [total // 2, total - total // 2, *pads]
+        return pads
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().compute(F.pad(x, self._pads(x)), weight, bias)
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):

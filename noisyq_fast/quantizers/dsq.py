@@ -1,5 +1,6 @@
 """Differentiable soft quantization (Gong et al. 2019, arXiv 1908.05033)."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -70,6 +71,16 @@ class DSQ(LearnedQuantizer):
 
     def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return low, high
+
+    @torch.no_grad()
+    def begin(self, values: Sequence[Tensor]) -> None:
+        low, high, _ = values
+        if not low.is_meta and not bool((high - low).isfinite().all()):
+            raise ValueError(
+                f"range: got one from {float(low.min()):.3g} to {float(high.max()):.3g}, which is "
+                "wider than the largest float32, 3.4e38; takes a narrower one"
+            )
+        super().begin(values)
 
     def constrain(self) -> None:
         """Enforces l < u, and alpha between 0.001 and 0.5."""

@@ -59,8 +59,10 @@ class EvenlySpaced(Quantizer):
                 takes = "[]" if axis is None else "[n]"
                 got = f"{list(tensor.shape)} with axis {axis!r}"
                 raise ValueError(f"{name}: got shape {got}, takes {takes}")
-        if not bool((step.isfinite() & (step > 0) & offset.isfinite()).all()):
-            raise ValueError("step: got one that is not positive and finite, or such an offset")
+        if not bool((step.isfinite() & (step > 0)).all()):
+            raise ValueError("step: got a value that is not positive and finite")
+        if not bool(offset.isfinite().all()):
+            raise ValueError("offset: got a value that is not finite")
         self.centered = centered
         self.register_buffer("step", step.detach().clone().float())
         self.register_buffer("offset", offset.detach().clone().float())

@@ -161,7 +161,10 @@ class LearnedQuantizer(Quantizer):
             )
         values = self.initial(x.detach())
         if not x.is_meta and not all(bool(value.isfinite().all()) for value in values):
-            raise ValueError("x: got a NaN or an infinity in the first tensor, takes finite values")
+            raise ValueError(
+                "x: got a NaN or an infinity in the first tensor, or values whose sum overflows "
+                "float32; takes smaller, finite values"
+            )
         self.begin(values)
 
     @torch.no_grad()
