@@ -31,7 +31,7 @@ from noisyq_fast.backends import select
 from noisyq_fast.backends.reference.sums import Running, along_channels, channel_axis, line, track
 from noisyq_fast.data_parallel import has_other_ranks
 from noisyq_fast.integer.chain import Norm, records
-from noisyq_fast.integer.deferred import Deferred, deferrable
+from noisyq_fast.integer.deferred import Deferred, deferrable, outside_graphs
 from noisyq_fast.layers.made import Made, can_be_watched
 from noisyq_fast.operators import gradients
 from noisyq_fast.operators.declare import declare
@@ -184,8 +184,9 @@ class ExactBatchNorm(_Mixed):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Deferred):
-            if input.is_sums():
-                return self.of_deferred(input, self.num_batches_tracked)
+            made = self.of_deferred(input, self.num_batches_tracked)
+            if made is not None:
+                return made
         elif self.is_normalized(input):
             if self.tracks():
                 assert self.num_batches_tracked is not None
@@ -195,7 +196,7 @@ class ExactBatchNorm(_Mixed):
 
     def is_normalized(self, input: Tensor) -> bool:
         """Whether the layer before it has called `of_sums`."""
-        return bool(self.follows) and self.follows[0].normalizes(input)
+        return len(self.follows) > 0 and self.follows[0].normalizes(input)
 
     def of_sums(
         self, product: Tensor, sums: Tensor, scale: Tensor, bias: Tensor | None, bound: int
@@ -221,8 +222,12 @@ class ExactBatchNorm(_Mixed):
             *(factor, term, norm.mean, norm.inverse, of_batch),
         )
 
-    def of_deferred(self, x: Deferred, batches: Tensor | None) -> Deferred:
-        """Normalizes sums. ``batches`` is the number of batches before; this one is added."""
+    @outside_graphs
+    def of_deferred(self, x: Deferred, batches: Tensor | None) -> Deferred | None:
+        """Normalizes sums; ``None`` if ``x`` is something else. ``batches`` is the number of
+        batches before; this one is added."""
+        if not x.is_sums():
+            return None
         sums = x.chain.sums
         count = sums.values.numel() // sums.scale.numel()
         ranks = self.ranks()

@@ -14,6 +14,7 @@ that a model computes the same bits whatever reads its tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,23 @@ def deferrable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return isinstance(x, Deferred) or dispatch.is_plain(x)
+
+
+def outside_graphs(function: Callable) -> Callable:
+    """Keeps a function out of the graphs of compiled parts of a model that get a deferred
+    tensor."""
+    made: list[Callable] = []  # at the first use of torch.compile, whose import takes long
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if get_eval_frame_callback() is None:
+            return function(*args)
+        if not made:
+            made.append(torch.compiler.disable(function))
+        return made[0](*args)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
 
 class _Written(torch.autograd.Function):
@@ -283,11 +301,11 @@ class Deferred(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        compute = cls.compute_function if get_eval_frame_callback() is None else _uncompiled()
-        return compute(func, args, kwargs or {})
+        return cls._compute_function(func, args, kwargs or {})
 
     @staticmethod
-    def compute_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    @outside_graphs
+    def _compute_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         follow = _FOLLOWS.get(func)
         if follow is not None:
             made = follow(*args, **kwargs)
@@ -318,17 +336,6 @@ class Deferred(Tensor):
             lambda x: x.values().detach() if isinstance(x, Deferred) else x, (args, kwargs or {})
         )
         return func(*args, **kwargs)
-
-
-def _uncompiled() -> Callable:
-    """`compute_function` outside the graph, for compiled parts of a model that get a deferred
-    tensor."""
-    if not _made_uncompiled:
-        _made_uncompiled.append(torch.compiler.disable(Deferred.compute_function))
-    return _made_uncompiled[0]
-
-
-_made_uncompiled: list[Callable] = []  # set at the first use of torch.compile
 
 
 _torch_function: Any = Deferred.__torch_function__
@@ -383,10 +390,7 @@ def _extended(chain: Chain, format_: torch.memory_format, zeros: Tensor | None =
     with torch._C.DisableTorchFunctionSubclass():
         if torch.is_grad_enabled():
             inputs = sums.product, weight, bias, chain.residual_source, chain, zeros
-            if torch.compiler.is_compiling():  # its graphs know only this form
-                carrier = ChainGradient.apply(*inputs)
-            else:
-                carrier = gradients.apply_outside_transforms(ChainGradient, *inputs)
+            carrier = gradients.apply_outside_transforms(ChainGradient, *inputs)
         else:
             carrier = without_values(sums.product)
     return _deferred(carrier, chain, format_)

@@ -117,10 +117,12 @@ class _BatchNormOf(TorchFunctionMode):
     def _of(self, call: BatchNormCall) -> Tensor:
         norm, input = self.norm, call.input
         if isinstance(input, Deferred):
-            if input.is_sums() and call.is_own(norm) and norm.ranks() is None:
+            if call.is_own(norm) and norm.ranks() is None:
                 batches = norm.num_batches_tracked if norm.tracks() else None
                 # The forward has counted this batch already.
-                return norm.of_deferred(input, None if batches is None else batches - 1)
+                made = norm.of_deferred(input, None if batches is None else batches - 1)
+                if made is not None:
+                    return made
         elif norm.is_normalized(input) and any(input is given for given in self.inputs):
             if not call.is_own(norm):
                 raise ValueError(
