@@ -387,3 +387,16 @@ def test_inference_mode():
         y = model[:1](X)
         y.max()
         assert_same(plain(model[1:](y)), expected)
+
+
+def test_another_default_device():
+    def outputs():
+        model = copy.deepcopy(chain_model())
+        y = plain(model(X))
+        y.square().sum().backward()
+        return y.detach(), [p.grad for p in model.parameters()], plain(model.eval()(X)).detach()
+
+    expected = outputs()
+    with torch.device("meta"):
+        found = outputs()
+    assert_same(found, expected)

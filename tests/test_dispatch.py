@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from noisyq_fast import fake_quantize, fake_quantize_ema, fake_quantize_many
+from noisyq_fast import MovingAbsMax, fake_quantize, fake_quantize_ema, fake_quantize_many
 from noisyq_fast.operators import dispatch
 
 X = torch.randn(3, 4)
@@ -81,6 +81,10 @@ def test_the_profiler_sees_operators():
     with torch.profiler.profile() as profiled:
         fake_quantize(X, 4)
     assert "noisyq::fake_quantize" in {event.key for event in profiled.key_averages()}
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=config) as profiled:
+        fake_quantize(X, 4)
+    assert "noisyq::fake_quantize" in {event.name for event in profiled.events()}
 
 
 def quantized(x):
@@ -126,6 +130,13 @@ def test_an_int_for_a_float():
         fake_quantize_ema(X, running, 4, averaging_constant=constant, observed=observed)
         moved.append((running, observed))
     assert moved[0] == moved[1]
+
+
+def test_an_attribute_that_is_no_float():
+    quantizer = MovingAbsMax(4)
+    quantizer.averaging_constant = "0.1"
+    with pytest.raises(RuntimeError, match="averaging_constant"):
+        quantizer.codes(X)
 
 
 def test_averages_are_changed_in_place_once_for_autograd():

@@ -328,6 +328,36 @@ def test_graphs(norm):
     assert_same([*compiled.state_dict().values()], [*model.state_dict().values()])
 
 
+class Twice(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+class Scaled(nn.BatchNorm2d):
+    factor = None
+
+    def forward(self, x):
+        return super().forward(x if self.factor is None else x * self.factor)
+
+
+def test_what_normalizes_twice_is_not_exact():
+    model = quantized(network(Twice)).eval()
+    assert not isinstance(model[1], ExactBatchNorm)
+    exported = torch.export.export(model, (X,)).module()
+    assert_same(exported(X).detach(), model(X).detach())
+
+
+def test_another_input_in_a_graph_is_refused():
+    model = quantized(network(Scaled)).eval()
+    assert isinstance(model[1], ExactBatchNorm)
+    exported = torch.export.export(model, (X,)).module()
+    assert_same(exported(X).detach(), model(X).detach())
+    model[1].factor = 0.5
+    model(X)
+    with pytest.raises(ValueError, match="its input"):
+        torch.export.export(model, (X,), strict=False)
+
+
 def test_another_call_in_a_graph_is_refused():
     model = quantized(network(Written)).eval()
     model[1].eps = 0.5

@@ -177,9 +177,12 @@ class ExactBatchNorm(_Mixed):
     Attributes:
         follows: the layer before it; in a tuple, so that it is not registered as a submodule.
         float_class: what the batch norm was.
+        has_own_forward: whether the class has a forward of its own. Then what that normalizes may
+            be something else than the input of the module.
     """
 
     float_class: type[nn.Module]
+    has_own_forward: bool = False
     follows: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -187,8 +190,8 @@ class ExactBatchNorm(_Mixed):
             made = self.of_deferred(input, self.num_batches_tracked)
             if made is not None:
                 return made
-        elif self.is_normalized(input):
-            if self.tracks():
+        elif not self.has_own_forward and self.is_normalized(input):
+            if self.moves_statistics():
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked.add_(1)
             return input
@@ -230,7 +233,7 @@ class ExactBatchNorm(_Mixed):
             return None
         sums = x.chain.sums
         count = sums.values.numel() // sums.scale.numel()
-        ranks = self.ranks()
+        ranks = self.ranks_of_batch()
         if ranks is not None:
             sum_, squares, *_ = _moments(x)
             moments, count = ranks.added(sum_, squares, count)
@@ -246,7 +249,7 @@ class ExactBatchNorm(_Mixed):
             norm = norm._replace(of_ranks=functools.partial(ranks.line, count))
         return x.normalized(self, norm, factor, term)
 
-    def ranks(self) -> _Ranks | None:
+    def ranks_of_batch(self) -> _Ranks | None:
         """The ranks over which the batch is spread; None if there are none."""
         if not isinstance(self, nn.SyncBatchNorm) or not self._takes_batch() or records:
             return None
@@ -255,7 +258,7 @@ class ExactBatchNorm(_Mixed):
     def _takes_batch(self) -> bool:
         return self.training or self.running_mean is None
 
-    def tracks(self) -> bool:
+    def moves_statistics(self) -> bool:
         """Whether the batch moves the running statistics."""
         return self.training and self.track_running_stats and not in_backward()
 
@@ -280,7 +283,7 @@ class ExactBatchNorm(_Mixed):
                 raise ValueError(
                     "expected more than 1 value per channel in training, got a batch norm of 1"
                 )
-            running = self._running(bias, batches) if self.tracks() else None
+            running = self._running(bias, batches) if self.moves_statistics() else None
             factor, term, mean, inverse, *_ = statistics(running, *affine)
         else:
             factor, term, mean, inverse = self._running_line(scale, bias, *affine)

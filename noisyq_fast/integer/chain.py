@@ -95,13 +95,15 @@ class Chain(NamedTuple):
 
 class Record:
     """For `fuse_`: by layer, how often it gave sums, the operations of its chain and its batch
-    norms; and the layers whose sums something other than a batch norm has read."""
+    norms; the layers whose sums something other than a batch norm has read; and the batch norms
+    that have normalized something else than sums."""
 
     def __init__(self) -> None:
         self.runs: Counter[nn.Module] = Counter()
         self.steps: dict[nn.Module, list[str]] = {}
         self.norms: dict[nn.Module, list[nn.Module]] = {}
         self.reads: list[nn.Module] = []
+        self.refused: list[nn.Module] = []
 
 
 records: list[Record] = []
@@ -127,6 +129,11 @@ def record_read(chain: Chain) -> None:
     if chain.norm is None:
         for found in records:
             found.reads.append(chain.sums.layer)
+
+
+def record_refusal(norm: nn.Module) -> None:
+    for found in records:
+        found.refused.append(norm)
 
 
 class ChainGradient(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from noisyq_fast.integer.batch_norm import ExactBatchNorm
+from noisyq_fast.integer.chain import record_refusal
 from noisyq_fast.integer.deferred import Deferred
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -50,7 +51,7 @@ class _ExactFrozen(ExactBatchNorm):
     def num_features(self) -> int:  # type: ignore[override]
         return len(self.weight)
 
-    def tracks(self) -> bool:
+    def moves_statistics(self) -> bool:
         return False
 
     def _takes_batch(self) -> bool:
@@ -94,6 +95,8 @@ else:
 class _OwnForward(_Mixed):
     """An exact batch norm whose class has a forward of its own."""
 
+    has_own_forward = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _BatchNormOf(self, (*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
@@ -106,6 +109,7 @@ class _BatchNormOf(TorchFunctionMode):
     def __init__(self, norm: ExactBatchNorm, inputs: tuple[Any, ...]) -> None:
         super().__init__()
         self.norm, self.inputs = norm, inputs
+        self.is_done = False
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -117,19 +121,25 @@ class _BatchNormOf(TorchFunctionMode):
     def _of(self, call: BatchNormCall) -> Tensor:
         norm, input = self.norm, call.input
         if isinstance(input, Deferred):
-            if call.is_own(norm) and norm.ranks() is None:
-                batches = norm.num_batches_tracked if norm.tracks() else None
+            if call.is_own(norm) and norm.ranks_of_batch() is None:
+                batches = norm.num_batches_tracked if norm.moves_statistics() else None
                 # The forward has counted this batch already.
                 made = norm.of_deferred(input, None if batches is None else batches - 1)
                 if made is not None:
                     return made
-        elif norm.is_normalized(input) and any(input is given for given in self.inputs):
-            if not call.is_own(norm):
+        elif norm.is_normalized(input):
+            is_input = any(input is given for given in self.inputs)
+            if is_input and call.is_own(norm) and not self.is_done:
+                self.is_done = True
+                return input
+            if is_input or call.is_own(norm):
                 raise ValueError(
                     f"{norm.float_class.__name__}: got a call of batch_norm with other arguments "
-                    "than the module's own, which cannot be traced; call fuse_ again before"
+                    "than the module's own statistics and its input, or a second one, which cannot "
+                    "be traced; call fuse_ again before"
                 )
-            return input
+        if call.is_own(norm):
+            record_refusal(norm)
         return F.batch_norm(*call)
 
 

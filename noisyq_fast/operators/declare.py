@@ -76,8 +76,9 @@ def declare(
     def call(*arguments: Any) -> Any:
         if not may_bypass(arguments, positions):
             return operator(*arguments)
-        for i in floats:  # of an int
-            arguments = *arguments[:i], float(arguments[i]), *arguments[i + 1 :]
+        for i in floats:
+            if type(arguments[i]) is not float:  # the dispatcher converts it or refuses it
+                return operator(*arguments)
         if not gradients.wanted() or is_below_autograd():
             return compute(*arguments)
         return differentiated(lambda: compute(*arguments), arguments)

@@ -4,6 +4,9 @@ It looks for everything that may want to see the call: modes, tensor subclasses,
 transforms, tracers and the profiler. For an operator that is written in Python that takes longer
 than many a kernel. Where none of them is there, it only finds the operator's own gradient and
 kernel, and `declare` calls these itself.
+
+What PyTorch does not tell of sees no such calls: an execution trace observer, and kernels that
+others have registered for these operators.
 """
 
 from typing import Any
@@ -42,7 +45,9 @@ def may_bypass(arguments: tuple, positions: list[int]) -> bool:
     tensors or ``None``, would reach nothing but the operator."""
     if torch.compiler.is_compiling():
         return False
-    if _is_mode_active() or _C._len_torch_function_stack() or torch.autograd._profiler_enabled():
+    if _is_mode_active() or _C._len_torch_function_stack():
+        return False
+    if torch.autograd.profiler._is_profiler_enabled or torch.autograd._profiler_enabled():
         return False
     for i in positions:
         value = arguments[i]

@@ -59,7 +59,7 @@ def grads_of_convolution(
     images, channels, *sizes = codes.shape
     outputs, _, *kernel = weight.shape
     dx = torch.empty_like(codes, dtype=dtype) if to_x else None
-    dw = torch.empty([outputs, *kernel, channels]) if to_weight else None
+    dw = scale.new_empty([outputs, *kernel, channels]) if to_weight else None
     core.convolve_backward(
         dtype=DTYPE_CODES[dtype],
         grad=given.data_ptr(),

@@ -201,7 +201,7 @@ def dequantize_on_grid(
 
 
 def _zero_point(x: Tensor, axis: int | None) -> Tensor:
-    return torch.empty([] if axis is None else [x.shape[axis]], dtype=torch.uint8)
+    return x.new_empty([] if axis is None else [x.shape[axis]], dtype=torch.uint8)
 
 
 # Calls of the kernels. `mask` receives the bits.
@@ -292,7 +292,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor]:
     x, codes = dense(x, dtype)
     outer, channels, inner = channel_layout(codes, axis)
-    scale = torch.empty([] if axis is None else [channels], dtype=torch.float32)
+    scale = x.new_empty([] if axis is None else [channels], dtype=torch.float32)
     core.quantize(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),

@@ -124,6 +124,7 @@ def _convolve_by_kernel(
     out = torch.empty(
         [images, outputs, *of_output],
         dtype=torch.int16 if narrow else torch.float32,
+        device=codes.device,
         memory_format=torch.channels_last,
     )
     moments = empty_moments(outputs) if measures else None
@@ -215,8 +216,8 @@ def _convolve_8_bits(
     else:
         x, zero = codes, 0 if zero_point is None else int(zero_point)
     x = x.contiguous(memory_format=torch.channels_last)
-    ones = torch.ones(weight.shape[0], dtype=torch.float32)
-    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    ones = weight.new_ones(weight.shape[0], dtype=torch.float32)
+    zeros = weight.new_zeros(weight.shape[0], dtype=torch.int64)
     onednn = torch.ops.onednn
     packed = onednn.qconv_prepack(
         weight, ones, 1.0, zero, stride, padding, dilation, groups, list(x.shape)
@@ -252,13 +253,13 @@ def _passes(
 ) -> bool:
     how = list(stride), list(padding), list(dilation), groups
     sizes = [d * (k - 1) + 3 for k, d in zip(weight[2:], dilation, strict=True)]
-    x = torch.full((2, weight[1] * groups, *sizes), 255, dtype=torch.uint8)
-    w = torch.full(weight, 127, dtype=torch.int8)
+    x = torch.full((2, weight[1] * groups, *sizes), 255, dtype=torch.uint8, device="cpu")
+    w = torch.full(weight, 127, dtype=torch.int8, device="cpu")
     x[1].view(-1)[::3] = 0  # neighbours of which one is at an end and one at the other
     w.view(-1)[1::5] = -128
     try:
         for zero in (0, _SHIFT):
-            zero_point = torch.tensor(zero, dtype=torch.uint8)
+            zero_point = torch.tensor(zero, dtype=torch.uint8, device="cpu")
             sums = _convolve_8_bits(x, zero_point, w, *how)
             exact = torch.convolution(
                 *(x.double() - zero, w.double(), None, *how[:3], False, [0, 0], groups)
@@ -273,8 +274,8 @@ def _passes(
 @functools.cache
 def has_exact_products() -> bool:
     """Whether PyTorch's product of int8 matrices is exact on this machine."""
-    x = torch.full((33, 512), -128, dtype=torch.int8)
-    w = torch.full((17, 512), -128, dtype=torch.int8)
+    x = torch.full((33, 512), -128, dtype=torch.int8, device="cpu")
+    w = torch.full((17, 512), -128, dtype=torch.int8, device="cpu")
     x[::2, ::3] = 127
     w[1::2, 1::3] = 127
     try:

@@ -121,8 +121,8 @@ def map_sums(
     sums, rows, channels = channels_last_rows(sums)
     y = torch.empty_like(sums, dtype=torch.float32)
     residual = None if residual is None else like(residual, sums)
-    bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
-    range_ = torch.empty(2, dtype=torch.float32) if wants_range else None
+    bits = y.new_empty((y.numel() + 7) // 8, dtype=torch.uint8) if wants_zeros else None
+    range_ = y.new_empty(2) if wants_range else None
     core.map_sums(
         sums=sums.data_ptr(),
         narrow=sums.dtype == torch.int16,
@@ -148,7 +148,7 @@ def codes_of_sums(
         return reference.codes_of_sums(sums, factor, term, relu, range_, grid)
     sums, rows, channels = channels_last_rows(sums)
     codes = torch.empty_like(sums, dtype=grid.code_dtype)
-    scale, zero_point = torch.empty([], dtype=torch.float32), torch.empty([], dtype=torch.uint8)
+    scale, zero_point = factor.new_empty([]), codes.new_empty([], dtype=torch.uint8)
     core.codes_of_sums(
         sums=sums.data_ptr(),
         narrow=sums.dtype == torch.int16,
@@ -246,13 +246,13 @@ def grads_of_sums(
 
 
 def empty_moments(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = torch.empty(channels, dtype=torch.int64)
+    sums = torch.empty(channels, dtype=torch.int64, device="cpu")
     low, high = _empty(2, channels)
-    return sums, torch.empty(channels, 2, dtype=torch.int64), low, high
+    return sums, sums.new_empty([channels, 2]), low, high
 
 
 def _empty(count: int, channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return list(torch.empty([count, channels], dtype=dtype).unbind())
+    return list(torch.empty([count, channels], dtype=dtype, device="cpu").unbind())
 
 
 def addresses(moments: tuple[Tensor, ...] | None) -> dict[str, int]:
