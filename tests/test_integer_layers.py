@@ -355,3 +355,31 @@ def test_forward_mode_agrees_with_reverse_mode(options, fuses, training):
     reverse = (of_x * tangents[1]).sum()
     reverse += sum((g * tangents[0][name]).sum() for name, g in of_parameters.items())
     torch.testing.assert_close((of_y * cotangent).sum(), reverse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding": (2, 0)},
+        {"padding": 1, "stride": 2},
+        {"padding": "same", "dilation": (2, 1)},
+        {"padding": "valid"},
+        {"dilation": 2, "padding": (2, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", ["changed", "converted"])
+def test_attributes_of_convolutions_that_a_model_changes(changes, first):
+    images = torch.randn(2, 3, 9, 8)
+    outputs = []
+    for arithmetic in ("float", "integer"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, (3, 2), padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        if first == "converted":
+            quantize_model_(model, arithmetic=arithmetic)
+        for name, value in changes.items():
+            setattr(model[0], name, value)
+        if first == "changed":
+            quantize_model_(model, arithmetic=arithmetic)
+        outputs.append(model(images))
+    torch.testing.assert_close(*outputs)

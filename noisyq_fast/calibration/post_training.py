@@ -22,6 +22,7 @@ from noisyq_fast.calibration.input_ranges import calibrate
 from noisyq_fast.calibration.tracing import Trace
 from noisyq_fast.conversion.classes import why_not_quantized
 from noisyq_fast.conversion.convert import quantize_model_
+from noisyq_fast.layers.convolution import pads_of
 from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.quantizers import Fixed, Quantizer
 from noisyq_fast.running import arguments, copy_of, tensors_in
@@ -252,7 +253,7 @@ def _windows(layer: _ConvNd, x: Tensor) -> Tensor:
     if x.dim() == dimensions + 1:
         x = x.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    x = F.pad(x, pads_of(layer), mode)
     for d, (size, step, apart) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2
     ):

@@ -33,7 +33,7 @@ from noisyq_fast.calibration.tracing import Step, Trace, Value
 from noisyq_fast.grid import ODD
 from noisyq_fast.integer.fixed_point import LARGEST, FixedPoint, saturated
 from noisyq_fast.integer.fusing import unfuse_
-from noisyq_fast.layers.convolution import QuantConv1d, QuantConv2d, QuantConv3d
+from noisyq_fast.layers.convolution import QuantConv1d, QuantConv2d, QuantConv3d, pads_of
 from noisyq_fast.layers.layer import QuantLayer
 from noisyq_fast.layers.linear import QuantLinear
 from noisyq_fast.quantizers import AQD, LSQ, PACT, QIL, Fixed, MovingAbsMax, Quantizer
@@ -197,7 +197,7 @@ class _Product:
         if isinstance(layer, nn.Linear):
             return F.linear(x, self.weight).round().long()
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(layer.kernel_size) - 1]
-        pads = layer._reversed_padding_repeated_twice
+        pads = pads_of(layer)
         x = F.pad(x, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
         how = (layer.stride, 0, layer.dilation, layer.groups)
         return convolve(x, self.weight, None, *how).round().long()

@@ -15,13 +15,32 @@ from noisyq_fast.integer.deferred import Deferred, deferrable, memory_format
 from noisyq_fast.layers.layer import QuantLayer
 
 
+def pads_of(layer: Any) -> list[int]:
+    """The padding of a convolution of `torch.nn`, as `torch.nn.functional.pad` takes it. Some
+    models change ``padding`` and ``dilation`` of convolutions that they were given."""
+    if layer.padding_mode != "zeros":
+        return layer._reversed_padding_repeated_twice  # as PyTorch does it
+    axes = len(layer.kernel_size)
+    dilation = _of_axes(layer.dilation, axes)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, layer.kernel_size, strict=True)]
+        return [pad for total in reversed(totals) for pad in (total // 2, total - total // 2)]
+    padding = (0,) if layer.padding == "valid" else layer.padding
+    return [pad for pad in reversed(_of_axes(padding, axes)) for _ in range(2)]
+
+
+def _of_axes(value: Any, axes: int) -> tuple[int, ...]:
+    """A number for each axis, of what PyTorch's convolutions take."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * axes if len(numbers) == 1 else numbers
+
+
 class _QuantConv(QuantLayer):
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
-    _reversed_padding_repeated_twice: list[int]
     _conv_forward: Callable[..., Tensor]
     can_defer = True
     integer_axes = (None,)
@@ -30,10 +49,10 @@ class _QuantConv(QuantLayer):
         follows_chain = isinstance(x, Deferred)
         unbatched = not follows_chain and x.dim() == len(self.kernel_size) + 1
         x, padding = self._padded(x.unsqueeze(0) if unbatched else x)
-        no_output_padding = (0,) * len(padding)
+        axes = len(padding)
         geometry = products.Geometry(
-            *(tuple(self.stride), padding, tuple(self.dilation)),
-            *(False, no_output_padding, self.groups),
+            *(_of_axes(self.stride, axes), padding, _of_axes(self.dilation, axes)),
+            *(False, (0,) * axes, self.groups),
         )
         codes, weight, bias = self.coded(x)
         operands = codes, weight, bias, geometry
@@ -57,7 +76,7 @@ class _QuantConv(QuantLayer):
     def _pads_before(self) -> bool:
         """Whether zeros have to be added to the input before the product, which pads
         symmetrically."""
-        pads = self._reversed_padding_repeated_twice
+        pads = pads_of(self)
         return self.padding_mode == "zeros" and pads[::2] != pads[1::2]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -71,7 +90,7 @@ class _QuantConv(QuantLayer):
 
     def _pads(self, x: Tensor) -> list[int]:
         """The padding of an input, as `torch.nn.functional.pad` takes it."""
-        return self._reversed_padding_repeated_twice
+        return pads_of(self)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
