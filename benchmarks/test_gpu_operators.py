@@ -13,7 +13,7 @@ from passes import forward, forward_backward, name_of
 
 from experiments.models import ResNet20
 from noisyq_fast import fake_quantize, fake_quantize_ema, fake_quantize_many
-from noisyq_fast.grid import AFFINE, FULL, SIGNED, UNSIGNED
+from noisyq_fast.grid import AFFINE, FULL, UNSIGNED
 
 pytestmark = MARKS
 
@@ -25,7 +25,7 @@ RESNET20 = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
 RESNET50 = [(64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7)]
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-each_grid = pytest.mark.parametrize("grid", [SIGNED, FULL, UNSIGNED, AFFINE])
+each_other_grid = pytest.mark.parametrize("grid", [FULL, UNSIGNED, AFFINE])
 each_layer = pytest.mark.parametrize("shape", RESNET20 + RESNET50, ids=str)
 
 
@@ -79,7 +79,7 @@ def test_learned(benchmark, quantizer):
     )
 
 
-@each_grid
+@each_other_grid
 @pytest.mark.parametrize("shape", [RESNET20[0], RESNET50[0]], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["moving average", "given range"])
 def test_activation_on_grid(benchmark, grid, shape, training):
@@ -95,7 +95,7 @@ def test_activation_on_grid(benchmark, grid, shape, training):
     )
 
 
-@each_grid
+@each_other_grid
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_weight_on_grid(benchmark, grid, shape):
     compare_operator(

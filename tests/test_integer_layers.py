@@ -383,3 +383,17 @@ def test_attributes_of_convolutions_that_a_model_changes(changes, first):
             quantize_model_(model, arithmetic=arithmetic)
         outputs.append(model(images))
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("changes", [{"stride": 2}, {"padding": 1}, {"dilation": [2, 1]}], ids=str)
+def test_attributes_of_transposed_convolutions_that_a_model_changes(changes):
+    images = torch.randn(2, 3, 5, 4)
+    outputs = []
+    for arithmetic in ("float", "integer"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        quantize_model_(model, arithmetic=arithmetic)
+        for name, value in changes.items():
+            setattr(model[0], name, value)
+        outputs.append(model(images))
+    torch.testing.assert_close(*outputs)

@@ -171,10 +171,9 @@ def _pair(layers: list[QuantLayer], norms: list[Any], seen: list[Record]) -> Non
         read = any(layer in found.reads for found in seen)
         runs = [found.runs[layer] for found in seen]  # 0 in a mode that does without it
         steps = list(dict.fromkeys(step for found in seen for step in found.steps.get(layer, [])))
-        one_norm = len(of_layer) == 1 and [*map(len, of_modes)] == runs and not read
-        one_norm = one_norm and not any(
-            norm in found.refused for found in seen for norm in of_layer.values()
-        )
+        refused = any(norm in found.refused for found in seen for norm in of_layer.values())
+        once = len(of_layer) == 1 and [*map(len, of_modes)] == runs
+        one_norm = once and not read and not refused
         if (of_layer and not one_norm) or not {"batch norm", "quantizer"} & set(steps):
             layer.defers = False
             continue

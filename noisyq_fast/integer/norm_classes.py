@@ -120,8 +120,9 @@ class _BatchNormOf(TorchFunctionMode):
 
     def _of(self, call: BatchNormCall) -> Tensor:
         norm, input = self.norm, call.input
+        is_own = call.is_own(norm)
         if isinstance(input, Deferred):
-            if call.is_own(norm) and norm.ranks_of_batch() is None:
+            if is_own and norm.ranks_of_batch() is None:
                 batches = norm.num_batches_tracked if norm.moves_statistics() else None
                 # The forward has counted this batch already.
                 made = norm.of_deferred(input, None if batches is None else batches - 1)
@@ -129,16 +130,16 @@ class _BatchNormOf(TorchFunctionMode):
                     return made
         elif norm.is_normalized(input):
             is_input = any(input is given for given in self.inputs)
-            if is_input and call.is_own(norm) and not self.is_done:
+            if is_input and is_own and not self.is_done:
                 self.is_done = True
                 return input
-            if is_input or call.is_own(norm):
+            if is_input or is_own:
                 raise ValueError(
                     f"{norm.float_class.__name__}: got a call of batch_norm with other arguments "
                     "than the module's own statistics and its input, or a second one, which cannot "
                     "be traced; call fuse_ again before"
                 )
-        if call.is_own(norm):
+        if is_own:
             record_refusal(norm)
         return F.batch_norm(*call)
 

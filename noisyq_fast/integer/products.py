@@ -70,6 +70,13 @@ def _check_codes(name: str, codes: Tensor, zero_point: Tensor | None) -> None:
         raise TypeError(f"{name}: got int8 codes with a zero point, takes uint8 codes")
 
 
+def _check_operands(
+    codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
+) -> None:
+    _check_codes("codes", codes, zero_point)
+    _check_codes("weight", weight, weight_zero_point)
+
+
 def _check_terms(terms: int) -> None:
     if terms > _MOST_TERMS:
         raise ValueError(
@@ -84,8 +91,7 @@ def _convolution(
     weight_zero_point: Tensor | None,
     *how: Any,
 ) -> tuple:
-    _check_codes("codes", codes, zero_point)
-    _check_codes("weight", weight, weight_zero_point)
+    _check_operands(codes, zero_point, weight, weight_zero_point)
     _check_sizes(codes.shape, weight.shape, *how)
     return codes, zero_point, weight, weight_zero_point, *how
 
@@ -141,8 +147,7 @@ def _convolution_shape(codes: Tensor, _: object, weight: Tensor, __: object, *ho
 def _linear(
     codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
 ) -> tuple:
-    _check_codes("codes", codes, zero_point)
-    _check_codes("weight", weight, weight_zero_point)
+    _check_operands(codes, zero_point, weight, weight_zero_point)
     if codes.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"codes: got shape {list(codes.shape)} for a weight of shape {list(weight.shape)}, "
@@ -433,8 +438,7 @@ def deferred_convolution(
     """`convolution` as a `Deferred`, whose values are computed when something reads them. ``layer``
     is the layer that computes it."""
     operands = x.codes, x.zero_point, weight.codes, weight.zero_point
-    _check_codes("codes", *operands[:2])
-    _check_codes("weight", *operands[2:])
+    _check_operands(*operands)
     _check_sizes_once(x.codes.shape, weight.codes.shape, *geometry)
     stride, padding, dilation, _, _, groups = geometry
     made_of = (*operands, stride, padding, dilation, groups, bound(x, weight))

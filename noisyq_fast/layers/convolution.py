@@ -161,8 +161,11 @@ class _QuantConvTranspose(QuantLayer):
         unbatched = x.dim() == len(self.kernel_size) + 1
         output_padding = self._output_padding_of(x, output_size)
         x = x.unsqueeze(0) if unbatched else x
+        axes = len(self.kernel_size)
+        stride, padding = _of_axes(self.stride, axes), _of_axes(self.padding, axes)
+        dilation = _of_axes(self.dilation, axes)
         geometry = products.Geometry(
-            self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups
+            stride, padding, dilation, True, tuple(output_padding), self.groups
         )
         codes, weight = self.input_codes(x), self.weight_codes()
         y = products.convolution(codes, weight, self.bias, geometry)

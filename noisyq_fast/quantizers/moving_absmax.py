@@ -134,13 +134,10 @@ class MovingAbsMax(Quantizer):
         # On a signed grid, the batch's own range clips nothing.
         ste = "identity" if self.grid_kind == SIGNED else self.ste
         options: dict[str, Any] = {"grid": self.grid_kind, "ste": ste}
-        again = in_backward()
-        batch = self.range_of_ranks and self.range_of_ranks(x, self.axis)
+        batch = self._range_over_ranks(x)
         if batch is not None:
-            if not again:
-                self._average(batch)
             return fake_quantize_ema(x, batch, self.bits, self.axis, training=False, **options)
-        if again:
+        if in_backward():
             return fake_quantize(x, self.bits, self.axis, **options)
         return fake_quantize_ema(
             x,
@@ -174,20 +171,24 @@ class MovingAbsMax(Quantizer):
             return self._codes_observed(x, ste)
         return self._codes_within(x, batch, ste)
 
-    def _average(self, batch: Tensor) -> None:
-        constant, is_affine = self.averaging_constant, self.grid.is_affine
-        average_(self.running, self.observed, batch, constant, is_affine)
+    def _range_over_ranks(self, x: Tensor) -> Tensor | None:
+        """The range of the batch over all ranks, which also moves the average; ``None`` if there
+        are no others."""
+        if self.range_of_ranks is None:
+            return None
+        with torch.no_grad():
+            batch = self.range_of_ranks(x, self.axis)
+            if batch is not None and not in_backward():
+                constant, is_affine = self.averaging_constant, self.grid.is_affine
+                average_(self.running, self.observed, batch, constant, is_affine)
+        return batch
 
     def _observe(self, x: Tensor) -> Tensor | None:
         """The range of a batch if it is known without reading ``x``, or is reduced over ranks; also
         moves the average. Else None."""
-        if self.range_of_ranks is not None:
-            with torch.no_grad():
-                batch = self.range_of_ranks(x, self.axis)
-                if batch is not None:
-                    if not in_backward():
-                        self._average(batch)
-                    return batch
+        batch = self._range_over_ranks(x)
+        if batch is not None:
+            return batch
         ends = x.ends() if isinstance(x, Deferred) and self.axis is None else None
         if ends is None:
             return None

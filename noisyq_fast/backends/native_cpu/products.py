@@ -179,13 +179,12 @@ def multiply_codes(
 def _multiply_floats(
     codes: Tensor, zero_point: Tensor | None, weight: Tensor, weight_zero_point: Tensor | None
 ) -> Tensor:
-    dtype = torch.float32
-    if codes.shape[-1] * _LARGEST_STEP**2 >= _EXACT_FLOAT:
-        x, w = reference.steps(codes, zero_point), reference.steps(weight, weight_zero_point)
-        if codes.shape[-1] * _largest(x) * _largest(w) >= _EXACT_FLOAT:
-            dtype = torch.float64
-    x = reference.float_steps(codes, zero_point, dtype)
-    w = reference.float_steps(weight, weight_zero_point, dtype)
+    x = reference.float_steps(codes, zero_point, torch.float32)
+    w = reference.float_steps(weight, weight_zero_point, torch.float32)
+    terms = codes.shape[-1]
+    may_round = terms * _LARGEST_STEP**2 >= _EXACT_FLOAT  # without a look at the steps
+    if may_round and terms * _largest(x) * _largest(w) >= _EXACT_FLOAT:
+        x, w = x.double(), w.double()
     with reference.without_autocast("cpu"):
         return torch.matmul(x, w.mT).float()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends.backend import Operators
-from noisyq_fast.backends.kernel_arguments import contiguous, dense
+from noisyq_fast.backends.kernel_arguments import contiguous, dense, floats
 from noisyq_fast.backends.on_triton import launch
 from noisyq_fast.backends.on_triton.grid_launches import grid_kernels
 from noisyq_fast.backends.on_triton.sums import moments, moments_of_products
@@ -318,7 +318,7 @@ def _signed(
 
 
 def _prepared(scales: _Scales, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    bias = None if scales.bias is None else scales.bias.float().contiguous()
+    bias = floats(scales.bias)
     return scales.of_codes.contiguous(), scales.of_weight.expand(outputs).contiguous(), bias
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from noisyq_fast.backends.backend import Operators
-from noisyq_fast.backends.kernel_arguments import channels_last_rows, like, write_back
+from noisyq_fast.backends.kernel_arguments import channels_last_rows, floats, like, write_back
 from noisyq_fast.backends.on_triton import launch
 from noisyq_fast.backends.on_triton.tiling import Tiling, fewer_splits
 from noisyq_fast.backends.reference import sums as reference
@@ -74,10 +74,10 @@ def normalization(
     if running is not None and running.is_plain():
         moved = running[:3]
         numbers = _bits(count / (count - 1)), 1 - running.momentum, running.momentum
-        tracked = (*moved, _float(running.bias), *numbers)
+        tracked = (*moved, floats(running.bias), *numbers)
     _finish(
         *(_kernels().normalization, sum_.contiguous(), squares.contiguous(), scale.contiguous()),
-        *(_float(weight), _float(bias), *found, count, _bits(eps), tracked, bool(moved)),
+        *(floats(weight), floats(bias), *found, count, _bits(eps), tracked, bool(moved)),
         channels=channels,
     )
     for x in moved:
@@ -182,7 +182,7 @@ def grads_of_norm(
     of_batch = sums.new_empty(5, channels, dtype=torch.float32).unbind()
     slope, shift, tilt, of_weight, of_bias = of_batch
     _finish(
-        *(_kernels().grads_of_norm, partial, inverse, scale, _float(weight)),
+        *(_kernels().grads_of_norm, partial, inverse, scale, floats(weight)),
         *(*of_batch, rows, uses_batch, tiling.splits),
         channels=channels,
     )
@@ -212,10 +212,6 @@ def grads_of_sums(
         *(*(x.contiguous() for x in of_channels), out, relu),
     )
     return out
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
 
 
 def _tiling(sums: Tensor) -> Tiling:
